@@ -1,0 +1,414 @@
+"""What a run is asked to do: frozen dataclasses, and the one way from a ConfigDict, a dict or a JSON file to them.
+
+Nothing here imports beyond the standard library, so that every room may take these types. A misspelt key, a wrong type
+or a value out of range raises here, before anything is loaded, naming the full dotted key and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
+DTYPES = ("float32", "bfloat16")
+
+
+class Check(NamedTuple):
+    """A range that a value must lie in, and how to say so."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+POSITIVE_INT = Check("an integer of at least 1", lambda v: v >= 1)
+NON_NEGATIVE_INT = Check("an integer of at least 0", lambda v: v >= 0)
+POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
+NON_NEGATIVE = Check("a finite number of at least 0", lambda v: 0 <= v < math.inf)
+FRACTION = Check("a fraction in [0, 1)", lambda v: 0 <= v < 1)
+NON_EMPTY = Check("a non-empty string", lambda v: bool(v.strip()))
+
+
+def one_of(*choices: str) -> Check:
+    """Returns the check that a value is one of `choices`."""
+    return Check(f"one of {', '.join(map(repr, choices))}", choices.__contains__, choices)
+
+
+def setting(default: T, check: Check) -> T:
+    """Returns a dataclass field with a default and a range that `__post_init__` holds it to."""
+    return typing.cast(T, dataclasses.field(default=default, metadata={"check": check}))
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str | None:
+    """Returns the valid name that `name` most likely stands for, or None where none is near.
+
+    For dotted keys the right last part in the wrong section counts as near.
+
+    >>> nearest_name('traning.batch_size', key_names())
+    'training.batch_size'
+    >>> nearest_name('learning_rate', key_names())
+    'optim.learning_rate'
+    """
+    names = list(valid)
+    last = name.rpartition(".")[2]
+    same_last = [n for n in names if n.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(name, same_last or names, n=1, cutoff=0.0 if same_last else 0.5)
+    return close[0] if close else None
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _full_key(cls: Any, name: str) -> str:
+    return f"{cls.section}.{name}" if cls.section else name
+
+
+def _settle(config: Any) -> None:
+    """Brings field values to their declared types and holds them to their ranges, in `__post_init__`."""
+    hints = _field_types(type(config))
+    for field in dataclasses.fields(config):
+        key = f"config.{_full_key(config, field.name)}"
+        value = _coerce(key, getattr(config, field.name), hints[field.name])
+        object.__setattr__(config, field.name, value)
+        check = field.metadata.get("check")
+        if check is None or value is None or check.accepts(value):
+            continue
+        near = nearest_name(str(value), check.choices)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"{key} is {value!r}; expected {check.expected}{hint}")
+
+
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """Returns `value` as the type `hint`, where that loses nothing; raises where it would."""
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        if value is None:
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    if hint == tuple[str, ...]:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        expected = "a list of strings"
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        expected = "a number"
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        expected = "an integer"
+    else:
+        if isinstance(value, hint):
+            return value
+        expected = {bool: "True or False", str: "a string"}.get(hint, f"a {hint.__name__}")
+    expected += " or None" if optional else ""
+    raise ValueError(f"{key} is {value!r}, a {type(value).__name__}; expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which texts and labels, and how they are read. A preset fills in columns and classes; other fields go first."""
+
+    section: typing.ClassVar[str] = "data"
+
+    preset: str = setting("sample", NON_EMPTY)
+    """Known data set: 'sample' (embedded, synthetic), 'cebab', 'cebab_augmented', 'imdb_c_manual', 'imdb_c_generated',
+    or 'columns' (files of your own, read by the columns named below)."""
+    path: str | None = None
+    """Local directory or file (JSON, CSV, JSONL, Parquet). None: the preset's hub name, or the embedded texts."""
+    name: str | None = None
+    """Hub name to load through `datasets`. None: the preset's own."""
+    train_split: str | None = None
+    """Split name, or file name under `path`, of the training rows. None: the preset's."""
+    validation_split: str | None = None
+    """Split name or file name of the validation rows. None: the preset's."""
+    test_split: str | None = None
+    """Split name or file name of the test rows. None: the preset's."""
+    text_column: str | None = None
+    """Column that holds the text. None: the preset's."""
+    label_column: str | None = None
+    """Column that holds the task label. None: the preset's."""
+    concept_columns: tuple[str, ...] = ()
+    """Columns of the K concepts, in order. Empty: the preset's."""
+    concepts: tuple[str, ...] = ()
+    """Names shown for the concepts, as many as `concept_columns`. Empty: the preset's, else the column names."""
+    classes: tuple[str, ...] = ()
+    """Names of the C classes of every concept. Empty: the preset's (Negative, Positive, unknown)."""
+    labels: tuple[str, ...] = ()
+    """Names of the Y task labels, in order. Empty: the preset's."""
+    group_column: str | None = None
+    """Column whose equal values must not fall into two splits (an edited review's original). None: the preset's."""
+    missing_as_unknown: bool = True
+    """Whether an empty concept cell counts as class 'unknown' (the paper's reading) or carries no loss and no score."""
+    keep_unlabelled: bool = False
+    """Whether training rows without a task label are kept for the concept loss alone, or skipped."""
+    max_length: int = setting(512, POSITIVE_INT)
+    """Longest text in tokens, special tokens included; longer ones are cut. From 1 to the backbone's positions."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        if self.concepts and self.concept_columns and len(self.concepts) != len(self.concept_columns):
+            raise ValueError(
+                f"config.data.concepts has {len(self.concepts)} names {self.concepts!r}, but "
+                f"config.data.concept_columns has {len(self.concept_columns)}; expected one name for each column"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneChoice:
+    """Which pretrained encoder or decoder, and how it computes."""
+
+    section: typing.ClassVar[str] = "backbone"
+
+    name: str = setting("minilm", NON_EMPTY)
+    """'minilm' (the weights of the installed package), 'tiny' (small random BERT with a vocabulary made from the
+    training texts), a hub name, or a local directory of the hub's layout."""
+    dtype: str = setting("float32", one_of(*DTYPES))
+    """Type of the computation; parameters stay float32."""
+    remat: bool = False
+    """Whether layers are computed again in the backward pass to save memory."""
+    dropout: float | None = setting(None, FRACTION)
+    """Dropout rate while training, in [0, 1). None: the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Adam (AdamW where weight_decay > 0) with warm-up."""
+
+    section: typing.ClassVar[str] = "optim"
+
+    learning_rate: float = setting(5e-5, POSITIVE)
+    """Peak learning rate of the backbone."""
+    head_learning_rate: float = setting(1e-2, POSITIVE)
+    """Peak learning rate of the concept projector and the label predictor."""
+    weight_decay: float = setting(0.0, NON_NEGATIVE)
+    """Decoupled weight decay of the kernels, per unit of learning rate."""
+    warmup_fraction: float = setting(0.06, FRACTION)
+    """Share of all steps over which the learning rates climb from 0, in [0, 1)."""
+    decay: str = setting("linear", one_of("linear", "constant"))
+    """What the learning rates do after the warm-up: fall to 0 at the last step, or stay."""
+    clip_norm: float = setting(1.0, POSITIVE)
+    """Largest global norm of the gradients; longer ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: how long, how much at once, and what is kept."""
+
+    section: typing.ClassVar[str] = "training"
+
+    num_epochs: int = setting(20, POSITIVE_INT)
+    """Passes over the training rows."""
+    batch_size: int = setting(8, POSITIVE_INT)
+    """Examples in a step over all devices."""
+    eval_batch_size: int = setting(32, POSITIVE_INT)
+    """Examples in an evaluation step over all devices."""
+    patience: int | None = setting(None, POSITIVE_INT)
+    """Epochs without a better validation score before stopping, counted at the final sparsity. None: never."""
+    save_every_steps: int | None = setting(None, POSITIVE_INT)
+    """Steps between mid-epoch checkpoints. None: at the end of each epoch only."""
+    keep_checkpoints: int = setting(2, POSITIVE_INT)
+    """Checkpoints kept for resuming, the latest ones."""
+    log_every_steps: int = setting(10, POSITIVE_INT)
+    """Steps between lines of the metrics log."""
+    predictor_epochs: int = setting(20, POSITIVE_INT)
+    """Epochs of the label predictor, which strategies 'independent' and 'sequential' train apart."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityConfig:
+    """How the pruned fraction of each concept's subnetwork climbs. Read by strategy 'sparse' only."""
+
+    section: typing.ClassVar[str] = "sparsity"
+
+    initial: float = setting(0.2, FRACTION)
+    """Pruned fraction at the first event, in [0, 1)."""
+    final: float | None = setting(None, FRACTION)
+    """Pruned fraction after the last event, in [0, 1). None: 1 - 1/K for K concepts."""
+    start_epoch: int = setting(2, NON_NEGATIVE_INT)
+    """Epoch (from 0) at whose start the first event falls; dense before."""
+    end_epoch: int = setting(12, POSITIVE_INT)
+    """Epoch at whose start the final sparsity is reached; after start_epoch, and at most num_epochs - 1."""
+    schedule: str = setting("cubic", one_of("linear", "cubic", "oneshot"))
+    """Shape of the climb between the two epochs."""
+    events_per_epoch: int = setting(1, POSITIVE_INT)
+    """How often per epoch the masks are scored again."""
+    scope: str = setting("global", one_of("global", "per_kernel"))
+    """Whether weights compete over all kernels of a concept, or within each kernel."""
+    regrow: bool = False
+    """Whether pruned weights may come back at a later event."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        if self.end_epoch <= self.start_epoch:
+            raise ValueError(
+                f"config.sparsity.end_epoch is {self.end_epoch}, but must be above config.sparsity.start_epoch, "
+                f"which is {self.start_epoch}"
+            )
+        if self.final is not None and self.final < self.initial:
+            raise ValueError(
+                f"config.sparsity.final is {self.final}, but must be at least config.sparsity.initial, "
+                f"which is {self.initial}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunerConfig:
+    """The block-wise empirical Fisher behind the pruning scores."""
+
+    section: typing.ClassVar[str] = "pruner"
+
+    num_grads: int = setting(128, POSITIVE_INT)
+    """Gradients m in the empirical Fisher of each concept."""
+    block_size: int = setting(64, POSITIVE_INT)
+    """Consecutive inputs b of one output unit that form a block; every kernel's input width must be a multiple."""
+    grad_batch_size: int = setting(8, POSITIVE_INT)
+    """Examples averaged in one gradient, unless `per_example`."""
+    damping: float = setting(0.1, POSITIVE)
+    """Dampening zeta that is added to the diagonal: a multiple of mean g² (relative) or the value itself (absolute)."""
+    damping_mode: str = setting("relative", one_of("relative", "absolute"))
+    """How `damping` is read."""
+    per_example: bool = False
+    """Whether gradients are of single examples (the empirical Fisher) or of minibatches."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices used."""
+
+    section: typing.ClassVar[str] = "mesh"
+
+    data: int = setting(1, POSITIVE_INT)
+    """Parts that the batch is cut into."""
+    fsdp: int = setting(1, POSITIVE_INT)
+    """Parts that parameters are stored in (and the batch is cut into)."""
+    tensor: int = setting(1, POSITIVE_INT)
+    """Parts that heads and hidden units are cut into."""
+    concept: int = setting(1, POSITIVE_INT)
+    """Parts that the K subnetworks are cut into."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run, but for where its files go."""
+
+    section: typing.ClassVar[str] = ""
+
+    seed: int = setting(0, NON_NEGATIVE_INT)
+    """Decides initial heads, order of examples and dropout."""
+    strategy: str = setting("sparse", one_of(*STRATEGIES))
+    """How the bottleneck is trained: four dense baselines of the paper, and 'sparse' (SparseCBM)."""
+    data: DataConfig = DataConfig()
+    backbone: BackboneChoice = BackboneChoice()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    pruner: PrunerConfig = PrunerConfig()
+    mesh: MeshConfig = MeshConfig()
+    gamma: float = setting(5.0, NON_NEGATIVE)
+    """Weight of the concept loss beside the task loss (Eq. 2)."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        if self.strategy == "sparse" and self.sparsity.end_epoch > self.training.num_epochs - 1:
+            raise ValueError(
+                f"config.sparsity.end_epoch is {self.sparsity.end_epoch}, but strategy 'sparse' with "
+                f"config.training.num_epochs={self.training.num_epochs} expects at most "
+                f"{self.training.num_epochs - 1}, so that at least one epoch trains at the final sparsity"
+            )
+
+
+def from_config_dict(mapping: Mapping[str, Any]) -> RunConfig:
+    """Builds a `RunConfig` from nested settings; what is not given keeps its default.
+
+    Args:
+        mapping: An ml_collections ConfigDict or a nested dict, as `to_dict` or a JSON file gives it; lists become
+            tuples.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ValueError: A key is unknown (the message has its full dotted name and the nearest valid one), or a value has
+            the wrong type or lies out of range (the message has key, value and what was expected).
+
+    >>> from_config_dict({'training': {'batch_size': 4}}).training.batch_size
+    4
+    >>> from_config_dict({'traning': {'batch_size': 4}})
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown key config.traning; did you mean config.training?
+    """
+    return _build(RunConfig, mapping)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the nested dict that `from_config_dict` turns back into an equal `RunConfig`."""
+    return dataclasses.asdict(config)
+
+
+def key_names(cls: type = RunConfig) -> tuple[str, ...]:
+    """Returns the dotted names of all settings and sections, as `--config.NAME` takes them."""
+    names: list[str] = []
+    for name, hint in _field_types(cls).items():
+        full = _full_key(cls, name)
+        names.append(full)
+        if dataclasses.is_dataclass(hint):
+            names.extend(key_names(typing.cast(type, hint)))
+    return tuple(names)
+
+
+def setting_type(key: str, cls: type = RunConfig) -> Any:
+    """Returns the declared type of the setting with this dotted name, one of `key_names()`."""
+    name, _, rest = key.partition(".")
+    hint = _field_types(cls)[name]
+    return setting_type(rest, hint) if rest else hint
+
+
+def unknown_key(key: str) -> str:
+    """Returns the message for a setting that does not exist, with the nearest one that does."""
+    near = nearest_name(key, key_names())
+    if near is None:
+        sections = ", ".join(f"config.{n}" for n in _field_types(RunConfig))
+        return f"unknown key config.{key}; valid are {sections} and what is below them"
+    return f"unknown key config.{key}; did you mean config.{near}?"
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any]) -> T:
+    hints = _field_types(cls)
+    values: dict[str, Any] = {}
+    for name, value in mapping.items():
+        full = _full_key(cls, str(name))
+        if name not in hints:
+            raise ValueError(unknown_key(full))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and not isinstance(value, typing.cast(type, hint)):
+            if not hasattr(value, "items"):
+                raise ValueError(f"config.{full} is {value!r}; expected a section with keys of its own")
+            value = _build(typing.cast(type, hint), value)
+        values[name] = value
+    return cls(**values)
