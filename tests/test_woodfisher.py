@@ -1,0 +1,165 @@
+"""Block-wise WoodFisher against dense float64 algebra and brute force."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsecbm_jax import woodfisher
+
+INVERSE_TOLERANCE = 1e-5
+FLOAT64_TOLERANCE = 1e-9
+
+
+def random_fisher(rng: np.random.Generator, size: int, num_grads: int, damping: float) -> np.ndarray:
+    gradients = rng.normal(size=(num_grads, size)) * np.exp(rng.normal(size=size))
+    return damping * np.eye(size) + gradients.T @ gradients / num_grads
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+@pytest.mark.parametrize("num_blocks", [1, 64, 70])
+def test_inverse_equals_dense_float64(size: int, num_blocks: int) -> None:
+    rng = np.random.default_rng(size)
+    blocks = np.stack([random_fisher(rng, size, 2 * size, 0.1) for _ in range(num_blocks)])
+    got = np.asarray(jax.jit(woodfisher.inverse)(jnp.asarray(blocks, jnp.float32)), np.float64)
+    expected = np.linalg.inv(blocks)
+    scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_array_less(np.abs(got - expected) / scale, INVERSE_TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (7, 4), (2, 8, 3), (2, 5, 3)])
+def test_blocks_are_consecutive_inputs_of_one_output(shape: tuple[int, ...]) -> None:
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    blocks = woodfisher.to_blocks(kernel, 4)
+    np.testing.assert_array_equal(woodfisher.from_blocks(blocks, shape), kernel)
+    first = kernel[0] if len(shape) == 3 else kernel
+    np.testing.assert_array_equal(blocks[0], first[:4, 0])
+
+
+def test_padding_changes_no_real_score() -> None:
+    rng = np.random.default_rng(1)
+    kernel, gradients = rng.normal(size=(5, 2)), rng.normal(size=(9, 5, 2))
+    blocks = jnp.stack([woodfisher.to_blocks(jnp.asarray(g, jnp.float32), 4) for g in gradients])
+    weights = woodfisher.to_blocks(jnp.asarray(kernel, jnp.float32), 4)
+    scores = woodfisher.from_blocks(woodfisher.saliency(weights, woodfisher.gram(blocks), 9, 0.2), (5, 2))
+    for output in range(2):
+        for group in (slice(0, 4), slice(4, 5)):
+            g = gradients[:, group, output]
+            inverse = np.linalg.inv(0.2 * np.eye(g.shape[1]) + g.T @ g / 9)
+            expected = kernel[group, output] ** 2 / (2 * np.diag(inverse))
+            np.testing.assert_allclose(scores[group, output], expected, rtol=INVERSE_TOLERANCE)
+
+
+def test_scores_are_the_brute_force_loss_increase() -> None:
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        for _ in range(100):
+            size = int(rng.integers(2, 7))
+            fisher, weights = random_fisher(rng, size, 3 * size, 0.05), rng.normal(size=size)
+            inverse = woodfisher.inverse(jnp.asarray(fisher)[None])[0]
+            group = rng.choice(size, rng.integers(1, size + 1), replace=False)
+            rest = np.setdiff1d(np.arange(size), group)
+            # The best the others can do about w_Q → 0 on the quadratic ½ δᵀ F δ.
+            delta = np.zeros(size)
+            delta[group] = -weights[group]
+            delta[rest] = -np.linalg.solve(fisher[np.ix_(rest, rest)], fisher[np.ix_(rest, group)] @ delta[group])
+            increase = 0.5 * delta @ fisher @ delta
+            score = woodfisher.group_score(jnp.asarray(weights), inverse, group)
+            np.testing.assert_allclose(score, increase, rtol=FLOAT64_TOLERANCE)
+            update = woodfisher.optimal_update(jnp.asarray(weights), inverse, group)
+            np.testing.assert_allclose(update, delta, rtol=1e-7, atol=FLOAT64_TOLERANCE)
+
+
+def test_single_scores_are_groups_of_one() -> None:
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        fisher, weights = random_fisher(rng, 5, 12, 0.1), rng.normal(size=5)
+        inverse = woodfisher.inverse(jnp.asarray(fisher)[None])
+        singles = woodfisher.single_scores(jnp.asarray(weights)[None], inverse)[0]
+        groups = [woodfisher.group_score(jnp.asarray(weights), inverse[0], [i]) for i in range(5)]
+        np.testing.assert_allclose(singles, groups, rtol=FLOAT64_TOLERANCE)
+
+
+def test_joint_update_is_not_the_sum_of_single_ones() -> None:
+    rng = np.random.default_rng(4)
+    fisher, weights = random_fisher(rng, 6, 18, 0.01), rng.normal(size=6)
+    inverse = woodfisher.inverse(jnp.asarray(fisher, jnp.float32)[None])[0]
+    weights32 = jnp.asarray(weights, jnp.float32)
+    joint = woodfisher.optimal_update(weights32, inverse, [0, 3])
+    summed = sum(woodfisher.optimal_update(weights32, inverse, [i]) for i in (0, 3))
+    assert float(jnp.abs(joint - summed).max()) > 1e-2
+
+
+def test_bounds_and_monotony() -> None:
+    rng = np.random.default_rng(5)
+    with jax.enable_x64(True):
+        for _ in range(50):
+            fisher, weights, damping = random_fisher(rng, 6, 4, 0.3), rng.normal(size=6), 0.3
+            inverse = woodfisher.inverse(jnp.asarray(fisher)[None])[0]
+            previous = 0.0
+            for size in range(1, 7):
+                group = np.arange(size)
+                score = float(woodfisher.group_score(jnp.asarray(weights), inverse, group))
+                low = 0.5 * damping * weights[group] @ weights[group]
+                high = 0.5 * weights[group] @ fisher[np.ix_(group, group)] @ weights[group]
+                assert low * (1 - 1e-9) <= score <= high * (1 + 1e-9)
+                assert score >= previous * (1 - 1e-9)
+                previous = score
+
+
+def test_gradient_order_sign_and_scale() -> None:
+    rng = np.random.default_rng(6)
+    gradients = jnp.asarray(rng.normal(size=(8, 3, 4)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+
+    def scores(g: jax.Array, damping: float) -> jax.Array:
+        return woodfisher.saliency(weights, woodfisher.gram(g), g.shape[0], damping)
+
+    base = scores(gradients, 0.1)
+    np.testing.assert_allclose(scores(gradients[::-1], 0.1), base, rtol=1e-5)
+    np.testing.assert_allclose(scores(-gradients, 0.1), base, rtol=1e-5)
+    np.testing.assert_allclose(scores(jnp.concatenate([gradients] * 2), 0.1), base, rtol=1e-5)
+    np.testing.assert_allclose(scores(3 * gradients, 0.9), 9 * base, rtol=1e-5)
+
+
+def test_zero_gradients_score_by_magnitude() -> None:
+    weights = jnp.asarray([[1.0, -2.0, 0.0]])
+    scores = woodfisher.saliency(weights, jnp.zeros((1, 3, 3)), 5, 0.5)
+    np.testing.assert_allclose(scores, 0.25 * weights**2, rtol=1e-6)
+    relative = woodfisher.relative_damping(jnp.zeros((1, 3, 3)), 5, 0.1, 3)
+    assert float(relative) > 0
+
+
+def test_nan_gradient_poisons_its_block_only() -> None:
+    gradients = np.random.default_rng(7).normal(size=(4, 2, 3)).astype(np.float32)
+    gradients[1, 0, 2] = np.nan
+    scores = woodfisher.saliency(jnp.ones((2, 3)), woodfisher.gram(jnp.asarray(gradients)), 4, 0.1)
+    assert jnp.isnan(scores[0]).any()
+    assert jnp.isfinite(scores[1]).all()
+
+
+def test_relative_damping_counts_real_weights() -> None:
+    gradients = jnp.ones((2, 1, 4)).at[:, :, 3].set(0)  # the fourth is padding
+    damping = woodfisher.relative_damping(woodfisher.gram(gradients), 2, 0.1, 3)
+    assert float(damping) == pytest.approx(0.1)
+
+
+def test_all_pairs_of_a_small_block_against_the_schur_complement() -> None:
+    rng = np.random.default_rng(8)
+    with jax.enable_x64(True):
+        fisher, weights = random_fisher(rng, 5, 9, 0.2), rng.normal(size=5)
+        inverse = woodfisher.inverse(jnp.asarray(fisher)[None])[0]
+        for pair in itertools.combinations(range(5), 2):
+            group, rest = list(pair), [i for i in range(5) if i not in pair]
+            coupling = fisher[np.ix_(group, rest)]
+            schur = fisher[np.ix_(group, group)] - coupling @ np.linalg.solve(fisher[np.ix_(rest, rest)], coupling.T)
+            expected = 0.5 * weights[group] @ schur @ weights[group]
+            score = woodfisher.group_score(jnp.asarray(weights), inverse, group)
+            np.testing.assert_allclose(score, expected, rtol=FLOAT64_TOLERANCE)
+
+
+def test_bad_block_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="block_size is 0"):
+        woodfisher.to_blocks(jnp.ones((2, 2)), 0)
