@@ -195,10 +195,11 @@ def gather(leaf: jax.Array, spec: P, axes: Axes, over: Sequence[str], skip_leadi
     """
     if not axes.is_manual:
         return leaf
-    entries = tuple(spec)[1:] if skip_leading else tuple(spec)
-    for dim, names in enumerate(entries):
-        if names == "fsdp" or (isinstance(names, tuple) and "fsdp" in names):
+    entries = [(names,) if isinstance(names, str) else names or () for names in spec]
+    for dim, names in enumerate(entries[1:] if skip_leading else entries):
+        if "fsdp" in names:
             leaf = jax.lax.all_gather(leaf, "fsdp", axis=dim, tiled=True)
-    varying = jax.typeof(leaf).vma
-    missing = tuple(name for name in over if name not in varying)
+    # A leaf already differs along the axes that its spec names.
+    named = {name for names in entries for name in names}
+    missing = tuple(name for name in over if name not in named)
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -56,14 +56,14 @@ def from_blocks(blocks: Float[Array, "N b"], shape: tuple[int, ...]) -> Float[Ar
     return jnp.swapaxes(blocks.reshape(*batch, outputs, padded)[..., :inputs], -1, -2)
 
 
-def gram(gradients: Float[Array, "u N b"]) -> Float[Array, "N b b"]:
+def gram(gradients: Float[Array, "N u b"]) -> Float[Array, "N b b"]:
     """Σ_i g_i g_iᵀ of every block over u gradients.
 
     >>> import jax.numpy as jnp
-    >>> gram(jnp.array([[[1.0, 2.0]], [[0.0, 1.0]]]))[0].tolist()
+    >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]]))[0].tolist()
     [[1.0, 2.0], [2.0, 5.0]]
     """
-    return jnp.einsum("unb,unc->nbc", gradients, gradients, precision=_HIGHEST)
+    return jnp.einsum("nub,nuc->nbc", gradients, gradients, precision=_HIGHEST)
 
 
 def _invert_slice(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
@@ -83,17 +83,15 @@ def _invert_slice(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
 
 
 def _map_slices(
-    function: Callable[..., Float[Array, "S ..."]], matrices: Float[Array, "N b b"], *others: Float[Array, "N b"]
+    function: Callable[..., Float[Array, "S ..."]], *leaves: Float[Array, "N ..."]
 ) -> Float[Array, "N ..."]:
-    """Applies `function` to cache-sized slices; matrices are padded with identities, the others with zeros."""
-    num, size = matrices.shape[0], matrices.shape[-1]
+    """Applies `function` to cache-sized slices of blocks, the last slice padded with zeros."""
+    num = leaves[0].shape[0]
     padding = -num % SLICE
     if padding:
-        identity = jnp.broadcast_to(jnp.eye(size, dtype=matrices.dtype), (padding, size, size))
-        matrices = jnp.concatenate([matrices, identity])
-        others = tuple(jnp.pad(other, ((0, padding), (0, 0))) for other in others)
-    sliced = [leaf.reshape(-1, SLICE, *leaf.shape[1:]) for leaf in (matrices, *others)]
-    mapped = jax.lax.map(lambda leaves: function(*leaves), tuple(sliced))
+        leaves = tuple(jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) for leaf in leaves)
+    sliced = tuple(leaf.reshape(-1, SLICE, *leaf.shape[1:]) for leaf in leaves)
+    mapped = jax.lax.map(lambda parts: function(*parts), sliced)
     return mapped.reshape(-1, *mapped.shape[2:])[:num]
 
 
@@ -128,10 +126,30 @@ def saliency(
       damping: ζ, absolute; see `relative_damping`.
     """
 
-    def score(gram_slice: Float[Array, "S b b"], weight_slice: Float[Array, "S b"]) -> Float[Array, "S b"]:
+    def score(weight_slice: Float[Array, "S b"], gram_slice: Float[Array, "S b b"]) -> Float[Array, "S b"]:
         return single_scores(weight_slice, _invert_slice(dampened(gram_slice, num_grads, damping)))
 
-    return _map_slices(score, grams, weights)
+    return _map_slices(score, weights, grams)
+
+
+def dual_saliency(
+    weights: Float[Array, "N b"], gradients: Float[Array, "N m b"], damping: float | Float[Array, ""]
+) -> Float[Array, "N b"]:
+    """The same scores from the gradients themselves: m × m systems instead of b × b, for m < b.
+
+    With G the m gradients of a block as rows, F⁻¹ = (I − Gᵀ (m ζ I + G Gᵀ)⁻¹ G) / ζ (Woodbury), of which only the
+    diagonal is needed.
+    """
+    num_grads = gradients.shape[1]
+
+    def score(weight_slice: Float[Array, "S b"], rows: Float[Array, "S m b"]) -> Float[Array, "S b"]:
+        outer = jnp.einsum("smb,snb->smn", rows, rows, precision=_HIGHEST)
+        system = outer + num_grads * damping * jnp.eye(num_grads, dtype=rows.dtype)[None]
+        solved = jnp.einsum("smn,snb->smb", _invert_slice(system), rows, precision=_HIGHEST)
+        diagonal = (1 - jnp.sum(rows * solved, axis=1)) / damping
+        return weight_slice**2 / (2 * diagonal)
+
+    return _map_slices(score, weights, gradients)
 
 
 def dampened(
@@ -142,14 +160,20 @@ def dampened(
 
 
 def relative_damping(
-    grams: Float[Array, "N b b"], num_grads: int | Float[Array, ""], factor: float, num_weights: int
+    sum_of_squares: Float[Array, ""],
+    num_grads: int | Float[Array, ""],
+    factor: float | Float[Array, ""],
+    num_weights: int,
 ) -> Float[Array, ""]:
-    """ζ = factor · mean g² over a kernel's real weights; with all-zero gradients, the smallest normal number.
+    """ζ = factor · mean g² over a kernel's real weights; with all-zero gradients, a tiny positive number.
 
     Relative damping keeps every form of the inverse well conditioned and prunes better than a fixed small ζ.
+
+    Args:
+      sum_of_squares: Σ_i ‖g_i‖² of the kernel, the trace of its summed outer products.
     """
-    mean_square = jnp.trace(grams, axis1=1, axis2=2).sum() / (num_grads * num_weights)
-    return jnp.maximum(factor * mean_square, jnp.finfo(grams.dtype).tiny * 1e8)
+    mean_square = sum_of_squares / (num_grads * num_weights)
+    return jnp.maximum(factor * mean_square, jnp.finfo(mean_square.dtype).tiny * 1e8)
 
 
 def single_scores(weights: Float[Array, "N b"], inverses: Float[Array, "N b b"]) -> Float[Array, "N b"]:

@@ -41,7 +41,7 @@ def test_blocks_are_consecutive_inputs_of_one_output(shape: tuple[int, ...]) -> 
 def test_padding_changes_no_real_score() -> None:
     rng = np.random.default_rng(1)
     kernel, gradients = rng.normal(size=(5, 2)), rng.normal(size=(9, 5, 2))
-    blocks = jnp.stack([woodfisher.to_blocks(jnp.asarray(g, jnp.float32), 4) for g in gradients])
+    blocks = jnp.stack([woodfisher.to_blocks(jnp.asarray(g, jnp.float32), 4) for g in gradients], axis=1)
     weights = woodfisher.to_blocks(jnp.asarray(kernel, jnp.float32), 4)
     scores = woodfisher.from_blocks(woodfisher.saliency(weights, woodfisher.gram(blocks), 9, 0.2), (5, 2))
     for output in range(2):
@@ -111,16 +111,16 @@ def test_bounds_and_monotony() -> None:
 
 def test_gradient_order_sign_and_scale() -> None:
     rng = np.random.default_rng(6)
-    gradients = jnp.asarray(rng.normal(size=(8, 3, 4)), jnp.float32)
+    gradients = jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
 
     def scores(g: jax.Array, damping: float) -> jax.Array:
-        return woodfisher.saliency(weights, woodfisher.gram(g), g.shape[0], damping)
+        return woodfisher.saliency(weights, woodfisher.gram(g), g.shape[1], damping)
 
     base = scores(gradients, 0.1)
-    np.testing.assert_allclose(scores(gradients[::-1], 0.1), base, rtol=1e-5)
+    np.testing.assert_allclose(scores(gradients[:, ::-1], 0.1), base, rtol=1e-5)
     np.testing.assert_allclose(scores(-gradients, 0.1), base, rtol=1e-5)
-    np.testing.assert_allclose(scores(jnp.concatenate([gradients] * 2), 0.1), base, rtol=1e-5)
+    np.testing.assert_allclose(scores(jnp.concatenate([gradients] * 2, axis=1), 0.1), base, rtol=1e-5)
     np.testing.assert_allclose(scores(3 * gradients, 0.9), 9 * base, rtol=1e-5)
 
 
@@ -128,22 +128,30 @@ def test_zero_gradients_score_by_magnitude() -> None:
     weights = jnp.asarray([[1.0, -2.0, 0.0]])
     scores = woodfisher.saliency(weights, jnp.zeros((1, 3, 3)), 5, 0.5)
     np.testing.assert_allclose(scores, 0.25 * weights**2, rtol=1e-6)
-    relative = woodfisher.relative_damping(jnp.zeros((1, 3, 3)), 5, 0.1, 3)
+    relative = woodfisher.relative_damping(jnp.float32(0), 5, 0.1, 3)
     assert float(relative) > 0
 
 
 def test_nan_gradient_poisons_its_block_only() -> None:
-    gradients = np.random.default_rng(7).normal(size=(4, 2, 3)).astype(np.float32)
-    gradients[1, 0, 2] = np.nan
+    gradients = np.random.default_rng(7).normal(size=(2, 4, 3)).astype(np.float32)
+    gradients[0, 1, 2] = np.nan
     scores = woodfisher.saliency(jnp.ones((2, 3)), woodfisher.gram(jnp.asarray(gradients)), 4, 0.1)
     assert jnp.isnan(scores[0]).any()
     assert jnp.isfinite(scores[1]).all()
 
 
-def test_relative_damping_counts_real_weights() -> None:
-    gradients = jnp.ones((2, 1, 4)).at[:, :, 3].set(0)  # the fourth is padding
-    damping = woodfisher.relative_damping(woodfisher.gram(gradients), 2, 0.1, 3)
-    assert float(damping) == pytest.approx(0.1)
+def test_relative_damping_is_a_share_of_the_mean_square() -> None:
+    assert float(woodfisher.relative_damping(jnp.float32(6.0), 2, 0.1, 3)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("num_grads", "size"), [(1, 8), (5, 8), (20, 64)])
+def test_dual_form_equals_the_gram_form(num_grads: int, size: int) -> None:
+    rng = np.random.default_rng(num_grads)
+    gradients = jnp.asarray(rng.normal(size=(70, num_grads, size)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(70, size)), jnp.float32)
+    gram_form = woodfisher.saliency(weights, woodfisher.gram(gradients), num_grads, 0.1)
+    dual_form = woodfisher.dual_saliency(weights, gradients, 0.1)
+    np.testing.assert_allclose(dual_form, gram_form, rtol=1e-4)
 
 
 def test_all_pairs_of_a_small_block_against_the_schur_complement() -> None:
