@@ -1,0 +1,36 @@
+"""Backbones as three mask-ignorant pure functions over stacked layer parameters: *embed* → *layer* → *finish*."""
+
+from sparsecbm_jax.backbones.backbone import (
+    Backbone,
+    Params,
+    encode_dense,
+    init_params,
+    make_backbone,
+    maskable_paths,
+)
+from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
+from sparsecbm_jax.backbones.dropout import dropout, fold_keys
+from sparsecbm_jax.backbones.weights import (
+    WeightsError,
+    export_pretrained,
+    find_minilm,
+    load_pretrained,
+)
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Params",
+    "WeightsError",
+    "config_from_hf",
+    "config_to_hf",
+    "dropout",
+    "encode_dense",
+    "export_pretrained",
+    "find_minilm",
+    "fold_keys",
+    "init_params",
+    "load_pretrained",
+    "make_backbone",
+    "maskable_paths",
+]
