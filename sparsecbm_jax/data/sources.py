@@ -1,0 +1,291 @@
+"""From a hub name, local files or the embedded texts to integers, with every mistake named by file, row and column."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sparsecbm_jax.config import DataConfig
+from sparsecbm_jax.data.files import Row, find_files, read_rows
+from sparsecbm_jax.data.presets import COLUMNS, SAMPLE, configured_schema, find_preset
+from sparsecbm_jax.data.sample import sample_reviews
+from sparsecbm_jax.data.schema import (
+    MISSING,
+    SPLITS,
+    UNKNOWN,
+    DataError,
+    Dataset,
+    Examples,
+    Respelling,
+    Schema,
+    cell_text,
+    did_you_mean,
+)
+
+MAX_INFERRED = 100
+SHOWN_ROWS = 10
+
+logger = logging.getLogger(__name__)
+
+
+class Table(NamedTuple):
+    """Rows of one split as they were found, and where."""
+
+    source: str
+    rows: Sequence[Row]
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Reads a data set and checks that it can be trained on.
+
+    Train rows without a task label are left out unless `config.keep_unlabelled`; validation and test rows without one
+    keep the label -1 and count for the concepts alone. Missing concept cells become the class 'unknown' where
+    `config.missing_as_unknown` and there is such a class.
+
+    Raises:
+        DataError: If anything is not as the schema says; the message names file, row and column.
+    """
+    dataset = read_dataset(config)
+    check_trainable(dataset)
+    return dataset
+
+
+def read_dataset(config: DataConfig) -> Dataset:
+    """Reads a data set as `load_dataset` does, but does not mind a concept or a task with one class only.
+
+    Raises:
+        DataError: As `load_dataset`.
+    """
+    tables = _read_tables(config)
+    for split, table in tables.items():
+        if not table.rows:
+            raise DataError(f"{table.source}: the {split} split is empty; expected at least one row")
+    schema = _infer_names(configured_schema(config), tables["train"])
+    splits, respellings, num_skipped = {}, [], {}
+    for split, table in tables.items():
+        examples, found = _parse(schema, split, table)
+        if config.missing_as_unknown and schema.unknown_class is not None:
+            concepts = np.where(examples.concepts == MISSING, schema.unknown_class, examples.concepts)
+            examples = examples._replace(concepts=concepts.astype(np.int32))
+        kept = examples.labels != MISSING
+        if split != "train" or config.keep_unlabelled:
+            kept[:] = True
+        elif not kept.any():
+            raise DataError(
+                f"{table.source}: no train row has a label in column {schema.label_column!r}; "
+                "config.data.keep_unlabelled keeps such rows for the concepts alone"
+            )
+        splits[split] = _take(examples, kept)
+        respellings += found
+        num_skipped[split] = int((~kept).sum())
+    return Dataset(
+        schema=schema,
+        splits=splits,
+        name=_dataset_name(config),
+        sources={split: table.source for split, table in tables.items()},
+        respellings=tuple(respellings),
+        num_skipped=num_skipped,
+    )
+
+
+def check_trainable(dataset: Dataset) -> None:
+    """Checks that every concept and the task have at least two classes in the train split.
+
+    Raises:
+        DataError: Naming the file and the column that has not.
+    """
+    schema, train = dataset.schema, dataset.splits["train"]
+    columns = [
+        (f"concept {name!r}", column, schema.classes, train.concepts[:, k])
+        for k, (name, column) in enumerate(zip(schema.concepts, schema.concept_columns, strict=True))
+    ]
+    columns.append(("the task", schema.label_column, schema.labels, train.labels))
+    for what, column, names, values in columns:
+        present = np.unique(values[values != MISSING])
+        if len(present) < 2:
+            only = f"is {names[present[0]]!r} in every labelled row" if len(present) else "has no label in any row"
+            raise DataError(
+                f"{dataset.sources.get('train', dataset.name)}: column {column!r}, {what}, {only} of the train split; "
+                f"at least two of {', '.join(names)} are expected: leave it out or add rows"
+            )
+
+
+def _dataset_name(config: DataConfig) -> str:
+    if config.preset == SAMPLE:
+        return "sample (synthetic)"
+    return config.preset if config.preset != COLUMNS else str(config.path or config.name)
+
+
+def _read_tables(config: DataConfig) -> dict[str, Table]:
+    preset = find_preset(config)
+    chosen = {s: name for s in SPLITS if (name := getattr(config, f"{s}_split"))}
+    if config.preset == SAMPLE:
+        if config.path or config.name or chosen:
+            raise DataError(
+                f"config.data.preset = {SAMPLE!r} is embedded and reads nothing else, but a path, a hub name or a "
+                f"split is set; choose the preset that describes it, or {COLUMNS!r} and name its columns"
+            )
+        return {split: Table(f"sample/{split}", rows) for split, rows in sample_reviews().items()}
+    if config.path:
+        files = find_files(Path(config.path), {**(preset.files if preset else {}), **chosen})
+        return {split: Table(str(file), read_rows(file)) for split, file in files.items()}
+    hub_name = config.name or (preset.hub_name if preset else None)
+    if hub_name is None:
+        expected = ", ".join(preset.files.values()) if preset else "one file for each split"
+        raise DataError(
+            f"config.data.path is not set, and preset {config.preset!r} has no hub name: pass the directory that holds "
+            f"{expected}, or config.data.name"
+        )
+    hub_splits = {**(preset.hub_splits if preset else dict(zip(SPLITS, SPLITS, strict=True))), **chosen}
+    return {split: _read_hub(hub_name, hub_splits[split], config) for split in SPLITS}
+
+
+def _read_hub(name: str, split: str, config: DataConfig) -> Table:
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name, split=split)
+    # The hub's client lets errors of every layer below it through, and all of them mean the same to the caller.
+    except Exception as error:
+        raise DataError(
+            f"cannot load split {split!r} of {name!r} from the hub ({type(error).__name__}: {error}). Check the name, "
+            "the split and the network; without a network, download its files elsewhere and pass config.data.path=DIR"
+        ) from error
+    schema = configured_schema(config)
+    wanted = {schema.text_column, schema.label_column, *schema.concept_columns}
+    if schema.group_column is not None:
+        wanted.add(schema.group_column)
+    # Where one is missing all columns stay, for the message that will name them.
+    if wanted <= set(rows.column_names):
+        rows = rows.select_columns(sorted(wanted))
+    return Table(f"{name}/{split}", rows.to_list())
+
+
+def _infer_names(schema: Schema, train: Table) -> Schema:
+    if not schema.classes:
+        cells = [cell for column in schema.concept_columns for cell in _cells(train, column, "concept_columns")]
+        names = _distinct(cells, schema.missing, train.source, f"concept columns {schema.concept_columns}")
+        schema = dataclasses.replace(schema, classes=names)
+        logger.info("classes found in %s: %s", train.source, ", ".join(names))
+    if not schema.labels:
+        cells = _cells(train, schema.label_column, "label_column")
+        names = _distinct(cells, schema.no_label, train.source, f"column {schema.label_column!r}")
+        schema = dataclasses.replace(schema, labels=names)
+        logger.info("labels found in %s: %s", train.source, ", ".join(names))
+    return schema
+
+
+def _distinct(cells: Iterable[Any], missing: Sequence[str], source: str, where: str) -> tuple[str, ...]:
+    spellings: dict[str, Counter[str]] = {}
+    says_nothing = {cell_text(spelling).casefold() for spelling in missing}
+    for cell in map(cell_text, cells):
+        if cell.casefold() not in says_nothing:
+            spellings.setdefault(cell.casefold(), Counter())[cell] += 1
+    if len(spellings) > MAX_INFERRED:
+        raise DataError(
+            f"{source}: {where} has {len(spellings)} different values, too many to be classes; is it the right column? "
+            "If so, name them in config.data.classes or config.data.labels"
+        )
+    names = [counts.most_common(1)[0][0] for counts in spellings.values()]
+    return tuple(sorted(names, key=_natural))
+
+
+def _natural(name: str) -> tuple[bool, bool, float, str]:
+    try:
+        return (False, False, float(name), name)
+    except ValueError:
+        return (name.casefold() == UNKNOWN, True, 0.0, name)
+
+
+def _cells(table: Table, column: str, key: str) -> list[Any]:
+    columns = dict.fromkeys(name for row in table.rows for name in row)
+    if column not in columns:
+        raise DataError(
+            f"{table.source}: no column {column!r} (config.data.{key}); it has {', '.join(map(repr, columns))}"
+            f"{did_you_mean(column, columns)}"
+        )
+    for index, row in enumerate(table.rows):
+        if column not in row:
+            raise DataError(
+                f"{table.source}: row {index} (counted from 0) has no {column!r} (config.data.{key}) where other rows "
+                "do; write null or '' for a cell that says nothing"
+            )
+    return [row[column] for row in table.rows]
+
+
+def _parse(schema: Schema, split: str, table: Table) -> tuple[Examples, list[Respelling]]:
+    texts = ["" if cell is None else str(cell) for cell in _cells(table, schema.text_column, "text_column")]
+    empty = [str(index) for index, text in enumerate(texts) if not text.strip()]
+    if empty:
+        more = f" and {len(empty) - SHOWN_ROWS} more" if len(empty) > SHOWN_ROWS else ""
+        raise DataError(
+            f"{table.source}: column {schema.text_column!r} is empty in row{'s' * (len(empty) > 1)} "
+            f"{', '.join(empty[:SHOWN_ROWS])}{more} (counted from 0); fill or remove them"
+        )
+    respellings: list[Respelling] = []
+    columns = [
+        _indices(table, split, column, "concept_columns", schema.classes, schema.class_spellings(), respellings)
+        for column in schema.concept_columns
+    ]
+    labels = _indices(
+        table, split, schema.label_column, "label_column", schema.labels, schema.label_spellings(), respellings
+    )
+    groups = None
+    if schema.group_column is not None:
+        cells = map(cell_text, _cells(table, schema.group_column, "group_column"))
+        # A row without a group is a group of its own, not one with all others of its kind.
+        groups = tuple(cell or f"{table.source}#{index}" for index, cell in enumerate(cells))
+    examples = Examples(
+        texts=tuple(texts),
+        concepts=np.stack(columns, axis=1) if columns else np.zeros((len(texts), 0), np.int32),
+        labels=labels,
+        groups=groups,
+        row_ids=np.arange(len(texts), dtype=np.int32),
+    )
+    return examples, respellings
+
+
+def _indices(
+    table: Table,
+    split: str,
+    column: str,
+    key: str,
+    names: tuple[str, ...],
+    spellings: Mapping[str, int],
+    respellings: list[Respelling],
+) -> Int[np.ndarray, " N"]:
+    # Counted as they stand in the file: 'Negative ' with its space is a spelling of its own.
+    cells = [cell if isinstance(cell, str) else cell_text(cell) for cell in _cells(table, column, key)]
+    for spelling, count in sorted(Counter(cells).items()):
+        index = spellings.get(spelling.strip().casefold())
+        if index is None:
+            known = [*names, *(s for s, i in spellings.items() if i == MISSING)]
+            raise DataError(
+                f"{table.source}: row {cells.index(spelling)} (counted from 0), column {column!r}: unknown spelling "
+                f"{spelling!r}, {count} time{'s' * (count > 1)}; known are {', '.join(map(repr, known))}"
+                f"{did_you_mean(spelling, names)}"
+            )
+        meaning = "missing" if index == MISSING else names[index]
+        if spelling != meaning:
+            respellings.append(Respelling(split, column, spelling, meaning, count))
+    return np.array([spellings[cell.strip().casefold()] for cell in cells], np.int32)
+
+
+def _take(examples: Examples, kept: np.ndarray) -> Examples:
+    def pick(values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
+
+    return Examples(
+        texts=pick(examples.texts),
+        concepts=examples.concepts[kept],
+        labels=examples.labels[kept],
+        groups=None if examples.groups is None else pick(examples.groups),
+        row_ids=examples.row_ids[kept],
+    )
