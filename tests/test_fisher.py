@@ -1,0 +1,145 @@
+"""Gradients of L_k and their Gram against a loop written out."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cbm import build, random_batch
+
+from sparsecbm_jax import cbm, fisher, pruning, woodfisher
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.backbones import BackboneConfig
+from sparsecbm_jax.config import PrunerConfig, SparsityConfig
+from sparsecbm_jax.data.batches import Batch
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("num_grads", [1, 7, 8, 19])
+def test_streamed_gram_is_the_sum_of_outer_products(num_grads: int) -> None:
+    rng = np.random.default_rng(num_grads)
+    gradients = [{"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)} for _ in range(num_grads)]
+    result = fisher.accumulate(iter(gradients), block_size=3)
+    blocks = np.stack([np.asarray(woodfisher.to_blocks(g["w"], 3), np.float64) for g in gradients])
+    np.testing.assert_allclose(result.grams["w"], np.einsum("unb,unc->nbc", blocks, blocks), rtol=1e-4, atol=TOLERANCE)
+    assert result.num_grads == num_grads, "the count that was seen divides"
+
+
+def test_no_gradient_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no gradients"):
+        fisher.accumulate(iter(()), 4)
+
+
+def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    batch = random_batch()._replace(concepts=np.ones((4, 3), np.int32), label=np.zeros(4, np.int32))
+    activations = cbm.forward(config, params, masks, heads, batch).activations
+    mask = masks_lib.concept(masks, 1)
+    pairs = [(batch, activations)]
+    (together,) = fisher.gradients(config, params, mask, heads, pairs, 1)
+    rows = list(fisher.gradients(config, params, mask, heads, pairs, 1, per_example=True))
+    assert len(rows) == 4
+    mean = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *rows)
+    chex.assert_trees_all_close(together, mean, atol=TOLERANCE)
+    for path in mask:
+        assert not jnp.where(mask[path], 0, together[path]).any()
+
+
+@pytest.mark.parametrize("num_grads", [5, 128], ids=["dual form", "gram form"])
+def test_scores_against_dense_algebra(num_grads: int, tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    batches = [random_batch(seed) for seed in range(5)]
+    mask = masks_lib.concept(masks, 0)
+    pairs = [(b, cbm.forward(config, params, masks, heads, b).activations) for b in batches]
+    kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
+    gradients = list(fisher.gradients(config, params, mask, heads, pairs, 0))
+    settings = PrunerConfig(block_size=16, damping=0.1, num_grads=num_grads)
+    scores = pruning.woodfisher_scores(kernels, iter(gradients), config=settings)
+    path, layer, output = "layers/ffn_in/kernel", 1, 7
+    g = np.stack([np.asarray(gradient[path], np.float64) for gradient in gradients])
+    damping = 0.1 * np.mean(g**2)
+    for start in (0, 16):
+        block = g[:, layer, start : start + 16, output]
+        inverse = np.linalg.inv(damping * np.eye(16) + block.T @ block / len(g))
+        w = np.asarray(kernels[path], np.float64)[layer, start : start + 16, output]
+        np.testing.assert_allclose(
+            scores[path][layer, start : start + 16, output], w**2 / (2 * np.diag(inverse)), rtol=1e-3, atol=1e-12
+        )
+
+
+def test_a_nan_gradient_names_the_kernel(tiny_backbone_config: BackboneConfig) -> None:
+    kernels = {"layers/ffn_in/kernel": jnp.ones((1, 4, 4))}
+    gradients = [{"layers/ffn_in/kernel": jnp.full((1, 4, 4), jnp.nan)}]
+    with pytest.raises(FloatingPointError, match="layers/ffn_in/kernel"):
+        pruning.woodfisher_scores(kernels, iter(gradients), config=PrunerConfig(block_size=4))
+
+
+@pytest.mark.parametrize("scope", ["global", "per_kernel"])
+def test_pruning_is_exact_nested_and_keeps_the_best(scope: str, tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
+    batches = [random_batch(seed) for seed in range(3)]
+    previous = full
+    for sparsity in (0.2, 0.5, 0.75):
+        pruned = pruning.prune(
+            config, params, previous, heads, batches, sparsity, pruner=PrunerConfig(block_size=8), scope=scope
+        )
+        total = masks_lib.num_weights(full)
+        if scope == "global":
+            assert masks_lib.num_kept(pruned).tolist() == [total - round(sparsity * total)] * 3
+        else:
+            for mask in pruned.values():
+                size = mask[0].size
+                assert np.asarray(mask).reshape(3, -1).sum(axis=1).tolist() == [size - round(sparsity * size)] * 3
+        for path in pruned:
+            assert not (pruned[path] & ~previous[path]).any(), "what was pruned stays pruned"
+        previous = pruned
+    assert (masks_lib.overlap(previous)[~np.eye(3, dtype=bool)] < 1).all(), "concepts get masks of their own"
+
+
+def test_regrow_lets_weights_come_back(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config, density=0.5)
+    batches = [random_batch(seed) for seed in range(3)]
+    pruned = pruning.prune(config, params, masks, heads, batches, 0.5, pruner=PrunerConfig(block_size=8), regrow=True)
+    assert any(bool((pruned[path] & ~masks[path]).any()) for path in masks)
+    assert masks_lib.num_kept(pruned).tolist() == [round(0.5 * masks_lib.num_weights(masks))] * 3
+
+
+def test_own_criterion_takes_the_place_of_woodfisher(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
+    pruned = pruning.prune(
+        config, params, full, heads, [], 0.5, pruner=PrunerConfig(), criterion=pruning.magnitude_scores
+    )
+    kept = jnp.concatenate([jnp.abs(masks_lib.leaf_at(params, p))[pruned[p][0]] for p in pruned])
+    gone = jnp.concatenate([jnp.abs(masks_lib.leaf_at(params, p))[~pruned[p][0]] for p in pruned])
+    assert float(kept.min()) >= float(gone.max())
+
+
+def test_schedules() -> None:
+    cubic = pruning.schedule(SparsityConfig(initial=0.2, start_epoch=2, end_epoch=5), 4, steps_per_epoch=10)
+    assert [(event.epoch, event.step) for event in cubic] == [(2, 0), (3, 0), (4, 0), (5, 0)]
+    assert cubic[0].sparsity == pytest.approx(0.2)
+    assert cubic[1].sparsity == pytest.approx(0.75 - 0.55 * (2 / 3) ** 3)
+    assert cubic[-1].sparsity == 0.75
+    linear = pruning.schedule(
+        SparsityConfig(initial=0.2, final=0.6, start_epoch=0, end_epoch=1, schedule="linear", events_per_epoch=4), 4, 10
+    )
+    np.testing.assert_allclose([event.sparsity for event in linear], [0.2, 0.3, 0.4, 0.5, 0.6])
+    assert [(event.epoch, event.step) for event in linear] == [(0, 0), (0, 2), (0, 5), (0, 7), (1, 0)]
+    (once,) = pruning.schedule(SparsityConfig(schedule="oneshot"), 10, 10)
+    assert once.sparsity == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="an epoch has 3 steps"):
+        pruning.schedule(SparsityConfig(events_per_epoch=4), 4, 3)
+
+
+def test_padding_rows_are_not_examples(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    batch = random_batch()
+    batch = Batch(*(np.asarray(leaf) for leaf in batch))._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
+    activations = cbm.forward(config, params, masks, heads, batch).activations
+    rows = fisher.gradients(
+        config, params, masks_lib.concept(masks, 0), heads, [(batch, activations)], 0, per_example=True
+    )
+    assert len(list(rows)) == 2
