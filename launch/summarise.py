@@ -1,0 +1,36 @@
+"""Several runs of one configuration as mean ± sample standard deviation, in a Markdown table.
+
+python launch/summarise.py runs/cebab/seed0 runs/cebab/seed1 runs/cebab/seed2
+python launch/summarise.py runs/cebab/seed* --json
+
+Reads the metrics.json of each run, in a few seconds on any machine. Runs that differ in more than their seed are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import command_line
+from absl import flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("json", False, "Print the summary as JSON instead of a table.")
+
+
+def main() -> None:
+    workdirs = FLAGS(sys.argv)[1:]
+    if not workdirs:
+        raise ValueError(
+            "no runs given; expected the folders of finished runs, such as runs/cebab/seed0 runs/cebab/seed1"
+        )
+
+    from sparsecbm_jax import evaluation
+
+    summary = evaluation.summarise_runs(workdirs)
+    print(json.dumps(summary, indent=2) if FLAGS.json else evaluation.render_summary(summary))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

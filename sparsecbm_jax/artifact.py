@@ -1,0 +1,465 @@
+"""A whole model in a directory: save it, load it back to the bit, predict with it.
+
+    config.json          what the model is: shapes, schema, strategy, sparsity, seed
+    model.safetensors    parameters ('params/...') and heads ('heads/...')
+    masks.safetensors    the K masks, eight weights a byte; absent for a dense model
+    tokenizer.json, ...  the tokeniser
+    metrics.json         scores
+    README.md            model card
+
+Each file is written beside and renamed, `config.json` last. Nothing is pickled.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sparsecbm_jax import __version__, model_card, sharding
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.backbones import BackboneConfig, init_params, maskable_paths
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput, Heads, init_heads, make_forward
+from sparsecbm_jax.data.batches import eval_batches, load_tokenizer, tokenize
+from sparsecbm_jax.data.schema import MISSING, Examples, Schema
+from sparsecbm_jax.masks import Masks, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
+MASKS_FILE = "masks.safetensors"
+METRICS_FILE = "metrics.json"
+CARD_FILE = "README.md"
+STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
+MAX_LENGTH = 512
+
+_KEYS = (
+    "format_version",
+    "library_version",
+    "strategy",
+    "model",
+    "schema",
+    "sparsity",
+    "max_length",
+    "metadata",
+)
+_MAX_LISTED = 20
+_FEW = 8
+_pack = jax.jit(masks_lib.pack)
+
+
+class ArtifactError(ValueError):
+    """A directory that does not hold a whole model of this format."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseCBM:
+    """A model with all that is needed to use it. Functions take one and return a new one; nothing changes it.
+
+    Args:
+        config: static shape.
+        params: the backbone's parameters.
+        masks: the K masks, or None for a dense model.
+        heads: projector and predictor, or the classifier of the strategy 'standard'.
+        schema: names of concepts, classes and labels.
+        tokenizer: a fast tokeniser with a pad token.
+        strategy: how it was trained: 'standard', 'independent', 'sequential', 'joint' or 'sparse'.
+        metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text) and 'metrics' (kept
+            in `metrics.json`). Shown on the card: 'seed', 'dataset', 'backbone' (names).
+    """
+
+    config: CBMConfig
+    params: Params
+    masks: Masks | None
+    heads: Heads
+    schema: Schema
+    tokenizer: "PreTrainedTokenizerBase"
+    strategy: str = "sparse"
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text, special tokens included; what is beyond is cut."""
+        return min(int(self.metadata.get("max_length") or MAX_LENGTH), self.config.backbone.max_length)
+
+
+class Predictions(NamedTuple):
+    """What `predict` returns, in the order of the texts. K is 0 for a model without concepts."""
+
+    concept_probabilities: Float[np.ndarray, "N K C"]
+    label_probabilities: Float[np.ndarray, "N Y"]
+    concepts: Int[np.ndarray, "N K"]
+    labels: Int[np.ndarray, " N"]
+
+
+def _to_host(value: Any) -> np.ndarray:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {sharding.path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _abstract(config: CBMConfig, strategy: str) -> dict[str, Any]:
+    """Shapes and dtypes of the whole model, without making it."""
+    rng = jax.random.key(0)
+    return {
+        "params": jax.eval_shape(lambda: init_params(rng, config.backbone)),
+        "heads": jax.eval_shape(lambda: init_heads(rng, config, strategy)),
+    }
+
+
+def _check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    def words(leaf: Any) -> str:
+        return "nothing" if leaf is None else f"{list(leaf.shape)} {leaf.dtype}"
+
+    problems = [
+        f"{name}: found {words(found.get(name))}, expected {words(wanted.get(name))}"
+        for name in sorted(set(found) | set(wanted))
+        if words(found.get(name)) != words(wanted.get(name))
+    ]
+    if problems:
+        more = [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+        raise ArtifactError(
+            f"{where} does not fit the model's config:\n  " + "\n  ".join(problems[:_MAX_LISTED] + more)
+        )
+
+
+def _check_schema(config: CBMConfig, schema: Schema, strategy: str, where: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ArtifactError(f"{where}: strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    for name in ("num_concepts", "num_classes", "num_labels"):
+        of_config, of_schema = getattr(config, name), getattr(schema, name)
+        if of_config != of_schema and not (strategy == "standard" and name != "num_labels"):
+            raise ArtifactError(f"{where}: the model has {name} = {of_config}, but its schema {of_schema}")
+
+
+def _check_masks(config: CBMConfig, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Any], where: str) -> None:
+    known = maskable_paths(config.backbone)
+    for path, shape in shapes.items():
+        if path not in known:
+            raise ArtifactError(f"{where} has a mask for {path!r}, which is no maskable kernel{_nearest(path, known)}")
+        expected = [config.num_concepts, *wanted[f"params/{path}"].shape]
+        if list(shape) != expected:
+            raise ArtifactError(f"{where}: the mask of {path} is {list(shape)}, expected {expected}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
+    """Save a model to a directory, which `load` reads back to the bit.
+
+    Several processes: all call it, process 0 writes.
+
+    Args:
+        model: the model.
+        directory: where to; made where it does not exist, and an older model in it is replaced.
+        metrics: scores for `metrics.json` and the card; by default `model.metadata["metrics"]`, or the `metrics.json`
+            that is there already.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ArtifactError: the parts of the model do not fit each other; nothing is written.
+        TypeError: the metadata or the metrics are not JSON; nothing is written.
+    """
+    directory = Path(directory)
+    wanted = _named(_abstract(model.config, model.strategy))
+    tensors = {name: _to_host(leaf) for name, leaf in _named({"params": model.params, "heads": model.heads}).items()}
+    _check_schema(model.config, model.schema, model.strategy, "the model to save")
+    _check_leaves(tensors, wanted, "the model to save")
+    masks: Any = None if model.masks is None else {path: _to_host(mask) for path, mask in model.masks.items()}
+    if masks is not None:
+        _check_masks(model.config, {path: mask.shape for path, mask in masks.items()}, wanted, "the model to save")
+    if jax.process_index() != 0:
+        return directory
+    metadata = dict(model.metadata)
+    metrics = metrics if metrics is not None else metadata.get("metrics")
+    metadata.pop("metrics", None)
+    if metrics is None and (directory / METRICS_FILE).is_file():
+        metrics = _read_json(directory / METRICS_FILE)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "strategy": model.strategy,
+        "model": dataclasses.asdict(model.config),
+        "schema": model.schema.to_dict(),
+        "sparsity": None if masks is None else _sparsity(masks, model.schema),
+        "max_length": model.max_length,
+        "metadata": metadata,
+    }
+    texts = {CARD_FILE: model_card.render(directory.resolve().name, config, metrics or {})}
+    if metrics is not None:
+        texts[METRICS_FILE] = json.dumps(metrics, indent=2) + "\n"
+    texts[CONFIG_FILE] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / f".saving-{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        model.tokenizer.save_pretrained(str(beside))
+        save_file(tensors, beside / MODEL_FILE, {"format": "sparsecbm_jax"})
+        if masks is not None:
+            facts = {
+                "shapes": {path: list(mask.shape) for path, mask in masks.items()},
+                "num_concepts": model.config.num_concepts,
+            }
+            facts["fingerprint"] = masks_lib.fingerprint(masks)
+            save_file(masks_lib.to_bits(masks), beside / MASKS_FILE, {"masks": json.dumps(facts)})
+        for name, text in texts.items():
+            (beside / name).write_text(text, encoding="utf-8")
+        # config.json goes last: it names the masks that belong to it, so that a half-replaced model is found out.
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            os.replace(path, directory / path.name)
+        if masks is None:
+            (directory / MASKS_FILE).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return directory
+
+
+def _sparsity(masks: Any, schema: Schema) -> dict[str, Any]:
+    densities = masks_lib.total_density(masks).tolist()
+    return {
+        "density": dict(zip(schema.concepts, densities, strict=True)),
+        "num_weights": masks_lib.num_weights(masks),
+        "fingerprint": masks_lib.fingerprint(masks),
+    }
+
+
+def load(directory: str | Path, *, mesh: Mesh | None = None) -> SparseCBM:
+    """Load a model that `save` wrote.
+
+    Args:
+        directory: the saved directory.
+        mesh: devices to place the model on; each reads its own shards of the parameters. By default the first device.
+
+    Returns:
+        The model, with predictions equal to the bit to those of the model saved.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of a newer format, has unknown keys, or the parts do not fit each
+            other; the message names the file and what was expected.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory} is not a directory; expected one that `sparsecbm_jax.save` wrote")
+    config, schema, content = _read_config(directory / CONFIG_FILE)
+    strategy, sparsity = content["strategy"], content["sparsity"]
+    abstract = _abstract(config, strategy)
+    if mesh is not None:
+        sharding.check_divisible(abstract, mesh)
+    loaded = _load_tensors(directory / MODEL_FILE, abstract, mesh)
+    masks = None
+    if sparsity is not None:
+        masks = _load_masks(directory / MASKS_FILE, config, _named(abstract), sparsity["fingerprint"], mesh)
+    elif (directory / MASKS_FILE).exists():
+        raise ArtifactError(f"{directory / MASKS_FILE} exists, but {CONFIG_FILE} says that the model is dense")
+    metadata = {**content["metadata"], "max_length": content["max_length"]}
+    if (directory / METRICS_FILE).is_file():
+        metadata["metrics"] = _read_json(directory / METRICS_FILE)
+    tokenizer = load_tokenizer(directory)
+    return SparseCBM(config, loaded["params"], masks, loaded["heads"], schema, tokenizer, strategy, metadata)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; expected a directory that `sparsecbm_jax.save` wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            raise ArtifactError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
+    if absent := [key for key in known if key not in content]:
+        raise ArtifactError(f"{where}: lacks {', '.join(absent)}")
+
+
+def _read_config(path: Path) -> tuple[CBMConfig, Schema, dict[str, Any]]:
+    content = _read_json(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format_version is {version!r}, expected {FORMAT_VERSION} "
+            f"(written by sparsecbm_jax {content.get('library_version', 'unknown')}, this is {__version__})"
+        )
+    _check_keys(content, _KEYS, str(path))
+    fields = [field.name for field in dataclasses.fields(CBMConfig)]
+    _check_keys(content["model"], fields, f"{path}, model")
+    try:
+        backbone = BackboneConfig.from_dict(content["model"]["backbone"])
+        config = CBMConfig(**{**content["model"], "backbone": backbone})
+        schema = Schema.from_dict(content["schema"])
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    _check_schema(config, schema, content["strategy"], str(path))
+    return config, schema, content
+
+
+class _Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "U8": "uint8", "BOOL": "bool"}
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing")
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is truncated or is not a safetensors file: {error}") from error
+
+
+def _load_tensors(path: Path, abstract: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    with _open(path) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        found = {n: _Leaf(tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for n, s in slices.items()}
+        _check_leaves(found, _named(abstract), str(path))
+
+        def place(key_path: Any, leaf: Any) -> jax.Array:
+            name = sharding.path_string(key_path)
+            if mesh is None:
+                return jnp.asarray(tensors.get_tensor(name))
+            spec = sharding.spec_for(name, len(leaf.shape))
+            return jax.make_array_from_callback(
+                leaf.shape, NamedSharding(mesh, spec), lambda index: slices[name][index]
+            )
+
+        return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _load_masks(path: Path, config: CBMConfig, wanted: Mapping[str, Any], fingerprint: str, mesh: Mesh | None) -> Masks:
+    with _open(path) as tensors:
+        try:
+            shapes = {name: tuple(shape) for name, shape in json.loads(tensors.metadata()["masks"])["shapes"].items()}
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path} lacks the masks' shapes in its metadata; expected a file that `save` wrote"
+            ) from error
+        bits = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+    if set(bits) != set(shapes):
+        raise ArtifactError(f"{path}: masks and shapes differ in {sorted(set(bits) ^ set(shapes))}")
+    _check_masks(config, shapes, wanted, str(path))
+    try:
+        masks = masks_lib.from_bits(bits, shapes)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    if masks_lib.fingerprint(masks) != fingerprint:
+        raise ArtifactError(
+            f"{path} does not hold the masks that {CONFIG_FILE} names (fingerprint {fingerprint[:12]}…)"
+        )
+    if mesh is None:
+        return masks
+
+    def place(name: str, mask: Array) -> Array:
+        spec = PartitionSpec(None, *sharding.spec_for(name, mask.ndim - 1))
+        return jax.device_put(mask, NamedSharding(mesh, spec))
+
+    return {name: place(name, mask) for name, mask in masks.items()}
+
+
+@jax.jit
+def _probabilities(output: CBMOutput) -> tuple[Float[Array, "B K C"], Float[Array, "B Y"]]:
+    # Concepts are trained with a softmax cross-entropy on u, so softmax(u), and not σ(u), are their probabilities.
+    return jax.nn.softmax(output.concept_logits, axis=-1), jax.nn.softmax(output.label_logits, axis=-1)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is not a sequence of texts with something in them.
+
+    Raises:
+        TypeError: a single string, or an element that is no string; its index is named.
+        ValueError: an element that is empty or white space; its index is named.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"texts is one {type(texts).__name__}, expected a sequence of texts: [text]")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{index}] is a {type(text).__name__}, expected a str")
+        if not text.strip():
+            raise ValueError(f"texts[{index}] is {text!r}, expected a text that is not empty")
+
+
+def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mesh: Mesh | None = None) -> Predictions:
+    """Predict the concepts and the label of texts.
+
+    A text's prediction does not depend on the texts beside it, but for the rounding of float32 sums over other
+    paddings.
+
+    Args:
+        model: the model.
+        texts: any number of texts, none too.
+        batch_size: most texts in one pass.
+        mesh: the mesh that the model was loaded onto, if any.
+
+    Returns:
+        Probabilities and most probable classes, in the order of the texts.
+
+    Raises:
+        TypeError, ValueError: as `check_texts`.
+    """
+    texts = texts if isinstance(texts, str | bytes) else list(texts)
+    check_texts(texts)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    num_texts, num_concepts = len(texts), 0 if "classifier" in model.heads else model.config.num_concepts
+    concept_probabilities = np.zeros((num_texts, num_concepts, model.config.num_classes), np.float32)
+    label_probabilities = np.zeros((num_texts, model.config.num_labels), np.float32)
+    if num_texts:
+        missing = np.full((num_texts, model.config.num_concepts), MISSING, np.int32)
+        examples = Examples(tuple(texts), missing, missing[:, 0], None, np.arange(num_texts, dtype=np.int32))
+        tokenized = tokenize(examples, model.tokenizer, model.max_length)
+        forward = make_forward(model.config, mesh)
+        masks = None if model.masks is None else _pack(model.masks)
+        for batch in eval_batches(tokenized, batch_size=_num_rows(num_texts, batch_size, mesh)):
+            parts = _probabilities(forward(model.params, masks, model.heads, batch))
+            concept_part, label_part = (_to_host(part) for part in parts)
+            real = batch.example_weight > 0
+            concept_probabilities[batch.row_ids[real]] = concept_part[real]
+            label_probabilities[batch.row_ids[real]] = label_part[real]
+    return Predictions(
+        concept_probabilities,
+        label_probabilities,
+        concept_probabilities.argmax(axis=-1).astype(np.int32),
+        label_probabilities.argmax(axis=-1).astype(np.int32),
+    )
+
+
+def _num_rows(num_texts: int, batch_size: int, mesh: Mesh | None) -> int:
+    """Rows of a batch: one of three sizes, since each is compiled anew, and whole rows for every device."""
+    rows = min(1 if num_texts == 1 else _FEW if num_texts <= _FEW else batch_size, batch_size)
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // devices) * devices
