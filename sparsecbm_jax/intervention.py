@@ -1,0 +1,500 @@
+"""A person's correction of one concept becomes a small, visible, reversible change of that concept's mask.
+
+θ, ψ and φ stay frozen. The gradient of the corrected concept's loss, taken at all positions of the subnetwork, pruned
+ones too, ranks the weights; equally many are dropped and grown, so the sparsity does not change by a single weight.
+
+Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from sparsecbm_jax import cbm
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.artifact import SparseCBM, check_texts
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput
+from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
+from sparsecbm_jax.data.schema import MISSING, Examples, did_you_mean
+from sparsecbm_jax.masks import Masks, Params
+
+SaliencyFn = Callable[[Any, Any], Any]
+"""(weights, gradient of the loss by the effective weights) -> score; the lowest are dropped, the highest grown."""
+
+
+def signed(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
+    """First-order fall of the loss when a weight is grown, −G with G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
+
+    Growing weight i changes the loss by about +G_i and dropping it by −G_i, so the score orders both: the kept weights
+    with the lowest −G do the most harm, the pruned ones with the highest −G would help most.
+
+    Deviation: the paper ranks by magnitude; the sign needs far fewer weights for the same correction.
+    """
+    return -grad * weight
+
+
+def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The saliency as the paper prints it, S = |G ⊙ θ| with the mask's gradient G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
+
+    Read to the letter, θ enters twice: once through the gradient of the mask, once as the printed factor.
+
+    Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention', S = ||G_k(x) · θ*||.
+    """
+    return jnp.abs(grad * weight * weight)
+
+
+SALIENCIES: Mapping[str, SaliencyFn] = {"signed": signed, "magnitude": magnitude}
+
+
+class MaskEdit(NamedTuple):
+    """What one intervention changed: data that `apply` and `undo` read, and the predictions on both sides of it.
+
+    Attributes:
+        concept: index of the one concept whose mask changed.
+        target: class that each row's concept was to have.
+        label: task label that entered the loss, −1 for none.
+        num_per_step: weights dropped, and as many grown, in each step.
+        dropped: per path, positions kept before and pruned now.
+        grown: per path, positions pruned before and kept now.
+        concept_logits_before, concept_logits_after: u of all concepts; only those of `concept` differ.
+        label_logits_before, label_logits_after: y.
+    """
+
+    concept: Int[Array, ""]
+    target: Int[Array, " B"]
+    label: Int[Array, " B"]
+    num_per_step: UInt[Array, ""]
+    dropped: dict[str, Bool[Array, "..."]]
+    grown: dict[str, Bool[Array, "..."]]
+    concept_logits_before: Float[Array, "B K C"]
+    concept_logits_after: Float[Array, "B K C"]
+    label_logits_before: Float[Array, "B Y"]
+    label_logits_after: Float[Array, "B Y"]
+
+
+class OracleOutput(NamedTuple):
+    """Activations with one concept set by hand, and the label that follows from them."""
+
+    activations: Float[Array, "B K C"]
+    label_logits: Float[Array, "B Y"]
+
+
+def intervene(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Params,
+    batch: Batch,
+    concept: int | Int[Array, ""],
+    target: int | Int[Array, ""] | Int[Array, " B"],
+    drop_fraction: float | Float[Array, ""],
+    label: int | Int[Array, ""] | Int[Array, " B"] | None = None,
+    *,
+    saliency: str | SaliencyFn = "signed",
+    num_steps: int = 1,
+) -> tuple[Masks, MaskEdit]:
+    r"""Moves concept k's mask so that it reads the batch as class `target`.
+
+    $L_k = \gamma\,CE(u_k, target) + CE(y, label)$, averaged over the batch, is differentiated by the effective kernels
+    of subnetwork k alone, the other concepts' activations held constant; without a label the second term is left out.
+    Each step drops the n kept weights of lowest score and grows the n pruned ones of highest score. Pure, and compiled
+    once for all concepts, targets, fractions and labels of a batch shape.
+
+    Args:
+        config: the model's static description.
+        params: the backbone θ.
+        masks: booleans of all K concepts (not packed).
+        heads: projector ψ and predictor φ.
+        batch: the texts to be corrected together, usually one row. Their own labels are not read.
+        concept: index k of the corrected concept.
+        target: class the concept should have, for all rows or for each.
+        drop_fraction: r in [0, 1]; each step drops and grows n = r · (maskable weights of the backbone) weights,
+            rounded in float64 to the nearest integer, halves to even. A traced fraction is rounded in its own precision
+            and cut to what the mask can give, since nothing can be refused then.
+        label: task label to pull towards as well, for all rows or for each; None or −1 for none.
+        saliency: 'signed', 'magnitude', or a function of one's own (see `SaliencyFn`).
+        num_steps: how often to differentiate and edit, at least 1.
+
+    Returns:
+        The new masks, which differ in concept k only and keep exactly as many weights, and the edit: the difference
+        between first and last mask over all steps.
+
+    Raises:
+        ValueError: if concept, target, label or drop_fraction lies out of range, the subnetwork has fewer kept or
+            pruned weights than the fraction asks for, or the masks are missing or packed.
+
+    Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
+    """
+    saliency_fn = _saliency_fn(saliency)
+    _check_masks(masks)
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+    label = -1 if label is None else label
+    _check_index("concept", concept, 0, config.num_concepts)
+    _check_index("target", target, 0, config.num_classes)
+    _check_index("label", label, -1, config.num_labels)
+    num_rows = batch.input_ids.shape[0]
+    return _intervene(
+        config,
+        params,
+        masks,
+        heads,
+        batch,
+        jnp.asarray(concept, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(target, jnp.int32), (num_rows,)),
+        _change_count(masks, concept, drop_fraction),
+        jnp.broadcast_to(jnp.asarray(label, jnp.int32), (num_rows,)),
+        saliency_fn=saliency_fn,
+        num_steps=num_steps,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "saliency_fn", "num_steps"))
+def _intervene(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Params,
+    batch: Batch,
+    concept: Int[Array, ""],
+    target: Int[Array, " B"],
+    count: UInt[Array, ""],
+    label: Int[Array, " B"],
+    *,
+    saliency_fn: SaliencyFn,
+    num_steps: int,
+) -> tuple[Masks, MaskEdit]:
+    before = cbm.forward(config, params, masks, heads, batch)
+    weights = {path: masks_lib.leaf_at(params, path) for path in masks}
+    projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
+    corrected = batch._replace(concepts=target[:, None], label=label)  # type: ignore[arg-type]
+
+    def predict(kernels: dict[str, Float[Array, "1 ..."]]) -> CBMOutput:
+        pooled = cbm.encode(config, params, batch, kernels=kernels)
+        logits = cbm.project({"projector": projector}, pooled)
+        activations = before.activations.at[:, concept].set(jax.nn.sigmoid(logits[:, 0]))
+        return CBMOutput(logits, activations, cbm.predict_label(heads, activations), pooled)
+
+    def loss_fn(kernels: dict[str, Float[Array, "1 ..."]]) -> Float[Array, ""]:
+        return cbm.concept_losses(config, predict(kernels), corrected)[0]
+
+    def kernels_of(mask: Mapping[str, Bool[Array, "..."]]) -> dict[str, Float[Array, "1 ..."]]:
+        return {path: jnp.where(mask[path], weights[path], 0)[None] for path in mask}
+
+    def step(_: Int[Array, ""], mask: dict[str, Bool[Array, "..."]]) -> dict[str, Bool[Array, "..."]]:
+        grads = jax.grad(loss_fn)(kernels_of(mask))
+        scores = {path: saliency_fn(weights[path], grads[path][0]) for path in mask}
+        return masks_lib.drop_and_grow(mask, scores, scores, count).mask
+
+    old = masks_lib.concept(masks, concept)
+    new = jax.lax.fori_loop(0, num_steps, step, old)
+    after = predict(kernels_of(new))
+    edit = MaskEdit(
+        concept=concept,
+        target=target,
+        label=label,
+        num_per_step=count,
+        dropped={path: old[path] & ~new[path] for path in old},
+        grown={path: new[path] & ~old[path] for path in old},
+        concept_logits_before=before.concept_logits,
+        concept_logits_after=before.concept_logits.at[:, concept].set(after.concept_logits[:, 0]),
+        label_logits_before=before.label_logits,
+        label_logits_after=after.label_logits,
+    )
+    return masks_lib.replace_concept(masks, concept, new), edit
+
+
+def apply(masks: Masks, edit: MaskEdit) -> Masks:
+    """Masks with the edit made: what was dropped is pruned, what was grown is kept; to the bit.
+
+    Raises:
+        ValueError: if concrete masks do not keep every position to be dropped and prune every position to be grown.
+    """
+    return _flip(masks, edit.concept, off=edit.dropped, on=edit.grown, verb="apply")
+
+
+def undo(masks: Masks, edit: MaskEdit) -> Masks:
+    """The inverse of `apply`: `undo(apply(masks, edit), edit)` is `masks` to the bit.
+
+    Raises:
+        ValueError: if concrete masks no longer hold the edit, because another one changed the same positions since.
+    """
+    return _flip(masks, edit.concept, off=edit.grown, on=edit.dropped, verb="undo")
+
+
+def num_changed(edit: MaskEdit) -> tuple[int, int]:
+    """How many weights an edit dropped and grew, exact."""
+    return _count_true(edit.dropped), _count_true(edit.grown)
+
+
+def oracle_activations(
+    heads: Params,
+    activations: Float[Array, "B K C"],
+    concept: int | Int[Array, ""],
+    target: int | Int[Array, ""] | Int[Array, " B"],
+) -> OracleOutput:
+    """Sets â_k to the one-hot vector of class `target` and reads the label off it; backbone and masks are untouched.
+
+    The model repeats its mistake on the next text, which is what `intervene` is for; this is the comparison.
+
+    Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
+    """
+    _check_index("concept", concept, 0, activations.shape[1])
+    _check_index("target", target, 0, activations.shape[2])
+    hard = jax.nn.one_hot(jnp.asarray(target), activations.shape[2], dtype=activations.dtype)
+    corrected = jnp.asarray(activations).at[:, concept].set(hard)
+    return OracleOutput(corrected, cbm.predict_label(heads, corrected))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPrediction:
+    """What the model says about a text: classes and probabilities of the concepts, the label and its probabilities."""
+
+    concepts: dict[str, str]
+    concept_probabilities: dict[str, dict[str, float]]
+    label: str
+    label_probabilities: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionReport:
+    """One correction in plain numbers, with the edit itself for `apply` and `undo`.
+
+    Attributes:
+            text, concept, target, label: what was asked; label is None where the task label was left out.
+            saliency, drop_fraction, num_steps: how.
+            num_dropped, num_grown: changed weights over all steps.
+            num_weights: maskable weights of the backbone.
+            before, after: the predictions on the text.
+            edit: the positions; not part of `to_dict`.
+    """
+
+    text: str
+    concept: str
+    target: str
+    label: str | None
+    saliency: str
+    drop_fraction: float
+    num_steps: int
+    num_dropped: int
+    num_grown: int
+    num_weights: int
+    before: TextPrediction
+    after: TextPrediction
+    edit: MaskEdit = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether the concept has the asked class now."""
+        return self.after.concepts[self.concept] == self.target
+
+    @property
+    def changed_share(self) -> float:
+        """Dropped and grown weights over the maskable weights of the backbone."""
+        return (self.num_dropped + self.num_grown) / self.num_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON, without the positions."""
+        skipped = {"edit", "before", "after"}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
+        readings = {"before": dataclasses.asdict(self.before), "after": dataclasses.asdict(self.after)}
+        return {**fields, "is_repaired": self.is_repaired, "changed_share": self.changed_share, **readings}
+
+
+def correct(
+    model: SparseCBM,
+    text: str,
+    concept: str,
+    target: str,
+    drop_fraction: float = 0.001,
+    *,
+    label: str | None = None,
+    saliency: str | SaliencyFn = "signed",
+    num_steps: int = 1,
+) -> tuple[SparseCBM, CorrectionReport]:
+    """Corrects one concept of one text, by name; see `intervene`.
+
+    Args:
+            model: a model with masks.
+            text: the text that the model misreads.
+            concept: name of the concept.
+            target: name of the class that it should have.
+            drop_fraction: share of the backbone's maskable weights that each step drops, and as many that it grows.
+            label: name of the task label to pull towards as well.
+            saliency: as in `intervene`.
+            num_steps: as in `intervene`.
+
+    Returns:
+            The model with the new masks, and what changed. The concept may still have another class than asked:
+            `CorrectionReport.is_repaired` says so.
+
+    Raises:
+        ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
+            the tokeniser reads; the model's output is not finite.
+    """
+    _check_masks(model.masks)
+    assert model.masks is not None
+    schema = model.schema
+    batch = next(text_batches(model, [text], batch_size=1))
+    masks, edit = intervene(
+        model.config,
+        model.params,
+        model.masks,
+        model.heads,
+        batch,
+        name_index("concept", concept, schema.concepts),
+        name_index("class", target, schema.classes),
+        drop_fraction,
+        None if label is None else name_index("label", label, schema.labels),
+        saliency=saliency,
+        num_steps=num_steps,
+    )
+    num_dropped, num_grown = num_changed(edit)
+    report = CorrectionReport(
+        text=text,
+        concept=concept,
+        target=target,
+        label=label,
+        saliency=saliency if isinstance(saliency, str) else getattr(saliency, "__name__", repr(saliency)),
+        drop_fraction=drop_fraction,
+        num_steps=num_steps,
+        num_dropped=num_dropped,
+        num_grown=num_grown,
+        num_weights=masks_lib.num_weights(masks),
+        before=_predicted(model, edit.concept_logits_before, edit.label_logits_before),
+        after=_predicted(model, edit.concept_logits_after, edit.label_logits_after),
+        edit=edit,
+    )
+    return dataclasses.replace(model, masks=masks), report
+
+
+def name_index(kind: str, name: str, names: Sequence[str]) -> int:
+    """Position of a name among the schema's `names` of that kind.
+
+    Raises:
+            ValueError: if it is not there; the nearest one is given.
+    """
+    if name not in names:
+        expected = ", ".join(map(repr, names))
+        raise ValueError(f"there is no {kind} {name!r}{did_you_mean(name, names)}; expected one of {expected}")
+    return list(names).index(name)
+
+
+def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int) -> Iterator[Batch]:
+    """Batches of texts without labels; `row_ids` are positions in `texts`.
+
+    Raises:
+        TypeError, ValueError: if an element is no text, is empty, cannot be encoded, or holds nothing that the
+            tokeniser reads; its position is named.
+    """
+    check_texts(texts)
+    for n, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{n}] is not valid Unicode: character {error.start} is a lone surrogate") from error
+    cells = np.full((len(texts), model.config.num_concepts), MISSING, np.int32)
+    labels, row_ids = np.full(len(texts), MISSING, np.int32), np.arange(len(texts), dtype=np.int32)
+    examples = Examples(tuple(texts), cells, labels, None, row_ids)
+    tokenized = tokenize(examples, model.tokenizer, model.max_length)
+    for n in np.flatnonzero(tokenized.lengths <= model.tokenizer.num_special_tokens_to_add()).tolist():
+        raise ValueError(f"texts[{n}] is {texts[n][:40]!r}, in which the tokeniser finds nothing to read")
+    return eval_batches(tokenized, batch_size=batch_size)
+
+
+def _predicted(
+    model: SparseCBM, concept_logits: Float[Array, "1 K C"], label_logits: Float[Array, "1 Y"]
+) -> TextPrediction:
+    concepts = np.asarray(jax.nn.softmax(concept_logits[0], axis=-1), np.float64)
+    labels = np.asarray(jax.nn.softmax(label_logits[0]), np.float64)
+    if not (np.isfinite(concepts).all() and np.isfinite(labels).all()):
+        raise ValueError("the model's output for the text is not finite; its parameters may have diverged in training")
+    schema = model.schema
+    return TextPrediction(
+        concepts={c: schema.classes[i] for c, i in zip(schema.concepts, concepts.argmax(-1), strict=True)},
+        concept_probabilities={
+            c: dict(zip(schema.classes, row, strict=True))
+            for c, row in zip(schema.concepts, concepts.tolist(), strict=True)
+        },
+        label=schema.labels[int(labels.argmax())],
+        label_probabilities=dict(zip(schema.labels, labels.tolist(), strict=True)),
+    )
+
+
+def _saliency_fn(saliency: str | SaliencyFn) -> SaliencyFn:
+    if callable(saliency):
+        return saliency
+    if saliency not in SALIENCIES:
+        raise ValueError(f"saliency is {saliency!r}; expected one of {', '.join(map(repr, SALIENCIES))} or a function")
+    return SALIENCIES[saliency]
+
+
+def _check_masks(masks: Masks | None) -> None:
+    if not masks:
+        raise ValueError(
+            "the model has no masks: a dense model has nothing to drop or grow, train with strategy 'sparse'"
+        )
+    packed = [path for path, mask in masks.items() if mask.dtype != jnp.bool_]
+    if packed:
+        raise ValueError(f"{packed[0]}: the masks are {masks[packed[0]].dtype}; expected booleans, see masks.unpack")
+
+
+def _is_traced(*values: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def _check_index(name: str, value: Any, low: int, high: int) -> None:
+    if _is_traced(value):
+        return
+    if np.any(np.asarray(value) < low) or np.any(np.asarray(value) >= high):
+        raise ValueError(f"{name} is {value}; expected an integer in [{low}, {high - 1}]")
+
+
+def _change_count(masks: Masks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""]) -> Array:
+    total = masks_lib.num_weights(masks)
+    kept = _num_true(masks_lib.concept(masks, concept))
+    if _is_traced(drop_fraction, concept, masks):
+        asked = jnp.round(jnp.asarray(drop_fraction) * total).astype(jnp.uint32)
+        return jnp.minimum(asked, jnp.minimum(kept, jnp.uint32(total) - kept))
+    fraction = float(drop_fraction)
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"drop_fraction is {fraction}; expected a share of the backbone in [0, 1]")
+    count, num_kept = round(fraction * total), int(kept)
+    for verb, kind, available in (("drop", "kept", num_kept), ("grow", "pruned", total - num_kept)):
+        if count > available:
+            raise ValueError(
+                f"drop_fraction {fraction:g} asks to {verb} {count} weights, but the subnetwork of concept "
+                f"{int(concept)} has only {available} {kind} ones of {total}; expected at most {available / total:g}"
+            )
+    return jnp.asarray(count, jnp.uint32)
+
+
+@jax.jit
+def _num_true(flags: Mapping[str, Bool[Array, "..."]]) -> UInt[Array, ""]:
+    return sum((jnp.sum(flag, dtype=jnp.uint32) for flag in flags.values()), jnp.uint32(0))
+
+
+def _count_true(flags: Mapping[str, Bool[Array, "..."]]) -> int:
+    return int(_num_true(flags))
+
+
+def _flip(masks: Masks, concept: Int[Array, ""], *, off: Mapping, on: Mapping, verb: str) -> Masks:
+    mask = masks_lib.concept(masks, concept)
+    for path in sorted({*mask, *off, *on}):
+        shapes = [tree[path].shape if path in tree else None for tree in (mask, off, on)]
+        if len(set(shapes)) != 1:
+            raise ValueError(f"cannot {verb} the edit: {path} has mask shape {shapes[0]} but edit shape {shapes[1]}")
+    if not _is_traced(masks, concept, off, on):
+        stale = sum(_count_true({path: off[path] & ~mask[path], "on": on[path] & mask[path]}) for path in mask)
+        if stale:
+            raise ValueError(
+                f"cannot {verb} the edit of concept {int(concept)}: {stale} of its positions are in another state; "
+                f"expected masks {'as they were before it' if verb == 'apply' else 'that still hold it'}"
+            )
+    return masks_lib.replace_concept(masks, concept, {path: (mask[path] & ~off[path]) | on[path] for path in mask})

@@ -1,0 +1,262 @@
+"""Pathways: sums that add up, gradients that an independent model confirms, words, batches and the terminal."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy_model import as_float64, complex_gradient, concept_logits, leaf_at, pooled
+from tiny_model import TEXTS, tiny_model
+
+from sparsecbm_jax import artifact
+from sparsecbm_jax.artifact import SparseCBM
+from sparsecbm_jax.data.words import read_words
+from sparsecbm_jax.explanation import DecisionPathway, explain, render_text, summarise_subnetworks
+
+SUM_TOLERANCE = 1e-5
+BATCH_TOLERANCE = 1e-5
+# float32 gradients against complex-step derivatives in float64.
+GRADIENT_TOLERANCE = 1e-4
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", params=["sparse", "joint"])
+def model(request: pytest.FixtureRequest) -> SparseCBM:
+    return tiny_model(num_layers=1, strategy=request.param)
+
+
+@pytest.fixture(scope="module")
+def pathways(model: SparseCBM) -> list[DecisionPathway]:
+    return explain(model, TEXTS)
+
+
+def test_contributions_and_bias_add_up_to_the_logit(model: SparseCBM, pathways: list[DecisionPathway]) -> None:
+    for pathway in pathways:
+        for label, logit in pathway.label_logits.items():
+            total = pathway.bias[label] + sum(lane.contributions[label] for lane in pathway.concepts)
+            assert total == pytest.approx(logit, abs=SUM_TOLERANCE)
+        for lane in pathway.concepts:
+            assert lane.contribution == lane.contributions[pathway.explained_label]
+
+
+def test_a_pathway_says_what_the_model_predicts(model: SparseCBM, pathways: list[DecisionPathway]) -> None:
+    predicted = artifact.predict(model, TEXTS)
+    for n, pathway in enumerate(pathways):
+        assert pathway.text == TEXTS[n]
+        assert pathway.target == "predicted"
+        assert pathway.label == pathway.explained_label == model.schema.labels[predicted.labels[n]]
+        np.testing.assert_allclose(
+            list(pathway.label_probabilities.values()), predicted.label_probabilities[n], atol=SUM_TOLERANCE
+        )
+        for k, lane in enumerate(pathway.concepts):
+            assert lane.name == model.schema.concepts[k]
+            assert lane.predicted_class == lane.explained_class == model.schema.classes[predicted.concepts[n, k]]
+            np.testing.assert_allclose(
+                list(lane.probabilities.values()), predicted.concept_probabilities[n, k], atol=SUM_TOLERANCE
+            )
+            assert len(lane.word_scores) == len(pathway.words)
+            assert all(score > 0 for score in lane.word_scores)
+
+
+@pytest.mark.parametrize("asked", ["predicted", "Positive"])
+def test_word_scores_are_those_of_an_independent_model(model: SparseCBM, asked: str) -> None:
+    target = "predicted" if asked == "predicted" else dict.fromkeys(model.schema.concepts, asked)
+    text = TEXTS[2]
+    (pathway,) = explain(model, [text], target)
+    params, heads = as_float64(dict(model.params)), as_float64(dict(model.heads))
+    token_ids = model.tokenizer(text)["input_ids"]
+    words = params["embed"]["word"]["embedding"][token_ids]
+    (reading,) = read_words([text], model.tokenizer, model.max_length)
+    assert any(len(tokens) > 1 for tokens in reading.tokens)
+    for k, lane in enumerate(pathway.concepts):
+        kernels = {
+            path: leaf_at(params, path)
+            if model.masks is None
+            else np.where(model.masks[path][k], leaf_at(params, path), 0)
+            for path in masks_lib.create(model.params, explanation_paths(model), 1)
+        }
+        c = model.schema.classes.index(lane.explained_class)
+
+        def logit(e: np.ndarray, k: int = k, c: int = c, kernels: Any = kernels) -> np.ndarray:
+            return concept_logits(heads, k, pooled(model.config.backbone, params, kernels, e))[c]
+
+        gradient = complex_gradient(logit, words)
+        wanted = [np.linalg.norm(gradient[list(tokens)]) for tokens in reading.tokens]
+        np.testing.assert_allclose(lane.word_scores, wanted, rtol=GRADIENT_TOLERANCE)
+
+
+def test_a_pathway_does_not_depend_on_its_batch(model: SparseCBM, pathways: list[DecisionPathway]) -> None:
+    texts = [*TEXTS[::-1], TEXTS[0] * 2]
+    for alone, together in zip(pathways, explain(model, texts, batch_size=3)[3::-1], strict=True):
+        assert alone.words == together.words
+        for one, other in zip(alone.concepts, together.concepts, strict=True):
+            np.testing.assert_allclose(one.word_scores, other.word_scores, rtol=1e-4, atol=BATCH_TOLERANCE)
+            assert one.contributions == pytest.approx(other.contributions, abs=BATCH_TOLERANCE)
+            assert one.probabilities == pytest.approx(other.probabilities, abs=BATCH_TOLERANCE)
+
+
+def test_a_pathway_is_json(pathways: list[DecisionPathway]) -> None:
+    for pathway in pathways:
+        content = json.loads(pathway.to_json())
+        assert content == pathway.to_dict()
+        assert "\n" not in pathway.to_json()
+        assert content["words"][0].keys() == {"text", "start", "end", "is_read"}
+        assert content["concepts"][0]["word_scores"] == list(pathway.concepts[0].word_scores)
+
+
+def test_targets() -> None:
+    model = tiny_model(num_layers=1)
+    (pathway,) = explain(model, TEXTS[:1], "bad")
+    assert (pathway.target, pathway.explained_label) == ("bad", "bad")
+    assert pathway.concepts[0].contribution == pathway.concepts[0].contributions["bad"]
+    assert all(lane.explained_class == lane.predicted_class for lane in pathway.concepts)
+    (pathway,) = explain(model, TEXTS[:1], {"food": "Positive", "label": "bad"})
+    assert (pathway.target, pathway.explained_label) == ("food=Positive, label=bad", "bad")
+    assert pathway.concepts[0].explained_class == "Positive"
+    for target, message in (
+        ("goood", "there is no label 'goood'"),
+        ({"foood": "Positive"}, r"there is no concept 'foood' .did you mean 'food'"),
+        ({"food": "positiv"}, r"there is no class 'positiv' .did you mean 'Positive'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain(model, TEXTS[:1], target)
+
+
+def test_subnetworks() -> None:
+    model = tiny_model(num_layers=2)
+    masks = {path: np.asarray(mask) for path, mask in model.masks.items()}
+    total = sum(mask[0].size for mask in masks.values())
+    for k, subnetwork in enumerate(summarise_subnetworks(model.masks, model.schema.concepts)):
+        assert subnetwork.density == pytest.approx(sum(mask[k].sum() for mask in masks.values()) / total)
+        by_layer = [sum(mask[k, layer].sum() for mask in masks.values()) / (total / 2) for layer in range(2)]
+        assert subnetwork.density_per_layer == pytest.approx(by_layer)
+        assert list(subnetwork.overlap) == [name for j, name in enumerate(model.schema.concepts) if j != k]
+        # The masks are random.
+        assert list(subnetwork.overlap.values()) == pytest.approx([subnetwork.chance_overlap] * 2, abs=0.03)
+    assert summarise_subnetworks(None, model.schema.concepts) == (None, None, None)
+
+
+def test_what_cannot_be_explained_is_refused() -> None:
+    model = tiny_model(num_layers=1)
+    for texts, message in (
+        (["fine", " \t"], r"texts\[1\] is ' \\t'"),
+        (["\x00"], r"texts\[0\] is '\\x00', in which the tokeniser finds nothing to read"),
+        (["fine", "\udcff"], r"texts\[1\] is not valid Unicode"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain(model, texts)
+    with pytest.raises(TypeError, match="expected a sequence of texts"):
+        explain(model, "fine")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        explain(model, ["fine"], batch_size=0)
+    with pytest.raises(ValueError, match="strategy 'standard' has no concepts to explain"):
+        explain(tiny_model(num_layers=1, strategy="standard"), ["fine"])
+    broken = {**model.heads, "projector": {**model.heads["projector"], "bias": np.full((3, 3), np.nan, np.float32)}}
+    with pytest.raises(ValueError, match="the model's output for 'fine' is not finite"):
+        explain(dataclasses.replace(model, heads=broken), ["fine"])
+    assert explain(model, []) == []
+
+
+def test_hostile_texts_are_explained_and_shown_escaped() -> None:
+    model = tiny_model(num_layers=1)
+    texts = ["!!!", "\x1b[2Jgreat\x07", "🎉 great", "great " * 1000, "a" * 5000]
+    pathways = explain(model, texts)
+    assert [pathway.is_truncated for pathway in pathways] == [False, False, False, True, False]
+    for pathway in pathways:
+        shown = render_text(pathway)
+        assert all(char.isprintable() or char == "\n" for char in shown)
+        assert max(map(len, shown.split("\n"))) < 400
+        json.loads(pathway.to_json())
+    unread = [word.is_read for word in pathways[3].words].index(False)
+    assert set(pathways[3].concepts[0].word_scores[unread:]) == {0.0}
+
+
+def test_render_text() -> None:
+    pathway = explain(tiny_model(num_layers=1), TEXTS[:1], {"food": "Positive"})[0]
+    lines = render_text(pathway, top=2).split("\n")
+    assert lines[0] == f'"{TEXTS[0]}"'
+    assert lines[1].startswith(f"label: {pathway.label} ")
+    assert f"bias {pathway.bias[pathway.label]:+.3f}" in lines[2]
+    food = pathway.concepts[0]
+    assert f"{food.predicted_class}" in lines[3] and f"{food.contribution:+.3f}" in lines[3]
+    assert f"{food.subnetwork.density:.1%} of weights" in lines[3]
+    assert lines[4].strip().startswith("for Positive: ")
+    top = max(zip(food.word_scores, pathway.words, strict=True), key=lambda pair: pair[0])
+    assert f"for Positive: {top[1].text} {top[0]:.3g}" in lines[4]
+    assert len(lines) == 3 + 2 * 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artifact.save(tiny_model(num_layers=1), tmp_path_factory.mktemp("saved") / "model")
+
+
+def launch(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "launch" / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def test_launch_explain(saved: Path, tmp_path: Path) -> None:
+    reviews = tmp_path / "reviews.txt"
+    reviews.write_text(f"{TEXTS[0]}\n\n{TEXTS[1]}\r\n", encoding="utf-8")
+    output = tmp_path / "pathways.jsonl"
+    done = launch(
+        "explain.py",
+        f"--model={saved}",
+        "--text=great 🎉",
+        f"--file={reviews}",
+        "--json",
+        f"--output={output}",
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (0, f"3 explained: {output}\n"), done.stderr
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    wanted = explain(tiny_model(num_layers=1), ["great 🎉", *TEXTS[:2]])
+    assert [pathway["text"] for pathway in found] == [pathway.text for pathway in wanted]
+    assert [pathway["label"] for pathway in found] == [pathway.label for pathway in wanted]
+
+
+def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
+    done = launch(
+        "intervene.py",
+        f"--model={saved.relative_to(saved.parent)}",
+        f"--text={TEXTS[0]}",
+        "--concept=service",
+        "--target=Negative",
+        "--drop_fraction=0.02",
+        f"--save={tmp_path / 'corrected'}",
+        cwd=saved.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "asked: service = Negative; repaired" in done.stdout
+    assert f"saved: {tmp_path / 'corrected'}" in done.stdout
+    corrected = artifact.load(tmp_path / "corrected")
+    assert artifact.predict(corrected, TEXTS[:1]).concepts[0, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("explain.py", ["--text=fine"], "--model is missing"),
+        ("explain.py", ["--model=MODEL"], "nothing to explain"),
+        ("explain.py", ["--model=MODEL", "--text= "], "texts[0] is ' '"),
+        ("intervene.py", ["--model=MODEL", "--text=fine", "--concept=food"], "--target missing"),
+        (
+            "intervene.py",
+            ["--model=MODEL", "--text=fine", "--concept=servic", "--target=Negative"],
+            "there is no concept 'servic' (did you mean 'service'?)",
+        ),
+        ("intervene.py", ["--model=MODEL", "--find"], "the model does not say what data it was trained on"),
+    ],
+)
+def test_launch_mistakes_end_with_one_line(
+    saved: Path, tmp_path: Path, name: str, arguments: list[str], message: str
+) -> None:
+    done = launch(name, *(argument.replace("MODEL", str(saved)) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.strip().split("\n")) == 1
