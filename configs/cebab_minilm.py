@@ -1,0 +1,30 @@
+"""MiniLM on CEBaB in minutes on a CPU: the runs behind RESULTS.md.
+
+    python launch/train.py --config=configs/cebab_minilm.py --config.data.path=DIR --seeds=0,1,2 --workdir=runs/cebab_sparse
+
+`configs/cebab_minilm.py:joint`, `:standard`, `:independent` and `:sequential` train the dense baselines. Batch, epochs,
+learning rates and the timing of the pruning events are ours, chosen so that two CPU cores suffice.
+
+Hardware: 2 CPU cores. Expected time and figures: RESULTS.md.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(strategy: str = "sparse") -> ConfigDict:
+    config = common.get_config("minilm")
+    config.data.preset = "cebab"
+    config.strategy = strategy
+    config.optim.learning_rate = 1e-4
+    config.optim.head_learning_rate = 1e-2
+    config.training.batch_size = 16
+    config.training.num_epochs = 12
+    config.sparsity.start_epoch = 4
+    config.sparsity.end_epoch = 7
+    config.pruner.num_grads = 32
+    config.pruner.grad_batch_size = 16
+    return config

@@ -1,0 +1,191 @@
+"""What the mains share: `--config`, `--workdir`, messages for people, and several hosts where there are several."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+# Config files import their siblings as `configs.common`, from whatever folder a main is started.
+if str(CHECKOUT) not in sys.path:
+    sys.path.insert(0, str(CHECKOUT))
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sparsecbm_jax.config import RunConfig, from_config_dict, key_names, nearest_name, setting_type, unknown_key
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("debug", False, "Show the traceback of an error, not only its message.")
+
+OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?", re.DOTALL)
+CONFIG = re.compile(r"--?config(?:=(?P<value>.*))?", re.DOTALL)
+
+# What is read in place of sys.argv, and the settings that it sets to None.
+_arguments: list[str] = []
+_set_to_none: list[str] = []
+
+
+def define_config() -> None:
+    """Defines `--config=FILE[:ARGUMENT]`, with `--config.SECTION.KEY=VALUE` for every setting."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file; --config.SECTION.KEY=VALUE changes a setting.", sys_argv=_arguments
+    )
+
+
+def run_config() -> RunConfig:
+    """Returns the validated settings of `--config` and its overrides.
+
+    Raises:
+        ValueError: No config file is given, or a setting is unknown or out of range.
+    """
+    if FLAGS["config"].value is None:
+        raise ValueError(f"--config is missing; expected one of {', '.join(_config_files())}")
+    config = FLAGS.config
+    with config.unlocked():
+        for key in _set_to_none:
+            section, _, name = key.rpartition(".")
+            (config[section] if section else config)[name] = None
+    return from_config_dict(config)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the command line and calls `main`; an error meant for a person ends with its message and status 2."""
+    # Below a warning, libraries only say which accelerators this machine has not.
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(lambda argv: main(), flags_parser=_parse)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv or not _is_for_people(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def start_distributed() -> int:
+    """Joins the other hosts of the run where the environment says there are any; call before any array is made.
+
+    `JAX_COORDINATOR_ADDRESS` (host:port) with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` states them; with
+    `SPARSECBM_DISTRIBUTED=1` JAX finds them itself (SLURM, Open MPI, TPU pods, Kubernetes).
+
+    Returns:
+        The index of this process: 0 is the one that prints and writes summaries.
+    """
+    import jax
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and "JAX_NUM_PROCESSES" in os.environ:
+        jax.distributed.initialize(
+            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ.get("JAX_PROCESS_ID", "0"))
+        )
+    elif address or os.environ.get("SPARSECBM_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+    return jax.process_index()
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        _arguments[:] = _prepare(argv) if "config" in FLAGS else argv
+        return typing.cast(list[str], FLAGS(_arguments))
+    except flags.Error as error:
+        cause: BaseException = error
+        while earlier := cause.__cause__ or cause.__context__:
+            cause = earlier
+        if isinstance(cause, Exception) and _is_for_people(cause):
+            raise cause from None
+        raise ValueError(_explain(error)) from error
+
+
+def _prepare(argv: Sequence[str]) -> list[str]:
+    """Checks and completes the config arguments, which ml_collections would take in fewer forms or refuse tersely.
+
+    A misspelt key is named with the nearest one, `a,b` is a list where a list is expected, `none` is None where a
+    setting may be that, and a config file is also found from the checkout.
+    """
+    _set_to_none.clear()
+    prepared: list[str] = []
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--":
+            return [*prepared, argument, *arguments]
+        if match := CONFIG.fullmatch(argument):
+            value = match["value"] if match["value"] is not None else arguments.pop(0) if arguments else ""
+            prepared.append(f"--config={_find_config(value)}")
+        elif match := OVERRIDE.fullmatch(argument):
+            key, value = match["key"], match["value"]
+            hint = _setting_type(key)
+            if value is None and hint is not bool and arguments:
+                value = arguments.pop(0)
+            prepared.extend(_override(match["no"] or "", key, value, hint))
+        else:
+            prepared.append(argument)
+    # An override may be written before the file it overrides.
+    return sorted(prepared, key=lambda arg: bool(OVERRIDE.fullmatch(arg)))
+
+
+def _setting_type(key: str) -> Any:
+    if key not in key_names():
+        raise ValueError(unknown_key(key))
+    return setting_type(key)
+
+
+def _override(no: str, key: str, value: str | None, hint: Any) -> list[str]:
+    if value is None:
+        return [f"--{no}config.{key}"]
+    if type(None) in typing.get_args(hint) and value.lower() == "none":
+        _set_to_none.append(key)
+        return []
+    if hint == tuple[str, ...] and not value.lstrip().startswith(("(", "[")):
+        value = repr(tuple(part.strip() for part in value.split(",") if part.strip()))
+    return [f"--{no}config.{key}={value}"]
+
+
+def _find_config(value: str) -> str:
+    name, colon, argument = value.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        path = CHECKOUT / name
+    if not path.is_file():
+        near = nearest_name(name, _config_files())
+        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(_config_files())}"
+        raise ValueError(f"no config file {name!r}; {hint}")
+    return f"{path}{colon}{argument}"
+
+
+def _config_files() -> list[str]:
+    return sorted(f"configs/{path.name}" for path in (CHECKOUT / "configs").glob("*.py"))
+
+
+def _explain(error: flags.Error) -> str:
+    """The message of an absl error, with the nearest flag of ours where one was misspelt."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return str(error)
+    known = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])] + ["config", "debug"]
+    near = difflib.get_close_matches(str(error.flagname).partition(".")[0], known, n=1)
+    return f"unknown flag --{error.flagname}" + (f"; did you mean --{near[0]}?" if near else "")
+
+
+def _is_for_people(error: Exception) -> bool:
+    """Whether we raised it about something a person gave, rather than a library about something we did."""
+    if type(error).__module__.partition(".")[0] == "sparsecbm_jax" or isinstance(error, OSError):
+        return True
+    # Python gives the import errors that it raises itself a name; those that ask to install an extra have none.
+    if not isinstance(error, (ValueError, ImportError)) or getattr(error, "name", None):
+        return False
+    # JAX takes its own frames out of a traceback, and leaves a note that says so.
+    if any("JAX has removed its internal frames" in note for note in getattr(error, "__notes__", ())):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(CHECKOUT) and ".venv" not in frames[-1].filename

