@@ -1,4 +1,4 @@
-"""A first SparseCBM in minutes on two CPU cores: the embedded synthetic reviews, MiniLM, eight epochs.
+"""A first SparseCBM in minutes on two CPU cores: the embedded synthetic reviews, MiniLM, seven epochs.
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -19,10 +19,9 @@ def get_config(backbone: str = "minilm") -> ConfigDict:
     config = common.get_config(backbone)
     config.data.preset = "sample"
     config.optim.learning_rate = max(config.optim.learning_rate, 1e-4)
-    config.training.num_epochs = 8
+    config.training.num_epochs = 7
     config.training.batch_size = 16
-    config.training.predictor_epochs = 8
-    config.sparsity.start_epoch = 2
+    config.sparsity.start_epoch = 3
     config.sparsity.end_epoch = 5
-    config.pruner.num_grads = 32
+    config.pruner.num_grads = 16
     return config

@@ -225,9 +225,8 @@ def render(report: dict[str, Any]) -> str:
             ratio = f"{ratios['torch_median']:.2f} (min {ratios['torch_min']:.2f})"
         elif name == "authors":
             ratio = f"{ratios['authors_median']:.1f}"
-        rows.append(
-            f"{name:<10}{min(values) * 1e3:>10.0f}{median * 1e3:>12.0f}{report['batch_size'] / median:>12.2f}{ratio:>20}"
-        )
+        rate = report["batch_size"] / median
+        rows.append(f"{name:<10}{min(values) * 1e3:>10.0f}{median * 1e3:>12.0f}{rate:>12.2f}{ratio:>20}")
     pairs = ratios["torch_by_round"]
     return "\n".join(
         [

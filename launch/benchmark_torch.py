@@ -1,4 +1,4 @@
-"""The training step of `benchmark.py` in PyTorch: the same step at its fastest settings, and the authors' way of doing it.
+"""The training step of `benchmark.py` in PyTorch: the same step at its fastest settings, and the way the authors do it.
 
 Written from the formulas, on `transformers.BertModel`; the authors' code is only emulated where it costs time: every
 text padded to 512 tokens, one whole pass of the model for each concept, the mean over padding too.

@@ -43,6 +43,8 @@ LOSSES: dict[str, LossFn] = {
 _UNRELATED = ("training.log_every_steps", "training.save_every_steps", "training.keep_checkpoints", "mesh")
 # Gradients for the pruner come in few widths, so that few programs are compiled for them.
 _FISHER_BUCKETS = (32, 64, 128, 256, 512)
+# From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
+_UNROLL_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
 _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 
 
@@ -99,6 +101,8 @@ def prepare(run: RunConfig) -> Prepared:
     schema = dataset.schema
     max_length = min(run.data.max_length, backbone.max_length)
     splits = {split: tokenize(examples, tokenizer, max_length) for split, examples in dataset.splits.items()}
+    num_steps = num_batches(splits["train"].num_examples, run.training.batch_size) * run.training.num_epochs
+    is_short = num_steps < _UNROLL_FROM_STEPS or backbone.num_layers > _UNROLL_UP_TO_LAYERS
     config = CBMConfig(
         backbone,
         num_concepts=schema.num_concepts,
@@ -106,6 +110,7 @@ def prepare(run: RunConfig) -> Prepared:
         num_labels=schema.num_labels,
         dtype=run.backbone.dtype,
         remat=run.backbone.remat,
+        unroll_layers=jax.default_backend() == "cpu" and not is_short,
         gamma=run.gamma,
     )
     return Prepared(dataset, splits, tokenizer, config, params)

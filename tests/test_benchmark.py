@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -15,7 +16,7 @@ from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.config import OptimConfig
 from sparsecbm_jax.masks import leaf_at
 
-torch = pytest.importorskip("torch", reason="the parity of the benchmark's two sides needs PyTorch")
+torch = pytest.importorskip("torch", reason="the benchmark compares with PyTorch")
 
 import benchmark
 import benchmark_torch
@@ -23,6 +24,15 @@ import benchmark_torch
 LOSS_TOLERANCE, MOMENT_TOLERANCE, PARAMETER_TOLERANCE = 1e-5, 1e-5, 1e-4
 # Adam's first step is lr · g / (|g| + 1e-8): where rounding is a part of g, it is a part of the step.
 SMALLEST_GRADIENT = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """The threads of so small a step would only wait for each other, for minutes where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def workload(backbone: BackboneConfig) -> benchmark.Workload:

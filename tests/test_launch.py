@@ -13,13 +13,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from sparsecbm_jax.config import from_config_dict
+from sparsecbm_jax.config import STRATEGIES, from_config_dict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = [REPOSITORY / ".ci" / "run", *sorted((REPOSITORY / "launch").glob("*.sh"))]
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
-BACKBONE_CHOICES = {name: tuple(common.BACKBONES) for name in CONFIGS}
-BACKBONE_CHOICES["imdb_c"] += tuple(f"{name},{kind}" for name in common.BACKBONES for kind in ("manual", "generated"))
+# What may stand after the colon of --config=configs/NAME.py:CHOICE; a backbone, where nothing else is said.
+CHOICES = {name: tuple(common.BACKBONES) for name in CONFIGS}
+CHOICES["imdb_c"] += tuple(f"{name},{kind}" for name in common.BACKBONES for kind in ("manual", "generated"))
+CHOICES["cebab_minilm"] = STRATEGIES
 PAPER_BACKBONES = {
     "distilbert": "distilbert-base-uncased",
     "bert": "bert-base-uncased",
@@ -39,10 +41,12 @@ def test_scripts_parse(script: Path) -> None:
 def test_every_config_is_valid_and_says_how_it_is_run(name: str) -> None:
     module = importlib.import_module(f"configs.{name}")
     from_config_dict(module.get_config())
-    for choice in BACKBONE_CHOICES[name]:
+    for choice in CHOICES[name]:
         config = from_config_dict(module.get_config(choice))
-        preset = common.BACKBONES[choice.split(",")[0]]
-        assert config.backbone.name == preset.name
+        if choice in STRATEGIES:
+            assert config.strategy == choice
+        else:
+            assert config.backbone.name == common.BACKBONES[choice.split(",")[0]].name
     assert f"--config=configs/{name}.py" in (module.__doc__ or "")
 
 
