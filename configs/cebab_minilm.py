@@ -1,6 +1,6 @@
 """MiniLM on CEBaB in minutes on a CPU: the runs behind RESULTS.md.
 
-    python launch/train.py --config=configs/cebab_minilm.py --config.data.path=DIR --seeds=0,1,2 --workdir=runs/cebab_sparse
+    python launch/train.py --config=configs/cebab_minilm.py --config.data.path=DIR --seeds=0,1,2 --workdir=runs/cebab
 
 `configs/cebab_minilm.py:joint`, `:standard`, `:independent` and `:sequential` train the dense baselines. Batch, epochs,
 learning rates and the timing of the pruning events are ours, chosen so that two CPU cores suffice.

@@ -15,6 +15,7 @@ Takes about ten minutes on 2 CPU cores, half of them to compile; JAX_COMPILATION
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -115,15 +116,15 @@ def prepare(run: RunConfig) -> Workload:
         for path, key in zip(paths, jax.random.split(jax.random.key(run.seed), len(paths)), strict=True)
     }
     optim = dataclasses.replace(run.optim, warmup_fraction=0.0, decay="constant", weight_decay=0.0)
-    order: dict[str, int] = {"batch_size": run.training.batch_size, "seed": run.seed, "epoch": 0}
+    order = functools.partial(train_batches, split, batch_size=run.training.batch_size, seed=run.seed, epoch=0)
     return Workload(
         config,
         prepared.params,
         cbm.init_heads(jax.random.key(run.seed), config),
         masks,
         optim,
-        list(train_batches(split, **order)),
-        next(train_batches(split, **order, buckets=(min(AUTHORS_LENGTH, split.max_length),))),
+        list(order()),
+        next(order(buckets=(min(AUTHORS_LENGTH, split.max_length),))),
     )
 
 
@@ -159,15 +160,12 @@ def compare(work: Workload, *, num_batches: int, num_rounds: int, authors: bool,
 
     ours = OurStep(work)
     for width, batch in sorted(first_of_width.items()):
-        start = time.perf_counter()
-        ours(batch)
-        ours.wait()
-        _say(f"compiled ours for {width} tokens in {time.perf_counter() - start:.0f} s")
+        _say(f"compiled ours for {width} tokens in {timed(ours, [batch], ours.wait):.0f} s")
     benchmark_torch.use_cores(num_cores)
     theirs = benchmark_torch.TorchStep(work.config, work.params, work.heads, work.masks, work.optim)
     settings, tried = benchmark_torch.fastest(theirs, batches[::2], try_compile=torch_compile)
-    for candidate, seconds in tried:
-        _say(f"torch {seconds / len(batches[::2]) * 1e3:7.0f} ms a step: {candidate}")
+    for candidate, took in tried:
+        _say(f"torch {took / len(batches[::2]) * 1e3:7.0f} ms a step: {candidate}")
     for batch in first_of_width.values():
         theirs(batch)
 

@@ -108,13 +108,13 @@ class TorchStep:
         """Changes the settings; Adam starts anew."""
         self.settings = settings
         self.bert.set_attn_implementation(settings.attention)
-        implementation = {} if settings.optimizer == "default" else {settings.optimizer: True}
         self.parameters = [*self.bert.parameters(), *self.heads.values()]
         groups = [
             {"params": list(self.bert.parameters()), "lr": self.optim.learning_rate},
             {"params": list(self.heads.values()), "lr": self.optim.head_learning_rate},
         ]
-        self.adam = torch.optim.Adam(groups, **implementation)
+        fused, foreach = (settings.optimizer == name or None for name in ("fused", "foreach"))
+        self.adam = torch.optim.Adam(groups, fused=fused, foreach=foreach)
         self.weight_masks = self.masks
         if settings.masking == "multiply":
             self.weight_masks = [{name: mask.float() for name, mask in masks.items()} for masks in self.masks]

@@ -16,6 +16,10 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # Config files import their siblings as `configs.common`, from whatever folder a main is started.
 if str(CHECKOUT) not in sys.path:
     sys.path.insert(0, str(CHECKOUT))
+# Models here are Flax: that transformers finds no PyTorch is as it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# transformers would say on every start that PyTorch is missing, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from absl import app, flags, logging
 from ml_collections import config_flags

@@ -355,12 +355,31 @@ def joint_loss(
     return task + config.gamma * concept, {**task_parts, **concept_parts}
 
 
-def concept_losses(config: CBMConfig, output: CBMOutput, batch: Batch) -> Float[Array, " K"]:
-    """L_k = CE(y, label) + γ · CE(u_k, c_k) of every concept, the decomposed loss of Eq. 2, means over the batch."""
-    task, _ = task_loss(config, output, batch)
-    weights = batch.example_weight[:, None] * (batch.concepts >= 0)
-    entropy = optax.softmax_cross_entropy_with_integer_labels(output.concept_logits, jnp.maximum(batch.concepts, 0))
-    return task + config.gamma * jnp.sum(entropy * weights, axis=0) / jnp.maximum(jnp.sum(weights, axis=0), 1.0)
+def subnetwork_output(
+    config: CBMConfig,
+    params: Params,
+    heads: Heads,
+    batch: Batch,
+    kernels: Mapping[str, Float[Array, "..."]],
+    concept: int | Int[Array, ""],
+    activations: Float[Array, "B K C"],
+) -> CBMOutput:
+    """One pass of subnetwork k, the other concepts' activations held as they are.
+
+    Args:
+      kernels: {path: array} effective kernels of subnetwork k, without a concept axis; differentiate wrt these.
+      concept: k; may be traced.
+      activations: a of all concepts at the current masks; entry k is computed anew.
+
+    Returns:
+      u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
+    """
+    z = encode(config, params, batch, kernels={path: kernel[None] for path, kernel in kernels.items()})
+    projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
+    u = project({"projector": projector}, z)
+    others = jax.lax.stop_gradient(activations)
+    mixed = jax.lax.dynamic_update_index_in_dim(others, jax.nn.sigmoid(u[:, 0]), concept, 1)
+    return CBMOutput(u, mixed, predict_label(heads, mixed), z)
 
 
 def subnetwork_loss(
@@ -372,25 +391,8 @@ def subnetwork_loss(
     concept: int | Int[Array, ""],
     activations: Float[Array, "B K C"],
 ) -> Float[Array, ""]:
-    """L_k through subnetwork k alone, the other concepts' activations held as they are.
-
-    Args:
-      kernels: {path: array} effective kernels of subnetwork k, without a concept axis; differentiate wrt these.
-      concept: k; may be traced.
-      activations: a of all concepts at the current masks; entry k is computed anew.
-
-    Returns:
-      CE(y, label) + γ · CE(u_k, c_k), means over rows that have the label.
-    """
-    z = encode(config, params, batch, kernels={path: kernel[None] for path, kernel in kernels.items()})[:, 0]
-    projector = {
-        name: jax.lax.dynamic_index_in_dim(leaf, concept, 0, keepdims=False)
-        for name, leaf in heads["projector"].items()
-    }
-    u = z @ projector["kernel"] + projector["bias"]
-    others = jax.lax.stop_gradient(activations)
-    mixed = jax.lax.dynamic_update_index_in_dim(others, jax.nn.sigmoid(u), concept, 1)
-    output = CBMOutput(u[:, None], mixed, predict_label(heads, mixed), z[:, None])
+    """L_k = CE(y, label) + γ · CE(u_k, c_k) through subnetwork k alone; arguments as in `subnetwork_output`."""
+    output = subnetwork_output(config, params, heads, batch, kernels, concept, activations)
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
     loss, _ = joint_loss(config, output, batch._replace(concepts=cells))
     return loss

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, check_texts
-from sparsecbm_jax.cbm import CBMConfig, CBMOutput
+from sparsecbm_jax.cbm import CBMConfig
 from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
 from sparsecbm_jax.data.schema import MISSING, Examples, did_you_mean
 from sparsecbm_jax.masks import Masks, Params
@@ -172,29 +172,22 @@ def _intervene(
 ) -> tuple[Masks, MaskEdit]:
     before = cbm.forward(config, params, masks, heads, batch)
     weights = {path: masks_lib.leaf_at(params, path) for path in masks}
-    projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
-    corrected = batch._replace(concepts=target[:, None], label=label)  # type: ignore[arg-type]
+    wanted = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
+    corrected = batch._replace(concepts=wanted, label=label)  # type: ignore[arg-type]
 
-    def predict(kernels: dict[str, Float[Array, "1 ..."]]) -> CBMOutput:
-        pooled = cbm.encode(config, params, batch, kernels=kernels)
-        logits = cbm.project({"projector": projector}, pooled)
-        activations = before.activations.at[:, concept].set(jax.nn.sigmoid(logits[:, 0]))
-        return CBMOutput(logits, activations, cbm.predict_label(heads, activations), pooled)
-
-    def loss_fn(kernels: dict[str, Float[Array, "1 ..."]]) -> Float[Array, ""]:
-        return cbm.concept_losses(config, predict(kernels), corrected)[0]
-
-    def kernels_of(mask: Mapping[str, Bool[Array, "..."]]) -> dict[str, Float[Array, "1 ..."]]:
-        return {path: jnp.where(mask[path], weights[path], 0)[None] for path in mask}
+    def kernels_of(mask: Mapping[str, Bool[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        return {path: jnp.where(mask[path], weights[path], 0) for path in mask}
 
     def step(_: Int[Array, ""], mask: dict[str, Bool[Array, "..."]]) -> dict[str, Bool[Array, "..."]]:
-        grads = jax.grad(loss_fn)(kernels_of(mask))
-        scores = {path: saliency_fn(weights[path], grads[path][0]) for path in mask}
+        grads = jax.grad(cbm.subnetwork_loss, argnums=4)(
+            config, params, heads, corrected, kernels_of(mask), concept, before.activations
+        )
+        scores = {path: saliency_fn(weights[path], grads[path]) for path in mask}
         return masks_lib.drop_and_grow(mask, scores, scores, count).mask
 
     old = masks_lib.concept(masks, concept)
     new = jax.lax.fori_loop(0, num_steps, step, old)
-    after = predict(kernels_of(new))
+    after = cbm.subnetwork_output(config, params, heads, batch, kernels_of(new), concept, before.activations)
     edit = MaskEdit(
         concept=concept,
         target=target,

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress bars on the terminal, metrics as JSON lines and, where installed, TensorBoard."""
+"""What a run tells while it goes: progress bars, metrics as JSON lines and, where installed, TensorBoard."""
 
 import importlib.util
 import json

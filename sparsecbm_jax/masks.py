@@ -101,7 +101,7 @@ def apply(params: Params, masks: Masks, index: int) -> dict[str, Any]:
 def num_kept(masks: Masks) -> np.ndarray:
     """Kept weights of each concept, [K], exact."""
     counts = [np.count_nonzero(np.asarray(mask).reshape(mask.shape[0], -1), axis=1) for mask in masks.values()]
-    return np.sum(counts, axis=0, dtype=np.int64)
+    return np.stack(counts).sum(axis=0, dtype=np.int64)
 
 
 def total_density(masks: Masks) -> np.ndarray:

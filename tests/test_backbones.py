@@ -80,15 +80,19 @@ def test_parity_with_transformers(name):
         logits = pooled(hidden, jnp.asarray(batch.attention_mask, jnp.float32)) @ head
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (hidden, logits)
 
-    grads, (hidden, logits) = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
+    @jax.jit
+    def step(params):
+        grads, outputs = jax.grad(loss_fn, has_aux=True)(params)
+        tx = optax.adam(LEARNING_RATE)
+        updates, _ = tx.update(grads, tx.init(params))
+        return grads, outputs, optax.apply_updates(params, updates)
+
+    grads, (hidden, logits), updated = step(params)
     real = batch.attention_mask[..., None]
     np.testing.assert_allclose(hidden * real, torch_hidden.detach().numpy() * real, atol=HIDDEN_TOLERANCE, rtol=0)
     np.testing.assert_allclose(logits, torch_logits.detach().numpy(), atol=HIDDEN_TOLERANCE, rtol=0)
     chex.assert_trees_all_close(grads, torch_grads, atol=GRADIENT_TOLERANCE, rtol=0)
 
-    tx = optax.adam(LEARNING_RATE)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params))
-    updated = optax.apply_updates(params, updates)
     # Below this the direction of Adam's first step is the sign of rounding noise.
     chex.assert_trees_all_close(
         jax.tree.map(lambda new, grad: np.where(np.abs(grad) > ADAM_MIN_GRADIENT, new, 0), updated, torch_grads),
@@ -163,10 +167,10 @@ def test_opt_is_causal_and_encoders_are_not():
 def test_more_padding_changes_nothing_at_real_tokens(name):
     config = tiny(name)
     encode, params = cases.encode_fn(make_backbone(config)), cases.random_params(config)
-    short = cases.token_batch(config.pad_token_id, (7, 4), 7)
+    short = cases.token_batch(config.pad_token_id)
     pad = ((0, 0), (0, 9))
     ids = np.pad(short.input_ids, pad, constant_values=config.pad_token_id)
-    long = encode(params, ids, np.pad(short.attention_mask, pad))[:, :7]
+    long = encode(params, ids, np.pad(short.attention_mask, pad))[:, :11]
     real = short.attention_mask[..., None]
     np.testing.assert_allclose(long * real, encode(params, *short) * real, atol=HIDDEN_TOLERANCE)
 
@@ -174,18 +178,18 @@ def test_more_padding_changes_nothing_at_real_tokens(name):
 @pytest.mark.parametrize("name", ["bert", "opt"])
 def test_rows_of_padding_are_finite(name):
     config = tiny(name)
-    encode, params = cases.encode_fn(make_backbone(config)), cases.random_params(config)
-    ids = np.full((2, 6), config.pad_token_id)
+    params = jax.tree.map(lambda x: x[0], cases.random_params(config)["layers"])
+    h = np.random.default_rng(0).normal(size=(2, 6, config.hidden_size)).astype(np.float32)
 
     @jax.jit
-    @jax.value_and_grad
-    def total(params):
-        return encode(params, ids, np.zeros_like(ids)).sum()
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def total(params, h):
+        return make_backbone(config).layer(params, h, np.zeros((2, 6), np.int32)).sum()
 
-    chex.assert_tree_all_finite(total(params))
+    chex.assert_tree_all_finite(total(params, h))
 
 
-@pytest.mark.parametrize("name", cases.FAMILIES)
+@pytest.mark.parametrize("name", ["bert", "opt-350m"])
 def test_word_embeddings_replace_the_lookup(name):
     config = tiny(name)
     encode, params = cases.encode_fn(make_backbone(config)), cases.random_params(config)
@@ -195,15 +199,15 @@ def test_word_embeddings_replace_the_lookup(name):
     chex.assert_trees_all_equal(encode(params, *batch, word_embeddings=word), encode(params, *batch))
 
 
-@pytest.mark.parametrize("name", cases.FAMILIES)
+@pytest.mark.parametrize("name", ["bert", "opt-350m"])
 def test_bfloat16_computes_beside_float32_parameters(name):
     config = tiny(name)
     backbone, params = make_backbone(config, dtype=jnp.bfloat16), cases.random_params(config)
     encode = cases.encode_fn(backbone)
     batch = cases.token_batch(config.pad_token_id)
-    h = backbone.embed(params["embed"], *batch)
-    assert h.dtype == jnp.bfloat16
-    assert backbone.layer(jax.tree.map(lambda x: x[0], params["layers"]), h, batch.attention_mask).dtype == jnp.bfloat16
+    h = jax.eval_shape(backbone.embed, params["embed"], *batch)
+    layer = jax.tree.map(lambda x: x[0], params["layers"])
+    assert h.dtype == jax.eval_shape(backbone.layer, layer, h, batch.attention_mask).dtype == jnp.bfloat16
     hidden = encode(params, *batch)
     assert hidden.dtype == jnp.float32
     # bfloat16 has 8 bits of mantissa; outputs of a LayerNorm are of size 1.
@@ -229,7 +233,7 @@ def test_init_params():
     kernel = flat["layers/ffn_in/kernel"]
     assert kernel.shape == (2, 32, 48)
     assert not np.array_equal(kernel[0], kernel[1])
-    assert init_params(jax.random.key(0), tiny("bert"))["finish"] == {}
+    assert jax.eval_shape(lambda key: init_params(key, tiny("bert")), jax.random.key(0))["finish"] == {}
 
 
 def test_maskable_paths():
@@ -283,16 +287,17 @@ def test_misuse_is_refused():
 def test_dropout_statistics_and_purity():
     keys = jax.random.split(jax.random.key(0), 64)
     x = jnp.ones((64, 32, 32))
-    y = dropout(x, keys, 0.1)
+    drop = jax.jit(dropout, static_argnums=2)
+    y = drop(x, keys, 0.1)
     kept = np.asarray(y) > 0
     # Six deviations of a mean over 65,536 draws.
     assert abs(kept.mean() - 0.9) < 6 * (0.09 / kept.size) ** 0.5
     np.testing.assert_allclose(y[kept], 1 / 0.9, rtol=1e-5)
-    chex.assert_trees_all_equal(dropout(x[5:9], keys[5:9], 0.1), y[5:9])
-    assert dropout(x[:, :3, :7], keys, 0.1).shape == (64, 3, 7)
+    chex.assert_trees_all_equal(drop(x[::-1], keys[::-1], 0.1), y[::-1])
+    assert jax.eval_shape(lambda: dropout(x[:, :3, :7], keys, 0.1)).shape == (64, 3, 7)
     assert dropout(x, None, 0.1) is x
     assert dropout(x, keys, 0.0) is x
-    assert not np.array_equal(dropout(x, fold_keys(keys, 1), 0.1), y)
+    assert not np.array_equal(drop(x, fold_keys(keys, 1), 0.1), y)
     # The four quarters of a row come from the same blocks and must not share their fate either.
     quarters = kept.reshape(64, 4, 256)
     assert np.abs(np.corrcoef(quarters.transpose(1, 0, 2).reshape(4, -1)) - np.eye(4)).max() < 0.04
@@ -305,7 +310,7 @@ def test_dropout_statistics_and_purity():
 def test_dropout_draws_genuine_threefry():
     keys = jax.random.split(jax.random.key(0), 3)
     low = jnp.arange(5, dtype=jnp.uint32)
-    found = _threefry(jax.random.key_data(keys), 1, low)
+    found = jax.jit(_threefry, static_argnums=1)(jax.random.key_data(keys), 1, low)
     for row, key in enumerate(keys):
         expected = threefry_2x32(jax.random.key_data(key), jnp.concatenate([jnp.ones_like(low), low]))
         np.testing.assert_array_equal(jnp.concatenate([words[row] for words in found]), expected)
@@ -320,11 +325,11 @@ def test_dropout_sites(name):
     keys = jax.random.split(jax.random.key(1), 3)
     noisy = encode(params, *batch, keys=keys)
     chex.assert_trees_all_equal(encode(params, *batch, keys=keys), noisy)
-    # Rows draw alone, so a batch cut in two draws the same.
-    part = encode(params, batch.input_ids[1:], batch.attention_mask[1:], keys=keys[1:])
-    np.testing.assert_allclose(part, noisy[1:], atol=HIDDEN_TOLERANCE)
-    embedded = backbone.embed(params["embed"], *batch, keys=keys)
-    plain = backbone.embed(params["embed"], *batch)
+    # Each row draws by its own key, wherever in the batch it stands.
+    turned = encode(params, batch.input_ids[::-1], batch.attention_mask[::-1], keys=keys[::-1])
+    np.testing.assert_allclose(turned, noisy[::-1], atol=HIDDEN_TOLERANCE)
+    embed = jax.jit(backbone.embed)
+    embedded, plain = embed(params["embed"], *batch, keys=keys), embed(params["embed"], *batch)
     assert bool((embedded == plain).all()) is (name == "opt")
 
 

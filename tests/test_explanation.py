@@ -14,6 +14,7 @@ from tiny_model import TEXTS, tiny_model
 
 from sparsecbm_jax import artifact
 from sparsecbm_jax.artifact import SparseCBM
+from sparsecbm_jax.backbones import maskable_paths
 from sparsecbm_jax.data.words import read_words
 from sparsecbm_jax.explanation import DecisionPathway, explain, render_text, summarise_subnetworks
 
@@ -73,12 +74,9 @@ def test_word_scores_are_those_of_an_independent_model(model: SparseCBM, asked: 
     (reading,) = read_words([text], model.tokenizer, model.max_length)
     assert any(len(tokens) > 1 for tokens in reading.tokens)
     for k, lane in enumerate(pathway.concepts):
-        kernels = {
-            path: leaf_at(params, path)
-            if model.masks is None
-            else np.where(model.masks[path][k], leaf_at(params, path), 0)
-            for path in masks_lib.create(model.params, explanation_paths(model), 1)
-        }
+        weights = {path: leaf_at(params, path) for path in maskable_paths(model.config.backbone)}
+        masks = model.masks or dict.fromkeys(weights, np.ones(3, bool))
+        kernels = {path: np.where(masks[path][k], weight, 0) for path, weight in weights.items()}
         c = model.schema.classes.index(lane.explained_class)
 
         def logit(e: np.ndarray, k: int = k, c: int = c, kernels: Any = kernels) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 from tiny_model import TEXTS, tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from sparsecbm_jax.data.words import printable, read_words, word_spans
+from sparsecbm_jax.data.words import _merge_tokens, printable, read_words, word_spans
 
 HOSTILE = (
     "!!!",
@@ -61,15 +61,19 @@ def test_sub_words_are_merged(tokenizer: PreTrainedTokenizerBase) -> None:
     assert all(len(pieces) >= 3 for pieces in reading.tokens)
 
 
-def test_a_token_over_several_words_joins_them(tokenizer: PreTrainedTokenizerBase) -> None:
-    (reading,) = read_words(["was\x00cold"], tokenizer, 512)
-    assert [word.text for word in reading.words] == ["was\x00cold"]
+def test_a_token_over_several_words_joins_them() -> None:
+    words, tokens = _merge_tokens("so so-so!! good", [(0, 0), (0, 2), (2, 6), (6, 10), (10, 15)], [1, 0, 0, 0, 0])
+    assert [word.text for word in words] == ["so", "so-so!!", "good"]
+    assert tokens == ((1,), (2, 3), (4,))
 
 
 def test_a_long_text_is_cut_and_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     (reading,) = read_words(["great food " * 50], tokenizer, 12)
     assert reading.is_truncated
-    assert [word.is_read for word in reading.words] == [True] * 10 + [False] * 90
+    assert [word.is_read for word in reading.words] == [True] * sum(map(bool, reading.tokens)) + [False] * (
+        100 - sum(map(bool, reading.tokens))
+    )
+    assert [token for pieces in reading.tokens for token in pieces] == list(range(1, 11))
 
 
 def test_printable_escapes_what_a_terminal_would_obey() -> None:
