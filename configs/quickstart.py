@@ -1,5 +1,6 @@
-"""A first SparseCBM in minutes on two CPU cores: the embedded synthetic reviews, MiniLM, 14 epochs, the last four of them at the
-final sparsity.
+"""A first SparseCBM in minutes on two CPU cores: the embedded synthetic reviews, MiniLM.
+
+Fourteen epochs: eight dense, two while the sparsity climbs, four at the final sparsity.
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
