@@ -128,14 +128,22 @@ def prepare(run: RunConfig) -> Workload:
     )
 
 
-def timed(step: Callable[[Batch], Any], batches: Sequence[Batch], wait: Callable[[], None] = lambda: None) -> float:
-    """Mean seconds of a step over the batches."""
+class Seconds(NamedTuple):
+    """Mean time of a step: by the clock, and of the processor over all threads."""
+
+    wall: float
+    cpu: float
+
+
+def timed(step: Callable[[Batch], Any], batches: Sequence[Batch], wait: Callable[[], None] = lambda: None) -> Seconds:
+    """Goes through the batches once."""
     time.sleep(_PAUSE)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for batch in batches:
         step(batch)
     wait()
-    return (time.perf_counter() - start) / len(batches)
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    return Seconds(wall / len(batches), cpu / len(batches))
 
 
 def compare(work: Workload, *, num_batches: int, num_rounds: int, authors: bool, torch_compile: bool) -> dict[str, Any]:
@@ -149,7 +157,7 @@ def compare(work: Workload, *, num_batches: int, num_rounds: int, authors: bool,
         torch_compile: Whether PyTorch tries `torch.compile`.
 
     Returns:
-        What `--output` writes: seconds a step of every round, ratios, settings and the machine.
+        What `--output` writes: seconds a step, ratios to ours, settings and the machine.
     """
     import benchmark_torch
 
@@ -157,49 +165,36 @@ def compare(work: Workload, *, num_batches: int, num_rounds: int, authors: bool,
     batches = work.epoch[:num_batches]
     first_of_width = {batch.input_ids.shape[1]: batch for batch in reversed(batches)}
     load = os.getloadavg()[0]
+    if load > 0.5:
+        _say(f"{load:.1f} other processes want the {num_cores} cores: the times will scatter")
 
     ours = OurStep(work)
     for width, batch in sorted(first_of_width.items()):
-        _say(f"compiled ours for {width} tokens in {timed(ours, [batch], ours.wait):.0f} s")
+        _say(f"compiled ours for {width} tokens in {timed(ours, [batch], ours.wait).wall:.0f} s")
     benchmark_torch.use_cores(num_cores)
     theirs = benchmark_torch.TorchStep(work.config, work.params, work.heads, work.masks, work.optim)
-    settings, tried = benchmark_torch.fastest(theirs, batches[::2], try_compile=torch_compile)
-    for candidate, took in tried:
-        _say(f"torch {took / len(batches[::2]) * 1e3:7.0f} ms a step: {candidate}")
+    settings = benchmark_torch.fastest(theirs, batches[::2], try_compile=torch_compile)
     for batch in first_of_width.values():
         theirs(batch)
 
-    seconds: dict[str, list[float]] = {"ours": [], "torch": []}
+    times: dict[str, list[Seconds]] = {"ours": [], "torch": []}
     for number in range(1, num_rounds + 1):
-        seconds["ours"].append(timed(ours, batches, ours.wait))
-        seconds["torch"].append(timed(theirs, batches))
-        now = {name: values[-1] for name, values in seconds.items()}
-        _say(
-            f"round {number}/{num_rounds}: ours {now['ours'] * 1e3:.0f} ms, torch {now['torch'] * 1e3:.0f} ms a step, "
-            f"ratio {now['torch'] / now['ours']:.2f}"
-        )
+        times["ours"].append(timed(ours, batches, ours.wait))
+        times["torch"].append(timed(theirs, batches))
+        now, then = times["ours"][-1].wall, times["torch"][-1].wall
+        _say(f"round {number}/{num_rounds}: ours {now:.3f} s, torch {then:.3f} s a step, ratio {then / now:.2f}")
     if authors:
+        _say(f"one step of the authors' way, {work.padded.input_ids.shape[1]} tokens wide")
         theirs.set(benchmark_torch.AUTHORS)
         theirs(batches[0])
-        _say(f"one step of the authors' way, {work.padded.input_ids.shape[1]} tokens wide")
-        seconds["authors"] = [timed(theirs, [work.padded])]
-    pairs = [torch / our for our, torch in zip(seconds["ours"], seconds["torch"], strict=True)]
-    ratios = {
-        "torch_min": min(seconds["torch"]) / min(seconds["ours"]),
-        "torch_median": statistics.median(seconds["torch"]) / statistics.median(seconds["ours"]),
-        "torch_by_round": pairs,
-    }
-    if authors:
-        ratios["authors_median"] = seconds["authors"][0] / statistics.median(seconds["ours"])
+        times["authors"] = [timed(theirs, [work.padded])]
     return {
-        "seconds_per_step": seconds,
-        "ratios": ratios,
+        "steps": {name: _summary(values, times["ours"]) for name, values in times.items()},
         "torch_settings": dataclasses.asdict(settings),
         "batch_size": len(batches[0].label),
-        "num_batches": num_batches,
+        "num_batches": len(batches),
         "widths": _widths(batches),
         "widths_of_the_epoch": _widths(work.epoch),
-        "width_of_authors": work.padded.input_ids.shape[1],
         "num_concepts": work.config.num_concepts,
         "density": {path: float(mask.mean()) for path, mask in work.masks.items()},
         "machine": {
@@ -214,27 +209,24 @@ def compare(work: Workload, *, num_batches: int, num_rounds: int, authors: bool,
 
 def render(report: dict[str, Any]) -> str:
     """The report as text for a terminal."""
-    machine, seconds, ratios = report["machine"], report["seconds_per_step"], report["ratios"]
-    rows = [f"{'step':<10}{'min ms':>10}{'median ms':>12}{'examples/s':>12}{'ours is faster by':>20}"]
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        ratio = ""
-        if name == "torch":
-            ratio = f"{ratios['torch_median']:.2f} (min {ratios['torch_min']:.2f})"
-        elif name == "authors":
-            ratio = f"{ratios['authors_median']:.1f}"
-        rate = report["batch_size"] / median
-        rows.append(f"{name:<10}{min(values) * 1e3:>10.0f}{median * 1e3:>12.0f}{rate:>12.2f}{ratio:>20}")
-    pairs = ratios["torch_by_round"]
+    machine, settings = report["machine"], report["torch_settings"]
+    columns = ("step", "min ms", "median ms", "CPU ms", "examples/s", "/ ours: median", "min", "CPU")
+    rows = [f"{columns[0]:<8}" + "".join(f"{column:>15}" for column in columns[1:])]
+    for name, step in report["steps"].items():
+        times = [1e3 * step[key] for key in ("min_wall", "median_wall", "median_cpu")]
+        ratios = [step[key] for key in ("median_ratio", "min_ratio", "cpu_ratio")]
+        cells = [f"{ms:.0f}" for ms in times] + [f"{report['batch_size'] / step['median_wall']:.2f}"]
+        rows.append(f"{name:<8}" + "".join(f"{cell:>15}" for cell in (*cells, *(f"{ratio:.2f}" for ratio in ratios))))
+    by_round = ", ".join(f"{ratio:.2f}" for ratio in report["steps"]["torch"]["ratio_by_round"])
     return "\n".join(
         [
             f"{machine['cores']} cores of {machine['cpu']}, load {machine['load_at_start']:.1f} at the start; "
             f"jax {machine['jax']}, torch {machine['torch']}",
-            f"K = {report['num_concepts']}, batch {report['batch_size']}, {report['num_batches']} batches a round, "
+            f"K = {report['num_concepts']}, batch {report['batch_size']}, {report['num_batches']} batches a round; "
             f"tokens: {_mixture(report['widths'])}; the epoch's: {_mixture(report['widths_of_the_epoch'])}",
-            f"torch: {', '.join(f'{name} {value}' for name, value in report['torch_settings'].items())}",
+            f"torch: {', '.join(f'{name} {value}' for name, value in settings.items())}",
             *rows,
-            f"torch / ours round by round: {', '.join(f'{pair:.2f}' for pair in pairs)}",
+            f"torch / ours, round by round: {by_round}",
         ]
     )
 
@@ -257,6 +249,22 @@ def main() -> None:
         path = Path(FLAGS.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _summary(times: Sequence[Seconds], ours: Sequence[Seconds]) -> dict[str, Any]:
+    """Figures of one way of doing the step; what they are divided by is ours, of the same run."""
+    wall, our_wall = [time.wall for time in times], [time.wall for time in ours]
+    cpu, our_cpu = (statistics.median(time.cpu for time in some) for some in (times, ours))
+    return {
+        "wall": wall,
+        "min_wall": min(wall),
+        "median_wall": statistics.median(wall),
+        "median_cpu": cpu,
+        "min_ratio": min(wall) / min(our_wall),
+        "median_ratio": statistics.median(wall) / statistics.median(our_wall),
+        "cpu_ratio": cpu / our_cpu,
+        "ratio_by_round": [one / our for one, our in zip(wall, our_wall, strict=False)],
+    }
 
 
 def _say(text: str) -> None:

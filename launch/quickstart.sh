@@ -33,9 +33,8 @@ step 3 "Training on the embedded synthetic reviews: $RUN"
 step 4 "Explaining a prediction"
 "$VENV_PYTHON" launch/explain.py --model="$RUN/model" --text="$TEXT" | tee "$RUN/explanation.txt"
 
-step 5 "Correcting a concept"
-"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --text="$TEXT" --concept=service --target=Negative |
-    tee "$RUN/intervention.txt"
+step 5 "Correcting a concept that a held-out review gets wrong"
+"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find --drop_fraction=0.0001 | tee "$RUN/intervention.txt"
 
 cat <<END
 
@@ -43,5 +42,5 @@ Done. This is in $CHECKOUT:
   $RUN/model             the saved model: sparsecbm_jax.load("$RUN/model")
   $RUN/metrics.json      its scores on held-out reviews
   $RUN/explanation.txt   why it predicted what it did
-  $RUN/intervention.txt  the same text after one correction
+  $RUN/intervention.txt  a wrong prediction, before and after one correction
 END

@@ -97,14 +97,14 @@ def intervene(
     label: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     *,
     saliency: str | SaliencyFn = "signed",
-    num_steps: int = 1,
+    num_steps: int | Int[Array, ""] = 1,
 ) -> tuple[Masks, MaskEdit]:
     r"""Moves concept k's mask so that it reads the batch as class `target`.
 
     $L_k = \gamma\,CE(u_k, target) + CE(y, label)$, averaged over the batch, is differentiated by the effective kernels
     of subnetwork k alone, the other concepts' activations held constant; without a label the second term is left out.
     Each step drops the n kept weights of lowest score and grows the n pruned ones of highest score. Pure, and compiled
-    once for all concepts, targets, fractions and labels of a batch shape.
+    once for all concepts, targets, fractions, labels and numbers of steps of a batch shape.
 
     Args:
         config: the model's static description.
@@ -133,7 +133,7 @@ def intervene(
     """
     saliency_fn = _saliency_fn(saliency)
     _check_masks(masks)
-    if num_steps < 1:
+    if not _is_traced(num_steps) and num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
     label = -1 if label is None else label
     _check_index("concept", concept, 0, config.num_concepts)
@@ -150,12 +150,12 @@ def intervene(
         jnp.broadcast_to(jnp.asarray(target, jnp.int32), (num_rows,)),
         _change_count(masks, concept, drop_fraction),
         jnp.broadcast_to(jnp.asarray(label, jnp.int32), (num_rows,)),
+        jnp.asarray(num_steps, jnp.int32),
         saliency_fn=saliency_fn,
-        num_steps=num_steps,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "saliency_fn", "num_steps"))
+@functools.partial(jax.jit, static_argnames=("config", "saliency_fn"))
 def _intervene(
     config: CBMConfig,
     params: Params,
@@ -166,9 +166,9 @@ def _intervene(
     target: Int[Array, " B"],
     count: UInt[Array, ""],
     label: Int[Array, " B"],
+    num_steps: Int[Array, ""],
     *,
     saliency_fn: SaliencyFn,
-    num_steps: int,
 ) -> tuple[Masks, MaskEdit]:
     before = cbm.forward(config, params, masks, heads, batch)
     weights = {path: masks_lib.leaf_at(params, path) for path in masks}

@@ -5,6 +5,7 @@ K masks at each pruning event, training going on under them. Among the epochs at
 one with the best mean of validation concept and task accuracy is kept, and the test split is scored once, with it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -212,13 +213,13 @@ class _Loop:
         return jax.tree.map(jax.device_put, packed, specs)
 
     def run_epochs(self) -> None:
-        training = self.settings.training
-        for epoch in range(self.step // self.steps_per_epoch, training.num_epochs):
-            if self.meta.get("stopped_early"):
-                break
-            self._epoch(epoch)
-            self._end_of_epoch(epoch)
-        self.log.close()
+        first = self.step // self.steps_per_epoch
+        with contextlib.closing(self.log):
+            for epoch in range(first, self.settings.training.num_epochs):
+                if self.meta.get("stopped_early"):
+                    break
+                self._epoch(epoch)
+                self._end_of_epoch(epoch)
 
     def _epoch(self, epoch: int) -> None:
         training = self.settings.training

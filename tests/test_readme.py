@@ -13,6 +13,7 @@ from sparsecbm_jax import artifact
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL_RUN = {
     "backbone": {"name": "tiny"},
+    "data": {"max_length": 16},
     "training": {"num_epochs": 2, "batch_size": 32},
     "sparsity": {"start_epoch": 0, "end_epoch": 1},
     "pruner": {"num_grads": 2, "block_size": 32},

@@ -22,6 +22,7 @@ def tiny_run(strategy: str = "sparse", **changes: Any) -> RunConfig:
     base = {
         "strategy": strategy,
         "backbone": {"name": "tiny"},
+        "data": {"max_length": 24},  # two length buckets: most of these tests' time is compiling
         "optim": {"learning_rate": 1e-3},
         "training": {
             "num_epochs": 3,
@@ -134,7 +135,8 @@ def test_nan_names_step_rows_and_last_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(training.NonFiniteError) as error:
         training.train(run, tmp_path, loss_fn=nan_after(17))
     text = str(error.value)
-    assert "loss is nan on train rows [" in text
+    assert "loss is nan" in text
+    assert "on train rows [" in text
     rows = json.loads("[" + text.split("[")[1].split("]")[0] + "]")
     assert 17 in rows
     with checkpoint.Checkpointer(tmp_path / "checkpoints") as saved:
