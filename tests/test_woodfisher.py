@@ -56,10 +56,10 @@ def test_scores_are_the_brute_force_loss_increase() -> None:
     rng = np.random.default_rng(2)
     with jax.enable_x64(True):
         for _ in range(100):
-            size = int(rng.integers(2, 7))
+            size = int(rng.choice([3, 5]))  # few shapes, so that few programs are compiled
             fisher, weights = random_fisher(rng, size, 3 * size, 0.05), rng.normal(size=size)
             inverse = woodfisher.inverse(jnp.asarray(fisher)[None])[0]
-            group = rng.choice(size, rng.integers(1, size + 1), replace=False)
+            group = rng.choice(size, rng.integers(1, 4), replace=False)
             rest = np.setdiff1d(np.arange(size), group)
             # The best the others can do about w_Q → 0 on the quadratic ½ δᵀ F δ.
             delta = np.zeros(size)
