@@ -11,6 +11,7 @@ or concept=class and label=name pairs; by default the predicted ones. Takes seco
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 import typing
@@ -31,6 +32,9 @@ flags.DEFINE_string("output", None, "File to write to in place of the terminal."
 flags.DEFINE_integer("top", 5, "Words shown for each concept.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 16, "Texts in one pass.", lower_bound=1)
 
+# Below this, written-out layers cost more to compile than they save.
+_UNROLL_FROM_TEXTS = 500
+
 
 def main() -> None:
     # A review may hold characters that this terminal cannot show.
@@ -45,6 +49,8 @@ def main() -> None:
     from sparsecbm_jax.explanation import explain, render_text
 
     model = load(FLAGS.model)
+    if len(texts) < _UNROLL_FROM_TEXTS:
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
     pathways = explain(model, texts, _target(FLAGS.target), batch_size=FLAGS.batch_size)
     if FLAGS.json:
         result = "\n".join(pathway.to_json() for pathway in pathways)

@@ -10,6 +10,7 @@ given) and corrects it towards its gold class. --save writes the corrected model
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -61,7 +62,9 @@ def main() -> None:
     from sparsecbm_jax.explanation import render_correction
     from sparsecbm_jax.intervention import correct
 
-    model = load(FLAGS.model)
+    loaded = load(FLAGS.model)
+    # Written-out layers would cost more to compile than a few passes can win back.
+    model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
     case = _find(model, FLAGS.concept) if FLAGS.find else _Case(FLAGS.text, FLAGS.concept, FLAGS.target)
     if case is None:
         print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
@@ -78,7 +81,7 @@ def main() -> None:
     )
     print(json.dumps(report.to_dict(), indent=2) if FLAGS.json else render_correction(report))
     if FLAGS.save:
-        directory = save(corrected, FLAGS.save)
+        directory = save(dataclasses.replace(corrected, config=loaded.config), FLAGS.save)
         print(f"saved: {directory}", file=sys.stderr if FLAGS.json else sys.stdout)
 
 
