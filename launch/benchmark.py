@@ -108,7 +108,8 @@ def prepare(run: RunConfig) -> Workload:
     if run.strategy != "sparse":
         raise ValueError(f"strategy is {run.strategy!r}; the benchmark times 'sparse'")
     prepared = training.prepare(run)
-    config, split = prepared.config, prepared.splits["train"]
+    # As `training.prepare` sets it for a run that is long enough to pay for the compilation.
+    config, split = dataclasses.replace(prepared.config, unroll_layers=True), prepared.splits["train"]
     sparsity = 1 - 1 / config.num_concepts if run.sparsity.final is None else run.sparsity.final
     paths = backbones.maskable_paths(config.backbone)
     masks = {
