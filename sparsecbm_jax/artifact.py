@@ -15,7 +15,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,7 @@ from sparsecbm_jax import __version__, model_card, sharding
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig, init_params, maskable_paths
 from sparsecbm_jax.cbm import CBMConfig, CBMOutput, Heads, init_heads, make_forward
-from sparsecbm_jax.data.batches import eval_batches, load_tokenizer, tokenize
+from sparsecbm_jax.data.batches import Batch, eval_batches, load_tokenizer, tokenize
 from sparsecbm_jax.data.schema import MISSING, Examples, Schema
 from sparsecbm_jax.masks import Masks, Params
 
@@ -175,8 +175,8 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
     Args:
         model: the model.
         directory: where to; made where it does not exist, and an older model in it is replaced.
-        metrics: scores for `metrics.json` and the card; by default `model.metadata["metrics"]`, or the `metrics.json`
-            that is there already.
+        metrics: scores for `metrics.json` and the card; by default `model.metadata["metrics"]`; where there are none, an
+            older model's `metrics.json` goes.
 
     Returns:
         The directory.
@@ -198,8 +198,6 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
     metadata = dict(model.metadata)
     metrics = metrics if metrics is not None else metadata.get("metrics")
     metadata.pop("metrics", None)
-    if metrics is None and (directory / METRICS_FILE).is_file():
-        metrics = _read_json(directory / METRICS_FILE)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -234,8 +232,9 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
         # config.json goes last: it names the masks that belong to it, so that a half-replaced model is found out.
         for path in sorted(beside.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             os.replace(path, directory / path.name)
-        if masks is None:
-            (directory / MASKS_FILE).unlink(missing_ok=True)
+        for name, is_absent in {MASKS_FILE: masks is None, METRICS_FILE: metrics is None}.items():
+            if is_absent:
+                (directory / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return directory
@@ -413,6 +412,28 @@ def check_texts(texts: Sequence[str]) -> None:
             raise ValueError(f"texts[{index}] is {text!r}, expected a text that is not empty")
 
 
+def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int) -> Iterator[Batch]:
+    """Batches of texts without labels; `row_ids` are positions in `texts`.
+
+    Raises:
+        TypeError, ValueError: if an element is no text, is empty, cannot be encoded, or holds nothing that the
+            tokeniser reads; its position is named.
+    """
+    check_texts(texts)
+    for n, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{n}] is not valid Unicode: character {error.start} is a lone surrogate") from error
+    cells = np.full((len(texts), model.config.num_concepts), MISSING, np.int32)
+    labels, row_ids = np.full(len(texts), MISSING, np.int32), np.arange(len(texts), dtype=np.int32)
+    examples = Examples(tuple(texts), cells, labels, None, row_ids)
+    tokenized = tokenize(examples, model.tokenizer, model.max_length)
+    for n in np.flatnonzero(tokenized.lengths <= model.tokenizer.num_special_tokens_to_add()).tolist():
+        raise ValueError(f"texts[{n}] is {texts[n][:40]!r}, in which the tokeniser finds nothing to read")
+    return eval_batches(tokenized, batch_size=batch_size)
+
+
 def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mesh: Mesh | None = None) -> Predictions:
     """Predict the concepts and the label of texts.
 
@@ -429,7 +450,7 @@ def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mes
         Probabilities and most probable classes, in the order of the texts.
 
     Raises:
-        TypeError, ValueError: as `check_texts`.
+        TypeError, ValueError: as `text_batches`.
     """
     texts = texts if isinstance(texts, str | bytes) else list(texts)
     check_texts(texts)
@@ -439,12 +460,9 @@ def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mes
     concept_probabilities = np.zeros((num_texts, num_concepts, model.config.num_classes), np.float32)
     label_probabilities = np.zeros((num_texts, model.config.num_labels), np.float32)
     if num_texts:
-        missing = np.full((num_texts, model.config.num_concepts), MISSING, np.int32)
-        examples = Examples(tuple(texts), missing, missing[:, 0], None, np.arange(num_texts, dtype=np.int32))
-        tokenized = tokenize(examples, model.tokenizer, model.max_length)
         forward = make_forward(model.config, mesh)
         masks = None if model.masks is None else _pack(model.masks)
-        for batch in eval_batches(tokenized, batch_size=_num_rows(num_texts, batch_size, mesh)):
+        for batch in text_batches(model, texts, batch_size=_num_rows(num_texts, batch_size, mesh)):
             parts = _probabilities(forward(model.params, masks, model.heads, batch))
             concept_part, label_part = (_to_host(part) for part in parts)
             real = batch.example_weight > 0

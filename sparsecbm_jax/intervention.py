@@ -8,7 +8,7 @@ Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.artifact import SparseCBM, check_texts
+from sparsecbm_jax.artifact import SparseCBM, text_batches
 from sparsecbm_jax.cbm import CBMConfig
-from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
-from sparsecbm_jax.data.schema import MISSING, Examples, did_you_mean
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.schema import did_you_mean
 from sparsecbm_jax.masks import Masks, Params
 
 SaliencyFn = Callable[[Any, Any], Any]
@@ -324,8 +324,8 @@ def correct(
             num_steps: as in `intervene`.
 
     Returns:
-            The model with the new masks, and what changed. The concept may still have another class than asked:
-            `CorrectionReport.is_repaired` says so.
+            The model with the new masks, without the metrics of the old ones, and what changed. The concept may still
+            have another class than asked: `CorrectionReport.is_repaired` says so.
 
     Raises:
         ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
@@ -364,7 +364,9 @@ def correct(
         after=_predicted(model, edit.concept_logits_after, edit.label_logits_after),
         edit=edit,
     )
-    return dataclasses.replace(model, masks=masks), report
+    # The scores were those of the masks before.
+    metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
+    return dataclasses.replace(model, masks=masks, metadata=metadata), report
 
 
 def name_index(kind: str, name: str, names: Sequence[str]) -> int:
@@ -377,28 +379,6 @@ def name_index(kind: str, name: str, names: Sequence[str]) -> int:
         expected = ", ".join(map(repr, names))
         raise ValueError(f"there is no {kind} {name!r}{did_you_mean(name, names)}; expected one of {expected}")
     return list(names).index(name)
-
-
-def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int) -> Iterator[Batch]:
-    """Batches of texts without labels; `row_ids` are positions in `texts`.
-
-    Raises:
-        TypeError, ValueError: if an element is no text, is empty, cannot be encoded, or holds nothing that the
-            tokeniser reads; its position is named.
-    """
-    check_texts(texts)
-    for n, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"texts[{n}] is not valid Unicode: character {error.start} is a lone surrogate") from error
-    cells = np.full((len(texts), model.config.num_concepts), MISSING, np.int32)
-    labels, row_ids = np.full(len(texts), MISSING, np.int32), np.arange(len(texts), dtype=np.int32)
-    examples = Examples(tuple(texts), cells, labels, None, row_ids)
-    tokenized = tokenize(examples, model.tokenizer, model.max_length)
-    for n in np.flatnonzero(tokenized.lengths <= model.tokenizer.num_special_tokens_to_add()).tolist():
-        raise ValueError(f"texts[{n}] is {texts[n][:40]!r}, in which the tokeniser finds nothing to read")
-    return eval_batches(tokenized, batch_size=batch_size)
 
 
 def _predicted(

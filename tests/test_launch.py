@@ -85,6 +85,7 @@ def test_a_config_file_cannot_add_a_key() -> None:
         (["--config=configs/cebab.py:brt", "--workdir=x"], "error: unknown backbone preset 'brt'"),
         (["--config=configs/quickstart.py", "--wrkdir=x"], "error: unknown flag --wrkdir; did you mean --workdir?"),
         (["--config=configs/quickstart.py", "--config.gamma=-1", "--workdir=x"], "error: config.gamma is -1.0;"),
+        (["--config=configs/quickstart.py", "--workdir=my", "run"], "error: 'run' belongs to no flag;"),
     ],
 )
 def test_train_refuses_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ must run inside `jax.shard_map`.
 Reference: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Sanh et al. 2019 (DistilBERT).
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -31,8 +32,8 @@ _init = nn.initializers.truncated_normal(0.02)
 
 
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x Φ(x), with the error function."""
-    return jax.nn.gelu(x, approximate=False)
+    """x Φ(x), with the error function: its complement, as in `jax.nn.gelu`, takes twice as long on CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 ACTIVATION_FNS: dict[str, Callable[[Array], Array]] = {
