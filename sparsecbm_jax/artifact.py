@@ -175,8 +175,8 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
     Args:
         model: the model.
         directory: where to; made where it does not exist, and an older model in it is replaced.
-        metrics: scores for `metrics.json` and the card; by default `model.metadata["metrics"]`; where there are none, an
-            older model's `metrics.json` goes.
+        metrics: scores for `metrics.json` and the card; by default `model.metadata["metrics"]`; where there are none,
+            an older model's `metrics.json` goes.
 
     Returns:
         The directory.
