@@ -20,7 +20,9 @@ def get_config(strategy: str = "sparse") -> ConfigDict:
     config.data.preset = "imdb_c_manual"
     config.data.max_length = 128
     config.training.batch_size = 8
-    config.training.num_epochs = 20
-    config.sparsity.start_epoch = 6
-    config.sparsity.end_epoch = 9
+    config.training.num_epochs = 10
+    config.sparsity.start_epoch = 3
+    config.sparsity.end_epoch = 5
+    config.pruner.num_grads = 16
+    config.pruner.grad_batch_size = 8
     return config

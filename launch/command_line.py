@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import functools
 import os
 import re
 import sys
@@ -59,13 +60,18 @@ def run_config() -> RunConfig:
     return from_config_dict(config)
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Parses the command line and calls `main`; an error meant for a person ends with its message and status 2."""
+def run(main: Callable[[], None], *, takes_arguments: bool = False) -> NoReturn:
+    """Parses the command line and calls `main`; an error meant for a person ends with its message and status 2.
+
+    Args:
+        main: What to call.
+        takes_arguments: Whether it reads arguments that belong to no flag, which are refused otherwise.
+    """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
     try:
-        app.run(lambda argv: main(), flags_parser=_parse)
+        app.run(lambda argv: main(), flags_parser=functools.partial(_parse, takes_arguments=takes_arguments))
     except BrokenPipeError:
         # Whoever read the output (`| head`) has had enough; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,7 +122,7 @@ def start_distributed() -> int:
     return jax.process_index()
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], *, takes_arguments: bool) -> list[str]:
     try:
         _arguments[:] = _prepare(argv) if "config" in FLAGS else argv
         program, *rest = typing.cast(list[str], FLAGS(_arguments))
@@ -127,9 +133,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if isinstance(cause, Exception) and _is_for_people(cause):
             raise cause from None
         raise ValueError(_explain(error)) from error
-    if rest:
+    if rest and not takes_arguments:
         raise ValueError(f"{' '.join(rest)!r} belongs to no flag; a value of several words wants quotes: --text='A B'")
-    return [program]
+    return [program, *rest]
 
 
 def _prepare(argv: Sequence[str]) -> list[str]:
@@ -207,7 +213,7 @@ def _is_for_people(error: Exception) -> bool:
     if type(error).__module__.partition(".")[0] == "sparsecbm_jax" or isinstance(error, OSError):
         return True
     # Python gives the import errors that it raises itself a name; those that ask to install an extra have none.
-    if not isinstance(error, (ValueError, ImportError)) or getattr(error, "name", None):
+    if not isinstance(error, (ValueError, FloatingPointError, ImportError)) or getattr(error, "name", None):
         return False
     # JAX takes its own frames out of a traceback, and leaves a note that says so.
     if any("JAX has removed its internal frames" in note for note in getattr(error, "__notes__", ())):

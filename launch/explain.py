@@ -45,6 +45,11 @@ def main() -> None:
     if not texts:
         raise ValueError("nothing to explain; expected --text=... or --file=FILE with one review a line")
 
+    if FLAGS.output:
+        # Before the work, so that a folder that cannot be written to costs none.
+        Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(FLAGS.output).touch()
+
     from sparsecbm_jax.artifact import load
     from sparsecbm_jax.explanation import explain, render_text
 

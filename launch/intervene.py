@@ -63,6 +63,8 @@ def main() -> None:
     from sparsecbm_jax.intervention import correct
 
     loaded = load(FLAGS.model)
+    if loaded.masks is None:
+        raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
     # Written-out layers would cost more to compile than a few passes can win back.
     model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
     case = _find(model, FLAGS.concept) if FLAGS.find else _Case(FLAGS.text, FLAGS.concept, FLAGS.target)

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ _KEYS = (
     "max_length",
     "metadata",
 )
+_KINDS = {"model": (dict,), "schema": (dict,), "sparsity": (dict, NoneType), "max_length": (int,), "metadata": (dict,)}
 _MAX_LISTED = 20
 _FEW = 8
 _pack = jax.jit(masks_lib.pack)
@@ -104,14 +106,6 @@ class Predictions(NamedTuple):
     label_probabilities: Float[np.ndarray, "N Y"]
     concepts: Int[np.ndarray, "N K"]
     labels: Int[np.ndarray, " N"]
-
-
-def _to_host(value: Any) -> np.ndarray:
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        value = multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value)
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -187,10 +181,12 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
     """
     directory = Path(directory)
     wanted = _named(_abstract(model.config, model.strategy))
-    tensors = {name: _to_host(leaf) for name, leaf in _named({"params": model.params, "heads": model.heads}).items()}
+    tensors = {
+        name: sharding.to_host(leaf) for name, leaf in _named({"params": model.params, "heads": model.heads}).items()
+    }
     _check_schema(model.config, model.schema, model.strategy, "the model to save")
     _check_leaves(tensors, wanted, "the model to save")
-    masks: Any = None if model.masks is None else {path: _to_host(mask) for path, mask in model.masks.items()}
+    masks: Any = None if model.masks is None else {path: sharding.to_host(mask) for path, mask in model.masks.items()}
     if masks is not None:
         _check_masks(model.config, {path: mask.shape for path, mask in masks.items()}, wanted, "the model to save")
     if jax.process_index() != 0:
@@ -313,15 +309,25 @@ def _read_config(path: Path) -> tuple[CBMConfig, Schema, dict[str, Any]]:
             f"(written by sparsecbm_jax {content.get('library_version', 'unknown')}, this is {__version__})"
         )
     _check_keys(content, _KEYS, str(path))
+    for key, kinds in _KINDS.items():
+        if not isinstance(content[key], kinds):
+            expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ArtifactError(f"{path}: {key} is {content[key]!r}, expected {expected}")
+    if content["sparsity"] is not None and not isinstance(content["sparsity"].get("fingerprint"), str):
+        raise ArtifactError(f"{path}: sparsity lacks the masks' fingerprint")
     fields = [field.name for field in dataclasses.fields(CBMConfig)]
     _check_keys(content["model"], fields, f"{path}, model")
     try:
         backbone = BackboneConfig.from_dict(content["model"]["backbone"])
         config = CBMConfig(**{**content["model"], "backbone": backbone})
         schema = Schema.from_dict(content["schema"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     _check_schema(config, schema, content["strategy"], str(path))
+    try:
+        _abstract(config, content["strategy"])
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: model does not describe one: {error}") from error
     return config, schema, content
 
 
@@ -464,7 +470,7 @@ def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mes
         masks = None if model.masks is None else _pack(model.masks)
         for batch in text_batches(model, texts, batch_size=_num_rows(num_texts, batch_size, mesh)):
             parts = _probabilities(forward(model.params, masks, model.heads, batch))
-            concept_part, label_part = (_to_host(part) for part in parts)
+            concept_part, label_part = (sharding.to_host(part) for part in parts)
             real = batch.example_weight > 0
             concept_probabilities[batch.row_ids[real]] = concept_part[real]
             label_probabilities[batch.row_ids[real]] = label_part[real]

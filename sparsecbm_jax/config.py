@@ -151,8 +151,8 @@ class DataConfig:
     """Whether an empty concept cell counts as class 'unknown' (the paper's reading) or carries no loss and no score."""
     keep_unlabelled: bool = False
     """Whether training rows without a task label are kept for the concept loss alone, or skipped."""
-    max_length: int = setting(512, POSITIVE_INT)
-    """Longest text in tokens, special tokens included; longer ones are cut. From 1 to the backbone's positions."""
+    max_length: int = setting(512, Check("an integer of at least 3", lambda v: v >= 3))
+    """Longest text in tokens, special tokens included; longer ones are cut, at the backbone's last position too."""
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -194,7 +194,7 @@ class OptimConfig:
     head_learning_rate: float = setting(1e-2, POSITIVE)
     """Peak learning rate of the concept projector and the label predictor."""
     weight_decay: float = setting(0.0, NON_NEGATIVE)
-    """Decoupled weight decay of the kernels, per unit of learning rate."""
+    """Decoupled weight decay of kernels and embeddings, per unit of learning rate."""
     warmup_fraction: float = setting(0.06, FRACTION)
     """Share of all steps over which the learning rates climb from 0, in [0, 1)."""
     decay: str = setting("linear", one_of("linear", "constant"))
@@ -252,7 +252,7 @@ class SparsityConfig:
     events_per_epoch: int = setting(1, POSITIVE_INT)
     """How often per epoch the masks are scored again."""
     scope: str = setting("global", one_of("global", "per_kernel"))
-    """Whether weights compete over all kernels of a concept, or within each kernel."""
+    """Whether weights compete over all kernels of a concept, or within each kernel of each layer."""
     regrow: bool = False
     """Whether pruned weights may come back at a later event."""
 
@@ -279,7 +279,7 @@ class PrunerConfig:
     num_grads: int = setting(128, POSITIVE_INT)
     """Gradients m in the empirical Fisher of each concept."""
     block_size: int = setting(64, POSITIVE_INT)
-    """Consecutive inputs b of one output unit that form a block; every kernel's input width must be a multiple."""
+    """Consecutive inputs b of one output unit that form a block; a last block that is not filled is padded."""
     grad_batch_size: int = setting(8, POSITIVE_INT)
     """Examples averaged in one gradient, unless `per_example`."""
     damping: float = setting(0.1, POSITIVE)

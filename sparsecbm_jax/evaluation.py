@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax import metrics
+from sparsecbm_jax import metrics, sharding
 from sparsecbm_jax.cbm import CBMConfig, CBMOutput, make_forward
 from sparsecbm_jax.checkpoint import read_run, run_differences
 from sparsecbm_jax.data.batches import Batch
@@ -83,14 +83,6 @@ def batch_sums(output: CBMOutput, batch: Batch) -> EvaluationSums:
     )
 
 
-def _to_host(value: Array) -> np.ndarray:
-    if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
-        from jax.experimental import multihost_utils
-
-        value = multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value, np.float64)
-
-
 def evaluate(
     config: CBMConfig,
     params: Any,
@@ -104,9 +96,9 @@ def evaluate(
     """Score a model on batches.
 
     The task is scored over rows with a label (>= 0) and each concept over its cells with a class (>= 0), both weighted
-    by `example_weight`, so padding rows count for nothing. In the section `concept` all concept cells are pooled,
-    which is the mean over concepts when no cell is missing; `mean_accuracy` is the mean over concepts always. Its
-    `majority_accuracy` is that of always predicting each concept's own most frequent class.
+    by `example_weight`, so padding rows count for nothing. In the section `concept` all concept cells are pooled: the
+    accuracy is the mean over concepts when no cell is missing, the F1 is not; `mean_accuracy` is the mean over
+    concepts always. Its `majority_accuracy` is that of always predicting each concept's own most frequent class.
 
     Args:
         config: the model's static configuration.
@@ -135,7 +127,10 @@ def evaluate(
     if not collected:
         raise ValueError("evaluate: expected at least one batch, got none (is the split empty?)")
     sums = EvaluationSums(
-        *(np.sum([_to_host(value) for value in values], axis=0) for values in zip(*collected, strict=True))
+        *(
+            np.sum([sharding.to_host(value).astype(np.float64) for value in values], axis=0)
+            for values in zip(*collected, strict=True)
+        )
     )
     return report_of(sums, schema)
 

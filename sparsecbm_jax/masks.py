@@ -100,8 +100,9 @@ def apply(params: Params, masks: Masks, index: int) -> dict[str, Any]:
 
 def num_kept(masks: Masks) -> np.ndarray:
     """Kept weights of each concept, [K], exact."""
-    counts = [np.count_nonzero(np.asarray(mask).reshape(mask.shape[0], -1), axis=1) for mask in masks.values()]
-    return np.stack(counts).sum(axis=0, dtype=np.int64)
+    # On the devices, which may be several hosts'; the sum over kernels may pass 2³².
+    counts = [jnp.sum(mask, axis=range(1, mask.ndim), dtype=jnp.uint32) for mask in masks.values()]
+    return np.stack([np.asarray(count) for count in counts]).sum(axis=0, dtype=np.int64)
 
 
 def total_density(masks: Masks) -> np.ndarray:

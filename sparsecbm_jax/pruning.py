@@ -9,6 +9,7 @@ by K subnetworks.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -106,8 +107,8 @@ def _scores_from_gradients(
 def woodfisher_scores(kernels: Kernels, gradients: Iterator[Kernels], *, config: PrunerConfig) -> Kernels:
     """ρ_Q of every single weight from the block-wise empirical Fisher (Eq. 11).
 
-    With fewer gradients than a block has weights (m < b) the gradients are kept and m × m systems solved, at 4·m bytes
-    a weight; else their outer products are summed, at 4·b.
+    ζ is relative to the mean over all layers of a kernel. With fewer gradients than a block has weights (m < b) the
+    gradients are kept and m × m systems solved, at 4·m bytes a weight; else their outer products are summed, at 4·b.
 
     Args:
       kernels: θ_k on the maskable kernels.
@@ -174,10 +175,7 @@ def prune_concept(
       regrow: pruned weights may come back; else they stay pruned, and a mask sparser than s is left as it is.
     """
     if scope == "per_kernel":
-        return {
-            path: prune_concept({path: mask[path]}, {path: scores[path]}, sparsity, regrow=regrow)[path]
-            for path in mask
-        }
+        return {path: _prune_kernels(path, mask[path], scores[path], sparsity, regrow) for path in mask}
     total = sum(kept.size for kept in mask.values())
     target = round(sparsity * total)
     if regrow:
@@ -187,6 +185,19 @@ def prune_concept(
     if target <= pruned:
         return dict(mask)
     return _prune_lowest(mask, scores, jnp.uint32(target - pruned), mask)
+
+
+def _prune_kernels(
+    path: str, mask: Bool[Array, "..."], scores: Float[Array, "..."], sparsity: float, regrow: bool
+) -> Bool[Array, "..."]:
+    """Cuts each kernel of a leaf by itself: a leaf of the layers stacks one for each of them."""
+    if not path.startswith("layers/"):
+        return prune_concept({path: mask}, {path: scores}, sparsity, regrow=regrow)[path]
+    cut = [
+        prune_concept({path: of_layer}, {path: score}, sparsity, regrow=regrow)[path]
+        for of_layer, score in zip(mask, scores, strict=True)
+    ]
+    return jnp.stack(cut)
 
 
 def prune(
@@ -225,6 +236,7 @@ def prune(
             mask = {path: jnp.ones_like(kept) for path, kept in mask.items()}
         kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
         stream = fisher.gradients(config, params, mask, heads, pairs, k, per_example=pruner.per_example)
+        stream = itertools.islice(stream, pruner.num_grads)
         scores = criterion(kernels, stream)
         cut = prune_concept(mask, scores, sparsity, scope=scope, regrow=regrow)
         new = masks_lib.replace_concept(new, k, cut)

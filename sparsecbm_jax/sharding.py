@@ -77,7 +77,8 @@ def make_mesh(
       devices: the devices to use; the first data·fsdp·tensor·concept of all devices by default.
 
     Raises:
-      ValueError: if an axis is below 1 or the product is more than the devices at hand.
+      ValueError: if an axis is below 1, the product is more than the devices at hand, or several processes would
+        share rows.
     """
     sizes = dict(zip(AXES, (data, fsdp, tensor, concept), strict=True))
     for name, size in sizes.items():
@@ -90,6 +91,11 @@ def make_mesh(
         raise ValueError(f"the mesh {shape} needs {wanted} devices, but {len(at_hand)} are at hand")
     if wanted != len(at_hand) and jax.process_count() > 1:
         raise ValueError(f"with several processes the mesh must use all {len(at_hand)} devices; it names {wanted}")
+    if (data * fsdp) % jax.process_count():
+        raise ValueError(
+            f"{jax.process_count()} processes each read rows of their own, so data x fsdp must be a multiple of that; "
+            f"it is {data * fsdp}"
+        )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=at_hand[:wanted])
 
 
@@ -160,6 +166,15 @@ def put(tree: Any, mesh: Mesh) -> Any:
     check_divisible(tree, mesh)
     place = functools.partial(jax.device_put, may_alias=False)
     return jax.tree.map(place, tree, shardings(mesh, param_specs(tree)))
+
+
+def to_host(value: Any) -> np.ndarray:
+    """The whole of an array as numpy on every process, also where it lies on the devices of several."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -23,7 +23,7 @@ from sparsecbm_jax import backbones, evaluation, pruning, sharding
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, load, save
 from sparsecbm_jax.cbm import CBMConfig, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
-from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, write_atomically
+from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, read_run, write_atomically
 from sparsecbm_jax.config import RunConfig, to_dict
 from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, tokenize, train_batches
 from sparsecbm_jax.data.schema import Dataset
@@ -46,7 +46,13 @@ _UNRELATED = ("training.log_every_steps", "training.save_every_steps", "training
 _FISHER_BUCKETS = (32, 64, 128, 256, 512)
 # From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
 _UNROLL_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
+# What a strategy has trained by the time its epochs are scored; the others have both.
+_SCORED = {"standard": ("task",), "independent": ("concept",), "sequential": ("concept",)}
 _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+# A step that is not checked yet: its number, rows and metrics.
+Pending = tuple[int, np.ndarray, Mapping[str, Any]] | None
 
 
 class NonFiniteError(FloatingPointError):
@@ -71,12 +77,15 @@ class TrainResult(NamedTuple):
     workdir: Path
 
 
-def prepare(run: RunConfig) -> Prepared:
-    """Reads data, tokeniser and pretrained backbone.
+def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
+    """Reads data, tokeniser and pretrained backbone; texts are cut where the backbone's positions end.
+
+    Args:
+      run: the run.
+      mesh: each tensor of a pretrained backbone is read straight to its shards there; by default to the first device.
 
     Raises:
       FileNotFoundError: if `backbone.name` is 'minilm' and its package is not installed.
-      ValueError: if the texts may be longer than the backbone has positions for.
     """
     dataset = load_dataset(run.data)
     name: str | Path = run.backbone.name
@@ -96,7 +105,9 @@ def prepare(run: RunConfig) -> Prepared:
                 )
             name = found
         tokenizer = load_tokenizer(name)
-        backbone, params = backbones.load_pretrained(name)
+        backbone, params = backbones.load_pretrained(
+            name, shardings=None if mesh is None else lambda tree: sharding.shardings(mesh, sharding.param_specs(tree))
+        )
     if run.backbone.dropout is not None:
         backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
     schema = dataset.schema
@@ -133,17 +144,29 @@ def train(
 
     Raises:
       NonFiniteError: if a loss or gradient is NaN or Inf; names the step, the rows and the last good checkpoint.
-      RunMismatchError: if `workdir` holds a run with another config.
+      RunMismatchError: if `workdir` holds a run with another config, loss or criterion.
     """
     workdir = Path(workdir)
-    check_same_run(workdir, to_dict(run), ignore=_UNRELATED)
+    own = {"loss_fn": loss_fn, "criterion": criterion}
+    described = {**to_dict(run), **{name: _name_of(function) for name, function in own.items() if function is not None}}
+    if read_run(workdir) is not None:
+        check_same_run(workdir, described, ignore=_UNRELATED)
     if (workdir / "metrics.json").is_file() and (workdir / "model").is_dir():
         model = load(workdir / "model")
         metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
         _say(f"{workdir} holds this run, finished already:\n{evaluation.render_table(metrics['test'])}")
         return TrainResult(model, metrics, workdir)
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.concept)
-    prepared = prepare(run)
+    rows = run.mesh.data * run.mesh.fsdp
+    for name in ("batch_size", "eval_batch_size"):
+        if getattr(run.training, name) % rows:
+            raise ValueError(
+                f"config.training.{name} is {getattr(run.training, name)}, but must be a multiple of {rows}, "
+                "the devices along mesh.data and mesh.fsdp"
+            )
+    prepared = prepare(run, mesh)
+    # Only now, so that a command that could not start does not claim the directory.
+    check_same_run(workdir, described, ignore=_UNRELATED)
     with (
         Checkpointer(workdir / "checkpoints", run.training.keep_checkpoints) as checkpoints,
         Checkpointer(workdir / "best", 1) as best,
@@ -152,6 +175,10 @@ def train(
         loop.run_epochs()
         state, meta = loop.best_state()
     return _finish(run, prepared, mesh, state, meta, workdir)
+
+
+def _name_of(function: Any) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def _say(text: str) -> None:
@@ -180,6 +207,8 @@ class _Loop:
         self.events: list[PruningEvent] = []
         if run.strategy == "sparse":
             self.events = pruning.schedule(run.sparsity, prepared.config.num_concepts, self.steps_per_epoch)
+            masks_lib.packed_dtype(prepared.config.num_concepts)
+        _check_can_be_scored(run.strategy, prepared.splits["validation"])
         self.first_kept_epoch = self.events[-1].epoch if self.events else 0
         self.tx = make_optimizer(run.optim, run.training.num_epochs * self.steps_per_epoch)
         heads = init_heads(jax.random.key(run.seed), prepared.config, run.strategy)
@@ -241,9 +270,9 @@ class _Loop:
             unit="step",
         )
         started = time.monotonic()
-        pending: tuple[int, np.ndarray, Mapping[str, Any]] | None = None
+        pending: Pending = None
         for index, batch in enumerate(bar, start=done):
-            self._prune_if_due(epoch, index)
+            self._prune_if_due(epoch, index, pending)
             self.state, metrics = self.step_fn(self.state, sharding.put_batch(batch, self.mesh), self.rng)
             # One step behind, so that the device never waits for the host to look.
             self._check(pending)
@@ -261,7 +290,7 @@ class _Loop:
         self._check(pending)
         self.meta["seconds"] += time.monotonic() - started
 
-    def _check(self, pending: tuple[int, np.ndarray, Mapping[str, Any]] | None) -> None:
+    def _check(self, pending: Pending) -> None:
         if pending is None:
             return
         step, row_ids, metrics = pending
@@ -276,12 +305,13 @@ class _Loop:
             f"{where} in {self.workdir / 'checkpoints'}. A lower learning rate or clip_norm often helps"
         )
 
-    def _prune_if_due(self, epoch: int, index: int) -> None:
+    def _prune_if_due(self, epoch: int, index: int, pending: Pending) -> None:
         while self.meta["events_done"] < len(self.events):
             number = self.meta["events_done"]
             event = self.events[number]
             if (epoch, index) < (event.epoch, event.step):
                 return
+            self._check(pending)
             config, run, state = self.prepared.config, self.settings, self.state
             masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
             started = time.monotonic()
@@ -302,25 +332,26 @@ class _Loop:
             density = masks_lib.total_density(masks)
             seconds = time.monotonic() - started
             record = {"epoch": epoch, "sparsity": event.sparsity, "density": density.tolist(), "seconds": seconds}
-            self.log.write(self.step, "prune", record)
+            # Under the step it comes before: a continuation from this step does it, and writes it, again.
+            self.log.write(self.step + 1, "prune", record)
             self.meta["events_done"] = number + 1
-            self.meta["seconds"] += seconds
 
     def _fisher_batches(self, event: int) -> list[Batch]:
         """Batches of the event: an order of their own, a pure function of (seed, event)."""
         wanted = pruning.num_fisher_batches(self.settings.pruner)
         batches: list[Batch] = []
         while len(batches) < wanted:
-            stream = train_batches(
-                self.train_split,
-                batch_size=self.settings.pruner.grad_batch_size,
-                seed=self.settings.seed,
-                epoch=10_000 + 100 * event + len(batches),
-                buckets=_FISHER_BUCKETS,
+            stream = list(
+                train_batches(
+                    self.train_split,
+                    batch_size=self.settings.pruner.grad_batch_size,
+                    seed=self.settings.seed,
+                    epoch=10_000 + 100 * event + len(batches),
+                    buckets=_FISHER_BUCKETS,
+                )
             )
-            batches += [batch for batch in stream if batch.example_weight.all()][: wanted - len(batches)] or [
-                next(iter(stream))
-            ]
+            whole = [batch for batch in stream if batch.example_weight.all()]
+            batches += (whole or stream)[: wanted - len(batches)]
         return batches
 
     def _end_of_epoch(self, epoch: int) -> None:
@@ -355,17 +386,21 @@ class _Loop:
             raise RuntimeError(f"{self.workdir / 'best'} holds no checkpoint, though the run has ended")
         abstract = self._abstract(self.best.read_meta(step)["has_masks"])
         kept = self.best.restore(step, (abstract.params, abstract.heads, abstract.packed))
-        return self.state._replace(params=kept[0], heads=kept[1], packed=kept[2]), self.meta
+        # What lies there counts, should a crash have come between it and the meta data.
+        meta = {**self.meta, "best_epoch": self.best.read_meta(step)["epoch"]}
+        return self.state._replace(params=kept[0], heads=kept[1], packed=kept[2]), meta
 
 
 def _selection_score(strategy: str, report: Mapping[str, Any]) -> float:
     """Mean of validation concept and task accuracy, of those that the strategy has trained by then."""
-    names = {"standard": ("task",), "independent": ("concept",), "sequential": ("concept",)}
-    values = [report[name]["accuracy"] for name in names.get(strategy, ("concept", "task"))]
-    known = [value for value in values if value is not None]
-    if not known:
-        raise ValueError("the validation split has no label that this strategy could be scored on")
-    return float(np.mean(known))
+    values = [report[name]["accuracy"] for name in _SCORED.get(strategy, ("concept", "task"))]
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def _check_can_be_scored(strategy: str, validation: Tokenized) -> None:
+    labels = {"concept": validation.concepts, "task": validation.labels}
+    if not any((labels[name] >= 0).any() for name in _SCORED.get(strategy, ("concept", "task"))):
+        raise ValueError(f"the validation split has no label that strategy {strategy!r} could be scored on")
 
 
 def _placed_batches(run: RunConfig, split: Tokenized, mesh: Mesh) -> Iterator[Batch]:
@@ -403,9 +438,9 @@ def _with_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state: Train
         forward = make_forward(prepared.config, mesh)
         collected, gold = [], []
         for batch in _placed_batches(run, train_split, mesh):
-            real = np.asarray(batch.example_weight) > 0
-            collected.append(np.asarray(forward(state.params, None, state.heads, batch).activations)[real])
-            gold.append(np.asarray(batch.label)[real])
+            real = sharding.to_host(batch.example_weight) > 0
+            collected.append(sharding.to_host(forward(state.params, None, state.heads, batch).activations)[real])
+            gold.append(sharding.to_host(batch.label)[real])
         activations, labels = np.concatenate(collected), np.concatenate(gold)
     heads = fit_predictor(
         state.heads,

@@ -138,7 +138,8 @@ def dual_saliency(
     """The same scores from the gradients themselves: m × m systems instead of b × b, for m < b.
 
     With G the m gradients of a block as rows, F⁻¹ = (I − Gᵀ (m ζ I + G Gᵀ)⁻¹ G) / ζ (Woodbury), of which only the
-    diagonal is needed.
+    diagonal is needed. Where a weight's mean g² is thousands of times ζ, float32 loses it in the difference; it is
+    never below 1 / F_ii.
     """
     num_grads = gradients.shape[1]
 
@@ -147,6 +148,7 @@ def dual_saliency(
         system = outer + num_grads * damping * jnp.eye(num_grads, dtype=rows.dtype)[None]
         solved = jnp.einsum("smn,snb->smb", _invert_slice(system), rows, precision=_HIGHEST)
         diagonal = (1 - jnp.sum(rows * solved, axis=1)) / damping
+        diagonal = jnp.maximum(diagonal, 1 / (damping + jnp.mean(rows**2, axis=1)))
         return weight_slice**2 / (2 * diagonal)
 
     return _map_slices(score, weights, gradients)

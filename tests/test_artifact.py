@@ -284,6 +284,11 @@ def test_masks_file_without_shapes_or_beside_a_dense_model_is_refused(copy):
         (lambda c: c.pop("schema"), "lacks schema"),
         (lambda c: c.update(strategy="dense"), "strategy is 'dense', expected one of standard, independent"),
         (lambda c: c["model"].update(num_labels=4), "num_labels = 4, but its schema 2"),
+        (lambda c: c.update(model=None), "model is None, expected dict"),
+        (lambda c: c.update(sparsity=[]), "sparsity is .., expected dict or null"),
+        (lambda c: c["sparsity"].pop("fingerprint"), "sparsity lacks the masks' fingerprint"),
+        (lambda c: c.update(max_length="abc"), "max_length is 'abc', expected int"),
+        (lambda c: c["model"]["backbone"].update(num_layers="2"), "model does not describe one"),
     ],
 )
 def test_a_config_of_another_format_is_refused(copy, edit, message):

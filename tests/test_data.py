@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from sparsecbm_jax.config import DataConfig
+from sparsecbm_jax.data import files
 from sparsecbm_jax.data.presets import PRESETS, configured_schema
 from sparsecbm_jax.data.schema import DataError, Schema
 from sparsecbm_jax.data.sources import check_trainable, load_dataset, read_dataset
@@ -352,6 +353,40 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"(?s)'train_exclusive' of 'CEBaB/CEBaB'.*no route.*config\.data\.path=DIR"):
         load_dataset(DataConfig(preset="cebab"))
+
+
+def test_a_single_file_takes_the_place_of_the_presets(tmp_path: Path) -> None:
+    for name in ("train_exclusive", "train_inclusive", "dev", "test"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    preset = {"train": "train_exclusive.json", "validation": "dev.json", "test": "test.json"}
+    assert files.find_files(tmp_path / "train_inclusive.json", preset)["train"].name == "train_inclusive.json"
+    chosen = files.find_files(tmp_path / "train_inclusive.json", preset, {"train": "train_exclusive"})
+    assert chosen["train"].name == "train_exclusive.json"
+
+
+@pytest.mark.parametrize(("cell", "what"), [(["a"], "a list"), ({"k": 1}, "a dict"), ("\ud800", "a lone surrogate")])
+def test_cells_that_are_no_text_are_named(cell: Any, what: str, tmp_path: Path) -> None:
+    config, splits = _write(tmp_path), _splits()
+    splits["train"][1]["review"] = cell
+    (tmp_path / "train.csv").unlink()
+    _write_json(tmp_path / "train.json", splits["train"])
+    with pytest.raises(DataError, match=rf"row 1 .*'review'.*{what}"):
+        load_dataset(config)
+
+
+def test_a_tokenisers_own_code_is_not_run(tmp_path: Path) -> None:
+    train_wordpiece(["a b", "a b"]).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "evil.py").write_text("raise SystemExit('the code of the folder was run')")
+    with pytest.raises(DataError, match="no tokeniser at"):
+        load_tokenizer(tmp_path)
+
+
+def test_names_that_cannot_be_printed_are_refused() -> None:
+    with pytest.raises(DataError, match="cannot be printed"):
+        Schema(("fo\x1b[31mod",), ("1", "2"), "text", "stars", ("food",))
 
 
 def test_hub_rows_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,10 +160,15 @@ def test_learning_rates_are_apart_and_warm_up() -> None:
 
 
 def test_weight_decay_spares_biases_and_norms(tiny_backbone_config: BackboneConfig) -> None:
-    params = backbones.init_params(jax.random.key(0), tiny_backbone_config)
-    decayed = jax.tree_util.tree_leaves_with_path(steps._is_decayed(params))
-    for path, is_decayed in decayed:
-        assert is_decayed == sharding.path_string(path).endswith(("kernel", "embedding"))
+    params = jax.tree.map(jnp.ones_like, backbones.init_params(jax.random.key(0), tiny_backbone_config))
+    trained = {"backbone": params, "heads": {"projector": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}
+    tx = steps.make_optimizer(OptimConfig(learning_rate=0.1, head_learning_rate=0.2, weight_decay=0.5), 1)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, trained), tx.init(trained), trained)
+    moved = {sharding.path_string(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
+    assert "backbone/layers/ffn_in/kernel" in moved and "heads/projector/kernel" in moved
+    assert {path.rpartition("/")[2] for path in moved} == {"kernel", "embedding"}
+    still = {sharding.path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)} - moved
+    assert {path.rpartition("/")[2] for path in still} == {"scale", "bias"}
 
 
 def test_the_predictor_learns_from_activations() -> None:

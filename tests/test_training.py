@@ -72,6 +72,30 @@ def test_a_finished_run_is_given_back_and_another_refused(
         training.train(dataclasses.replace(tiny_run(), gamma=2.0), finished.workdir)
 
 
+def test_a_run_that_could_not_start_leaves_the_folder_free(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"data": {"preset": "cebab", "path": str(tmp_path / "absent")}}, "does not exist"),
+        ({"training": {"eval_batch_size": 33}, "mesh": {"data": 2}}, "eval_batch_size is 33, but must be a multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.train(tiny_run(**changes), tmp_path / "run")
+        assert checkpoint.read_run(tmp_path / "run") is None
+
+
+def test_another_loss_is_another_run(finished: training.TrainResult) -> None:
+    with pytest.raises(checkpoint.RunMismatchError, match=r"loss_fn: saved nothing, current .*concept_loss"):
+        training.train(tiny_run(), finished.workdir, loss_fn=cbm.concept_loss)
+
+
+def test_fewer_rows_than_a_gradient_averages_are_enough(finished: training.TrainResult, tmp_path: Path) -> None:
+    run = tiny_run(pruner={"grad_batch_size": 4096, "num_grads": 2})
+    mesh = training.sharding.make_mesh(devices=jax.devices()[:1])
+    with checkpoint.Checkpointer(tmp_path / "a") as first, checkpoint.Checkpointer(tmp_path / "b") as second:
+        loop = training._Loop(run, training.prepare(run), mesh, first, second, tmp_path, None, None)
+        assert len(loop._fisher_batches(0)) == 2
+        loop.log.close()
+
+
 class Stop(Exception):
     pass
 
@@ -93,7 +117,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     monkeypatch.setattr(training, "make_train_step", make)
 
 
-@pytest.mark.parametrize("stop", [4, 13, 24], ids=["dense phase", "after a pruning event", "last epoch"])
+@pytest.mark.parametrize("stop", [4, 11, 24], ids=["dense phase", "right after a pruning event", "last epoch"])
 def test_resuming_mid_epoch_continues_to_the_bit(
     stop: int, finished: training.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +132,7 @@ def test_resuming_mid_epoch_continues_to_the_bit(
     chex.assert_trees_all_equal(resumed.model.params, finished.model.params)
     chex.assert_trees_all_equal(resumed.model.heads, finished.model.heads)
     chex.assert_trees_all_equal(resumed.model.masks, finished.model.masks)
+    assert resumed.metrics["train_seconds"] > 0
     whole, log = ((w / "metrics.jsonl").read_text().splitlines() for w in (finished.workdir, tmp_path))
     assert [json.loads(line)["step"] for line in log] == [json.loads(line)["step"] for line in whole]
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from pathlib import Path
 
 import backbone_cases as cases
 import chex
@@ -22,6 +23,7 @@ from sparsecbm_jax.backbones import (
     find_minilm,
     load_pretrained,
     make_backbone,
+    readers,
     weights,
 )
 
@@ -398,3 +400,10 @@ def test_tokenizer_is_saved_beside_the_weights(tmp_path):
 
     export_pretrained(tmp_path, *tiny(), tokenizer=Tokenizer())
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/other/model.safetensors", 3])
+def test_an_index_names_files_beside_it_only(name: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match="expected the name of a file beside it"):
+        readers.open_checkpoint(tmp_path)

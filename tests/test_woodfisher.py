@@ -154,6 +154,21 @@ def test_dual_form_equals_the_gram_form(num_grads: int, size: int) -> None:
     np.testing.assert_allclose(dual_form, gram_form, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("ratio", "tolerance"), [(1e2, 1e-3), (1e4, 2e-2), (1e6, 1.0)])
+def test_dual_form_never_takes_a_sensitive_weight_for_a_useless_one(ratio: float, tolerance: float) -> None:
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(64, 12, 16)) * np.where(np.arange(16) == 3, np.sqrt(ratio), 1.0)
+    weights = rng.normal(size=(64, 16))
+    scores = woodfisher.dual_saliency(*(jnp.asarray(leaf, jnp.float32) for leaf in (weights, gradients)), 0.1)
+    squares = 0.1 + (gradients**2).mean(axis=1)
+    assert (scores >= 0).all() and jnp.isfinite(scores).all()
+    assert (scores <= 0.5 * weights**2 * squares * (1 + 1e-5)).all(), "½ w² F_ii bounds ρ from above"
+    fisher = np.einsum("nmb,nmc->nbc", gradients, gradients) / 12 + 0.1 * np.eye(16)
+    exact = weights**2 / (2 * np.diagonal(np.linalg.inv(fisher), axis1=1, axis2=2))
+    usual = np.arange(16) != 3
+    np.testing.assert_allclose(scores[:, usual], exact[:, usual], rtol=tolerance)
+
+
 def test_all_pairs_of_a_small_block_against_the_schur_complement() -> None:
     rng = np.random.default_rng(8)
     with jax.enable_x64(True):

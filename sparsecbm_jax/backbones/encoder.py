@@ -215,7 +215,8 @@ class Layer(nn.Module):
             return dropout(x, None if keys is None else fold_keys(keys, site), cfg.dropout)
 
         mixed = attention(attention_norm(h) if cfg.norm_first else h, attention_mask, keys)
-        h = h + drop(mixed, ATTENTION_SITE)
+        # DistilBERT alone drops nothing here.
+        h = h + (mixed if cfg.family == "distilbert" else drop(mixed, ATTENTION_SITE))
         if not cfg.norm_first:
             h = attention_norm(h)
         hidden = ffn_out(activation_fn(ffn_in(ffn_norm(h) if cfg.norm_first else h)))

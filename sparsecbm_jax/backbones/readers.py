@@ -54,6 +54,9 @@ def _sharded_files(index_file: Path) -> list[Path]:
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise WeightsError(f"{index_file}: has no 'weight_map'")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise WeightsError(f"{index_file}: names {name!r}; expected the name of a file beside it")
     files = [index_file.parent / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:

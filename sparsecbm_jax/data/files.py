@@ -17,13 +17,14 @@ Row = dict[str, Any]
 SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
-def find_files(path: Path, named: Mapping[str, str]) -> dict[str, Path]:
+def find_files(path: Path, named: Mapping[str, str], chosen: Mapping[str, str] | None = None) -> dict[str, Path]:
     """Returns the file of each split.
 
     Args:
         path: A directory with a file per split, or one of those files: of the split that its name tells, else of train.
         named: File names, with or without suffix, of the splits that are known by name. For the other splits a file
             is taken whose name holds the split as a word ('reviews-dev.csv'; validation, valid, val and dev are one).
+        chosen: Names that count before `named`, and before the file that `path` may be.
 
     Raises:
         DataError: If there is no such path, or not exactly one file for a split; it lists what there is.
@@ -33,8 +34,9 @@ def find_files(path: Path, named: Mapping[str, str]) -> dict[str, Path]:
     named = dict(named)
     if path.is_file():
         own = [split for split, words in SPLIT_WORDS.items() if _split_words(path.stem) & set(words)]
-        named.setdefault(own[0] if len(own) == 1 else "train", path.name)
+        named[own[0] if len(own) == 1 else "train"] = path.name
         path = path.parent
+    named.update(chosen or {})
     held = sorted(p.name for p in path.iterdir() if p.suffix.lower() in READERS)
     found = {}
     for split in SPLITS:

@@ -88,6 +88,9 @@ class Schema:
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise DataError(f"{what} named twice: {twice}")
+            unprintable = [name for name in names if not name.isprintable()]
+            if unprintable:
+                raise DataError(f"{what}: {unprintable} hold characters that cannot be printed")
         for spelling, target in self.aliases:
             if target not in self.classes + self.labels:
                 raise DataError(

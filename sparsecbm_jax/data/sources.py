@@ -134,7 +134,7 @@ def _read_tables(config: DataConfig) -> dict[str, Table]:
             )
         return {split: Table(f"sample/{split}", rows) for split, rows in sample_reviews().items()}
     if config.path:
-        files = find_files(Path(config.path), {**(preset.files if preset else {}), **chosen})
+        files = find_files(Path(config.path), preset.files if preset else {}, chosen)
         return {split: Table(str(file), read_rows(file)) for split, file in files.items()}
     hub_name = config.name or (preset.hub_name if preset else None)
     if hub_name is None:
@@ -217,7 +217,22 @@ def _cells(table: Table, column: str, key: str) -> list[Any]:
                 f"{table.source}: row {index} (counted from 0) has no {column!r} (config.data.{key}) where other rows "
                 "do; write null or '' for a cell that says nothing"
             )
+        cell = row[column]
+        if isinstance(cell, (list, dict)) or (isinstance(cell, str) and _is_broken(cell)):
+            what = "not valid Unicode (a lone surrogate)" if isinstance(cell, str) else f"a {type(cell).__name__}"
+            raise DataError(
+                f"{table.source}: row {index} (counted from 0), column {column!r} (config.data.{key}) is {what}; "
+                "expected a text, a number or nothing"
+            )
     return [row[column] for row in table.rows]
+
+
+def _is_broken(cell: str) -> bool:
+    try:
+        cell.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _parse(schema: Schema, split: str, table: Table) -> tuple[Examples, list[Respelling]]:

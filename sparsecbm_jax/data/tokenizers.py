@@ -34,8 +34,12 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
     name = str(path_or_name)
     is_local = Path(name).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=is_local)
-    except (OSError, ValueError) as error:
+        # A tokeniser's own code is never run, and never asked about.
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, use_fast=True, local_files_only=is_local, trust_remote_code=False
+        )
+    # A damaged tokenizer.json ends in errors of every kind.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         where = (
             "the directory lacks a readable tokenizer.json or vocabulary; it holds "
             f"{', '.join(sorted(p.name for p in Path(name).iterdir())) or 'nothing'}"
