@@ -1,11 +1,11 @@
-"""MiniLM on IMDB-C in minutes on a CPU: the runs behind RESULTS.md. The first 128 tokens of a review are read.
+"""MiniLM on IMDB-C in minutes on a CPU: the first 128 tokens of a review. The dense run is in RESULTS.md.
 
     python launch/train.py --config=configs/imdb_c_minilm.py --config.data.path=DIR --workdir=runs/imdb_c
 
 After a colon: `sparse` (default), `joint`, `standard`, `independent` or `sequential`. DIR holds the published CSV
 files; the labels are those made by people. The settings are ours.
 
-Hardware: 2 CPU cores. Expected time and figures: RESULTS.md.
+Hardware: 2 CPU cores. Expected time: not yet measured.
 """
 
 from __future__ import annotations

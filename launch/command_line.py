@@ -91,7 +91,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep the memory that is freed for the next allocation; does nothing with another C library.
 
     On CPU, XLA allocates all temporaries of a program anew for every call. Given back to the system in between, they
-    cost a fifth of a training step in page faults. Call before JAX starts its threads.
+    cost page faults in every training step. Call before JAX starts its threads.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
