@@ -20,6 +20,8 @@ def get_config(strategy: str = "sparse") -> ConfigDict:
     config = common.get_config("minilm")
     config.data.preset = "cebab"
     config.strategy = strategy
+    # Every sixth training review has no majority label for the task; its concepts are labelled all the same.
+    config.data.keep_unlabelled = strategy != "standard"
     config.optim.learning_rate = 3e-4 if strategy == "sparse" else 1e-4
     config.optim.head_learning_rate = 1e-2
     config.training.batch_size = 16

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsecbm_jax import backbones, evaluation, pruning, sharding
+from sparsecbm_jax import backbones, evaluation, pruning, sharding, vocabulary
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, load, save
 from sparsecbm_jax.cbm import CBMConfig, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
@@ -95,6 +95,7 @@ def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
             {"model_type": "bert", "vocab_size": len(tokenizer), "max_position_embeddings": 512, **_TINY}
         )
         params = backbones.init_params(jax.random.key(run.seed), backbone)
+        params = params if mesh is None else sharding.put(params, mesh)
     else:
         if name == "minilm":
             found = backbones.find_minilm()
@@ -171,10 +172,20 @@ def train(
         Checkpointer(workdir / "checkpoints", run.training.keep_checkpoints) as checkpoints,
         Checkpointer(workdir / "best", 1) as best,
     ):
-        loop = _Loop(run, prepared, mesh, checkpoints, best, workdir, loss_fn, criterion)
+        small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
+        in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
+        loop = _Loop(run, in_use, mesh, checkpoints, best, workdir, loss_fn, criterion)
         loop.run_epochs()
         state, meta = loop.best_state()
-    return _finish(run, prepared, mesh, state, meta, workdir)
+    model, metrics = _finish(run, in_use, mesh, state, meta)
+    whole = vocabulary.put_back(model.params, prepared.params, small.ids)
+    model = dataclasses.replace(model, config=prepared.config, params=whole)
+    save(model, workdir / "model")
+    if jax.process_index() == 0:
+        write_atomically(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _say(f"test, epoch {metrics['best_epoch'] + 1} kept:\n{evaluation.render_table(metrics['test'])}")
+    _say(f"saved {workdir / 'model'} and {workdir / 'metrics.json'}")
+    return TrainResult(model, metrics, workdir)
 
 
 def _name_of(function: Any) -> str:
@@ -455,9 +466,9 @@ def _with_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state: Train
 
 
 def _finish(
-    run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any], workdir: Path
-) -> TrainResult:
-    """Fits what is fitted last, scores validation and test with the kept epoch, and saves the model."""
+    run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any]
+) -> tuple[SparseCBM, dict[str, Any]]:
+    """Fits what is fitted last, and scores validation and test with the kept epoch."""
     if run.strategy in ("independent", "sequential"):
         state = _with_predictor(run, prepared, mesh, state)
     config, schema = prepared.config, prepared.dataset.schema
@@ -479,9 +490,4 @@ def _finish(
         "run_config": to_dict(run),
     }
     model = SparseCBM(config, state.params, masks, state.heads, schema, prepared.tokenizer, run.strategy, metadata)
-    save(model, workdir / "model")
-    if jax.process_index() == 0:
-        write_atomically(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _say(f"test, epoch {meta['best_epoch'] + 1} kept:\n{evaluation.render_table(metrics['test'])}")
-    _say(f"saved {workdir / 'model'} and {workdir / 'metrics.json'}")
-    return TrainResult(model, metrics, workdir)
+    return model, metrics

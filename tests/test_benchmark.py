@@ -99,6 +99,6 @@ def test_one_step_is_the_same_in_pytorch(change: dict[str, str], work: benchmark
 
 def test_a_small_run_reports_all_three(work: benchmark.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_torch, "use_cores", lambda num_cores: None)
-    report = benchmark.compare(work, num_batches=1, num_rounds=2, authors=True, torch_compile=False)
+    report = benchmark.compare(work, work, num_batches=1, num_rounds=2, authors=True, torch_compile=False)
     assert {name: len(step["wall"]) for name, step in report["steps"].items()} == {"ours": 2, "torch": 2, "authors": 1}
     assert "examples/s" in benchmark.render(report)

@@ -18,9 +18,8 @@ from sparsecbm_jax.config import DataConfig
 from sparsecbm_jax.data import files
 from sparsecbm_jax.data.presets import PRESETS, configured_schema
 from sparsecbm_jax.data.schema import DataError, Schema
-from sparsecbm_jax.data.sources import check_trainable, load_dataset, read_dataset
+from sparsecbm_jax.data.sources import load_dataset, read_dataset
 from sparsecbm_jax.data.statistics import dataset_statistics, render_statistics
-from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 
 Rows = list[dict[str, Any]]
 
@@ -34,42 +33,42 @@ COLUMNS = DataConfig(
 FILE_NAMES = {"train": "train", "validation": "reviews-dev", "test": "test_v2"}
 
 
-def _row(text: str, stars: Any, food: str, service: str, of: str) -> dict[str, Any]:
+def row_of(text: str, stars: Any, food: str, service: str, of: str) -> dict[str, Any]:
     return {"review": text, "stars": stars, "food": food, "service": service, "of": of}
 
 
-def _splits() -> dict[str, Rows]:
+def three_splits() -> dict[str, Rows]:
     return {
         "train": [
-            _row("Good soup, kind waiter.", "5", "Positive", "Positive", "a"),
-            _row('He said "no",\nthen left.', "1", "", "Negative ", "b"),
-            _row("Nothing to say.", "", "unknown", "positive", "c"),
-            _row("Bad soup, slow waiter.", "1", "Negative", "Negative", "a"),
+            row_of("Good soup, kind waiter.", "5", "Positive", "Positive", "a"),
+            row_of('He said "no",\nthen left.', "1", "", "Negative ", "b"),
+            row_of("Nothing to say.", "", "unknown", "positive", "c"),
+            row_of("Bad soup, slow waiter.", "1", "Negative", "Negative", "a"),
         ],
         "validation": [
-            _row("Fine.", "", "Positive", "", "d"),
-            _row("Fine ünd dandy.", "5", "Positive", "unknown", "e"),
+            row_of("Fine.", "", "Positive", "", "d"),
+            row_of("Fine ünd dandy.", "5", "Positive", "unknown", "e"),
         ],
-        "test": [_row("Never again.", "1", "Negative", "Negative", "f")],
+        "test": [row_of("Never again.", "1", "Negative", "Negative", "f")],
     }
 
 
-def _write_csv(path: Path, rows: Rows) -> None:
+def write_csv(path: Path, rows: Rows) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _write_json(path: Path, rows: Rows) -> None:
+def write_json(path: Path, rows: Rows) -> None:
     path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def _write_jsonl(path: Path, rows: Rows) -> None:
+def write_jsonl(path: Path, rows: Rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_parquet(path: Path, rows: Rows) -> None:
+def write_parquet(path: Path, rows: Rows) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -79,22 +78,22 @@ def _write_parquet(path: Path, rows: Rows) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, Rows], None]] = {
-    "csv": _write_csv,
-    "json": _write_json,
-    "jsonl": _write_jsonl,
-    "parquet": _write_parquet,
+    "csv": write_csv,
+    "json": write_json,
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
 }
 
 
-def _write(folder: Path, splits: dict[str, Rows] | None = None, suffix: str = "csv") -> DataConfig:
-    for split, rows in (splits or _splits()).items():
+def write(folder: Path, splits: dict[str, Rows] | None = None, suffix: str = "csv") -> DataConfig:
+    for split, rows in (splits or three_splits()).items():
         WRITERS[suffix](folder / f"{FILE_NAMES[split]}.{suffix}", rows)
     return dataclasses.replace(COLUMNS, path=str(folder))
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_format_gives_the_same_data(tmp_path: Path, suffix: str) -> None:
-    dataset = load_dataset(_write(tmp_path, suffix=suffix))
+    dataset = load_dataset(write(tmp_path, suffix=suffix))
     assert dataset.schema.classes == ("Negative", "Positive", "unknown")
     assert dataset.schema.labels == ("1", "5")
     train, validation = dataset.splits["train"], dataset.splits["validation"]
@@ -111,7 +110,7 @@ def test_every_format_gives_the_same_data(tmp_path: Path, suffix: str) -> None:
 
 
 def test_missing_cells_and_unlabelled_rows_are_kept_on_demand(tmp_path: Path) -> None:
-    config = dataclasses.replace(_write(tmp_path), missing_as_unknown=False, keep_unlabelled=True)
+    config = dataclasses.replace(write(tmp_path), missing_as_unknown=False, keep_unlabelled=True)
     train = load_dataset(config).splits["train"]
     np.testing.assert_array_equal(train.concepts, [[1, 1], [-1, 0], [2, 1], [0, 0]])
     np.testing.assert_array_equal(train.labels, [1, 0, -1, 0])
@@ -119,15 +118,15 @@ def test_missing_cells_and_unlabelled_rows_are_kept_on_demand(tmp_path: Path) ->
 
 
 def test_missing_stays_missing_without_a_class_unknown(tmp_path: Path) -> None:
-    rows = {split: [row for row in rows if "unknown" not in row.values()] for split, rows in _splits().items()}
-    rows["train"].append(_row("Kind waiter.", "5", "Negative", "Positive", "g"))
-    dataset = load_dataset(_write(tmp_path, rows))
+    rows = {split: [row for row in rows if "unknown" not in row.values()] for split, rows in three_splits().items()}
+    rows["train"].append(row_of("Kind waiter.", "5", "Negative", "Positive", "g"))
+    dataset = load_dataset(write(tmp_path, rows))
     assert dataset.schema.classes == ("Negative", "Positive")
     assert dataset.splits["train"].concepts[1, 0] == -1
 
 
 def test_every_other_spelling_is_reported(tmp_path: Path) -> None:
-    dataset = read_dataset(_write(tmp_path))
+    dataset = read_dataset(write(tmp_path))
     assert [tuple(r) for r in dataset.respellings if r.split == "train"] == [
         ("train", "food", "", "missing", 1),
         ("train", "service", "Negative ", "Negative", 1),
@@ -137,7 +136,7 @@ def test_every_other_spelling_is_reported(tmp_path: Path) -> None:
 
 
 def test_names_given_are_not_inferred(tmp_path: Path) -> None:
-    config = _write(tmp_path)
+    config = write(tmp_path)
     config = dataclasses.replace(
         config, classes=("unknown", "Positive", "Negative"), labels=("5", "1"), concepts=("kitchen", "waiters")
     )
@@ -148,211 +147,21 @@ def test_names_given_are_not_inferred(tmp_path: Path) -> None:
 
 
 def test_inferred_numbers_are_in_their_order(tmp_path: Path) -> None:
-    splits = _splits()
-    splits["train"] += [_row("Ten.", "10", "Negative", "Positive", "g"), _row("Two.", "2", "Negative", "Positive", "h")]
-    assert load_dataset(_write(tmp_path, splits)).schema.labels == ("1", "2", "5", "10")
+    splits = three_splits()
+    splits["train"] += [
+        row_of("Ten.", "10", "Negative", "Positive", "g"),
+        row_of("Two.", "2", "Negative", "Positive", "h"),
+    ]
+    assert load_dataset(write(tmp_path, splits)).schema.labels == ("1", "2", "5", "10")
 
 
 def test_splits_can_be_named(tmp_path: Path) -> None:
-    config = _write(tmp_path)
+    config = write(tmp_path)
     (tmp_path / "test_v2.csv").rename(tmp_path / "held-out.csv")
     assert len(load_dataset(dataclasses.replace(config, test_split="held-out")).splits["test"].texts) == 1
     (tmp_path / "test_a.csv").write_bytes((tmp_path / "train.csv").read_bytes())
     with_a_file = dataclasses.replace(config, path=str(tmp_path / "train.csv"), test_split="held-out.csv")
     assert load_dataset(with_a_file).splits["test"].texts == ("Never again.",)
-
-
-# One mistake each: what is done to the folder, what is changed of the config, and what the message must say.
-def _no_text_column(folder: Path) -> None:
-    rows = [{"reviews" if k == "review" else k: v for k, v in row.items()} for row in _splits()["train"]]
-    _write_csv(folder / "train.csv", rows)
-
-
-def _unknown_spelling(folder: Path) -> None:
-    rows = _splits()["test"] + [_row("Meh.", "1", "Postive", "Negative", "z")]
-    _write_csv(folder / "test_v2.csv", rows)
-
-
-def _unknown_label(folder: Path) -> None:
-    _write_csv(folder / "test_v2.csv", [_row("Meh.", "six", "Positive", "Negative", "z")])
-
-
-def _empty_split(folder: Path) -> None:
-    (folder / "reviews-dev.csv").write_text("review,stars,food,service,of\n")
-
-
-def _empty_file(folder: Path) -> None:
-    (folder / "reviews-dev.csv").write_text("")
-
-
-def _one_class(folder: Path) -> None:
-    _write_csv(folder / "train.csv", [row | {"service": "Negative"} for row in _splits()["train"]])
-
-
-def _one_label(folder: Path) -> None:
-    _write_csv(folder / "train.csv", [row | {"stars": "5"} for row in _splits()["train"]])
-
-
-def _no_label_at_all(folder: Path) -> None:
-    _write_csv(folder / "train.csv", [row | {"stars": ""} for row in _splits()["train"]])
-
-
-def _missing_file(folder: Path) -> None:
-    (folder / "test_v2.csv").unlink()
-
-
-def _two_files(folder: Path) -> None:
-    _write_csv(folder / "train_more.csv", _splits()["train"])
-
-
-def _broken_jsonl(folder: Path) -> None:
-    lines = [json.dumps(row) for row in _splits()["train"]]
-    (folder / "train.csv").unlink()
-    (folder / "train.jsonl").write_text("\n".join([*lines[:2], "", lines[2][:-9], lines[3]]))
-
-
-def _jsonl_of_lists(folder: Path) -> None:
-    (folder / "train.csv").unlink()
-    (folder / "train.jsonl").write_text('{"review": "x"}\n["x"]\n')
-
-
-def _broken_json(folder: Path) -> None:
-    (folder / "train.csv").unlink()
-    (folder / "train.json").write_text(json.dumps(_splits()["train"], indent=0)[:-20])
-
-
-def _jsonl_named_json(folder: Path) -> None:
-    (folder / "train.csv").unlink()
-    _write_jsonl(folder / "train.json", _splits()["train"])
-
-
-def _json_object(folder: Path) -> None:
-    (folder / "train.csv").unlink()
-    (folder / "train.json").write_text('{"rows": []}')
-
-
-def _json_row_without_key(folder: Path) -> None:
-    rows = _splits()["train"]
-    del rows[2]["service"]
-    (folder / "train.csv").unlink()
-    _write_json(folder / "train.json", rows)
-
-
-def _not_parquet(folder: Path) -> None:
-    (folder / "train.csv").rename(folder / "train.parquet")
-
-
-def _latin1(folder: Path) -> None:
-    content = (folder / "reviews-dev.csv").read_text(encoding="utf-8")
-    (folder / "reviews-dev.csv").write_bytes(content.encode("latin-1"))
-
-
-def _unquoted_comma(folder: Path) -> None:
-    with (folder / "train.csv").open("a") as file:
-        file.write("Soup, good,5,Positive,Negative,q\n")
-
-
-def _open_quote(folder: Path) -> None:
-    with (folder / "train.csv").open("a") as file:
-        file.write('"Soup,5,Positive,Negative,q\n')
-
-
-def _header_twice(folder: Path) -> None:
-    content = (folder / "train.csv").read_text()
-    (folder / "train.csv").write_text(content.replace("stars,food", "stars,stars", 1))
-
-
-def _empty_texts(folder: Path) -> None:
-    rows = _splits()["train"]
-    rows[1]["review"], rows[3]["review"] = "", "  \t"
-    _write_csv(folder / "train.csv", rows)
-
-
-def _too_many_labels(folder: Path) -> None:
-    rows = [_row(f"Text {i}.", f"{i}.5", "Positive", "Negative", str(i)) for i in range(101)]
-    _write_csv(folder / "train.csv", rows)
-
-
-def _nothing(folder: Path) -> None:
-    pass
-
-
-MISTAKES: list[tuple[Callable[[Path], None], dict[str, Any], list[str]]] = [
-    (_no_text_column, {}, ["train.csv", "no column 'review'", "config.data.text_column", "did you mean 'reviews'?"]),
-    (_nothing, {"concept_columns": ("food", "servise")}, ["no column 'servise'", "did you mean 'service'?"]),
-    (_nothing, {"group_column": "off"}, ["no column 'off'", "config.data.group_column", "did you mean 'of'?"]),
-    (
-        _unknown_spelling,
-        {},
-        ["test_v2.csv", "row 1", "'food'", "'Postive'", "'Negative', 'Positive', 'unknown', ''", "mean 'Positive'?"],
-    ),
-    (_unknown_label, {}, ["test_v2.csv", "row 0", "'stars'", "'six'", "known are '1', '5', ''"]),
-    (_empty_split, {}, ["reviews-dev.csv", "validation split is empty"]),
-    (_empty_file, {}, ["reviews-dev.csv", "validation split is empty"]),
-    (_one_class, {}, ["train.csv", "column 'service'", "concept 'service'", "'Negative' in every labelled row"]),
-    (_one_label, {"labels": ("1", "5")}, ["train.csv", "column 'stars'", "the task", "'5' in every labelled row"]),
-    (_no_label_at_all, {"labels": ("1", "5")}, ["train.csv", "no train row has a label", "'stars'", "keep_unlabelled"]),
-    (
-        _missing_file,
-        {},
-        ["no file with test in its name", "test split", "config.data.test_split", "reviews-dev.csv, train.csv"],
-    ),
-    (_nothing, {"test_split": "test_v1.csv"}, ["no file 'test_v1.csv' (did you mean 'test_v2.csv'?)", "train.csv"]),
-    (_two_files, {}, ["2 files fit (train.csv, train_more.csv)", "config.data.train_split"]),
-    (_nothing, {"path": "no/such/folder"}, ["config.data.path = 'no/such/folder' does not exist"]),
-    (_broken_jsonl, {}, ["train.jsonl", "line 4", "broken JSON"]),
-    (_jsonl_of_lists, {}, ["train.jsonl", "line 2 is a list", "expected an object"]),
-    (_broken_json, {}, ["train.json", "line 27", "broken JSON"]),
-    (_jsonl_named_json, {}, ["train.json", "line 2", "name the file .jsonl"]),
-    (_json_object, {}, ["train.json", "holds one dict", "expected an array"]),
-    (_json_row_without_key, {}, ["train.json", "row 2", "no 'service'", "null"]),
-    (_not_parquet, {}, ["train.parquet", "not a readable Parquet file"]),
-    (_latin1, {}, ["reviews-dev.csv", "line 3 is not UTF-8", "0xfc", "iconv"]),
-    (_unquoted_comma, {}, ["train.csv", "row 4", "line 7", "6 cells", "header 5", "quotes"]),
-    (_open_quote, {}, ["train.csv", "row 4", "unexpected end of data"]),
-    (_header_twice, {}, ["train.csv", "['stars'] more than once"]),
-    (_empty_texts, {}, ["train.csv", "'review' is empty in rows 1, 3", "counted from 0"]),
-    (_too_many_labels, {}, ["train.csv", "'stars' has 101 different values", "config.data.labels"]),
-    (_nothing, {"preset": "cebap"}, ["config.data.preset = 'cebap'", "did you mean 'cebab'?", "imdb_c_manual"]),
-    (_nothing, {"text_column": None, "label_column": None}, ["config.data.text_column, config.data.label_column"]),
-    (_nothing, {"path": None}, ["config.data.path is not set", "one file for each split"]),
-    (_nothing, {"path": None, "preset": "imdb_c_manual"}, ["no hub name", "IMDB-dev-manual.csv"]),
-    (_nothing, {"preset": "sample"}, ["'sample' is embedded", "'columns'"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "changes", "parts"), MISTAKES, ids=[f"{i}{spoil.__name__}" for i, (spoil, _, _) in enumerate(MISTAKES)]
-)
-def test_mistakes_are_named(
-    tmp_path: Path, spoil: Callable[[Path], None], changes: dict[str, Any], parts: list[str]
-) -> None:
-    config = dataclasses.replace(_write(tmp_path), **changes)
-    spoil(tmp_path)
-    with pytest.raises(DataError) as caught:
-        load_dataset(config)
-    message = str(caught.value)
-    assert [part for part in parts if part not in message] == [], message
-
-
-def test_one_class_is_no_mistake_to_the_statistics(tmp_path: Path) -> None:
-    config = _write(tmp_path)
-    _one_class(tmp_path)
-    dataset = read_dataset(config)
-    assert dataset_statistics(dataset)["concepts"]["service"]["train"]["Negative"] == 3
-    with pytest.raises(DataError, match="at least two of"):
-        check_trainable(dataset)
-
-
-def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"(?s)'train_exclusive' of 'CEBaB/CEBaB'.*no route.*config\.data\.path=DIR"):
-        load_dataset(DataConfig(preset="cebab"))
 
 
 def test_a_single_file_takes_the_place_of_the_presets(tmp_path: Path) -> None:
@@ -364,31 +173,6 @@ def test_a_single_file_takes_the_place_of_the_presets(tmp_path: Path) -> None:
     assert chosen["train"].name == "train_exclusive.json"
 
 
-@pytest.mark.parametrize(("cell", "what"), [(["a"], "a list"), ({"k": 1}, "a dict"), ("\ud800", "a lone surrogate")])
-def test_cells_that_are_no_text_are_named(cell: Any, what: str, tmp_path: Path) -> None:
-    config, splits = _write(tmp_path), _splits()
-    splits["train"][1]["review"] = cell
-    (tmp_path / "train.csv").unlink()
-    _write_json(tmp_path / "train.json", splits["train"])
-    with pytest.raises(DataError, match=rf"row 1 .*'review'.*{what}"):
-        load_dataset(config)
-
-
-def test_a_tokenisers_own_code_is_not_run(tmp_path: Path) -> None:
-    train_wordpiece(["a b", "a b"]).save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "evil.py").write_text("raise SystemExit('the code of the folder was run')")
-    with pytest.raises(DataError, match="no tokeniser at"):
-        load_tokenizer(tmp_path)
-
-
-def test_names_that_cannot_be_printed_are_refused() -> None:
-    with pytest.raises(DataError, match="cannot be printed"):
-        Schema(("fo\x1b[31mod",), ("1", "2"), "text", "stars", ("food",))
-
-
 def test_hub_rows_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -396,7 +180,7 @@ def test_hub_rows_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(name: str, split: str) -> datasets.Dataset:
         asked.append((name, split))
-        return datasets.Dataset.from_list([row | {"more": {"x": 1}} for row in _splits()[split]])
+        return datasets.Dataset.from_list([row | {"more": {"x": 1}} for row in three_splits()[split]])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     dataset = load_dataset(dataclasses.replace(COLUMNS, name="someone/reviews"))
@@ -405,20 +189,6 @@ def test_hub_rows_are_read_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dataset.sources["test"] == "someone/reviews/test"
     with pytest.raises(DataError, match=r"someone/reviews/train: no column 'reviw'.*'more'.*did you mean 'review'"):
         load_dataset(dataclasses.replace(COLUMNS, name="someone/reviews", text_column="reviw"))
-
-
-def test_a_tokeniser_needs_a_pad_token(tmp_path: Path) -> None:
-    tokenizer = train_wordpiece(["the soup was good"] * 2)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(str(tmp_path / "no_pad"))
-    with pytest.raises(DataError, match=r"no_pad' has no pad token.*save_pretrained"):
-        load_tokenizer(tmp_path / "no_pad")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "readme.txt").write_text("nothing here")
-    with pytest.raises(DataError, match=r"no tokeniser at .*it holds readme\.txt"):
-        load_tokenizer(tmp_path / "empty")
-    with pytest.raises(DataError, match="no directory here, and the hub did not give it"):
-        load_tokenizer("no-such/tokeniser")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -455,12 +225,12 @@ def test_a_config_changes_a_preset() -> None:
 
 
 def test_statistics_find_duplicates_and_leaks(tmp_path: Path) -> None:
-    splits = _splits()
+    splits = three_splits()
     splits["test"] += [
-        _row("FINE.", "5", "Positive", "Negative", "a"),
-        _row("fine. ", "5", "Positive", "Negative", "i"),
+        row_of("FINE.", "5", "Positive", "Negative", "a"),
+        row_of("fine. ", "5", "Positive", "Negative", "i"),
     ]
-    config = dataclasses.replace(_write(tmp_path, splits), missing_as_unknown=False, keep_unlabelled=True)
+    config = dataclasses.replace(write(tmp_path, splits), missing_as_unknown=False, keep_unlabelled=True)
     statistics = dataset_statistics(read_dataset(config), count_tokens=lambda texts: [len(t) for t in texts])
     assert statistics["rows"] == {"train": 4, "validation": 2, "test": 3}
     assert statistics["concepts"]["food"]["all"] == {"Negative": 2, "Positive": 5, "unknown": 1, "missing": 1}
@@ -482,7 +252,7 @@ def test_statistics_find_duplicates_and_leaks(tmp_path: Path) -> None:
 
 
 def test_statistics_without_groups(tmp_path: Path) -> None:
-    config = dataclasses.replace(_write(tmp_path), group_column=None)
+    config = dataclasses.replace(write(tmp_path), group_column=None)
     assert "no group column" in render_statistics(dataset_statistics(read_dataset(config)))
 
 
