@@ -3,6 +3,7 @@
 #
 #   bash launch/test.sh
 #   bash launch/test.sh tests/test_config.py -k unknown
+#   bash launch/test.sh -n0 --pdb          in one process, for a debugger
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$CHECKOUT"
@@ -16,4 +17,5 @@ fi
 if ! install_minilm; then
     echo "MiniLM's weights cannot be had here: the tests that read them are skipped."
 fi
-exec "$VENV_PYTHON" -m pytest -q "$@"
+# A file's tests stay together, since they share what its fixtures trained.
+exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile "$@"

@@ -15,7 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Most of the suite's time is compiling, and runs of the same tiny model compile the same programs: they share a cache
-# that lives as long as the session, subprocesses included. A directory that outlived it could meet another processor.
+# that lives as long as the session or its worker, subprocesses included. A directory that outlived it could meet
+# another processor.
 _CACHE = tempfile.TemporaryDirectory(prefix="sparsecbm-compiled-", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -1,0 +1,83 @@
+"""Two processes that each hold one device and half of the rows train as one process with two devices does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import numpy as np
+
+import sparsecbm_jax
+from sparsecbm_jax.config import from_config_dict
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETTINGS: dict[str, Any] = {
+    "backbone": {"name": "tiny"},
+    "data": {"max_length": 16},
+    "training": {"num_epochs": 2, "batch_size": 32, "eval_batch_size": 32, "log_every_steps": 1},
+    "sparsity": {"start_epoch": 0, "end_epoch": 1},
+    "pruner": {"num_grads": 2, "block_size": 32},
+    "mesh": {"data": 2},
+}
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _records(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_prune_and_save_as_one(tmp_path: Path) -> None:
+    flags = [
+        f"--config.{section}.{key}={value}" for section, values in SETTINGS.items() for key, value in values.items()
+    ]
+    env = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{_free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "launch/train.py", "--config=configs/common.py", *flags, f"--workdir={tmp_path / 'two'}"]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=env | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        # Meanwhile, here.
+        one = sparsecbm_jax.train(from_config_dict(SETTINGS), tmp_path / "one")
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "saved" in outputs[0] and "saved" not in outputs[1], "the first process alone reports"
+
+    first, second = _records(tmp_path / "one"), _records(tmp_path / "two")
+    assert [(record["step"], record["kind"]) for record in first] == [
+        (record["step"], record["kind"]) for record in second
+    ]
+    losses = [[record["loss"] for record in records if record["kind"] == "train"] for records in (first, second)]
+    assert len(losses[0]) == 20
+    # Gradients are added up in another order, which may swap weights of almost equal score.
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-3)
+    loaded = sparsecbm_jax.load(tmp_path / "two" / "model")
+    chex.assert_trees_all_close(loaded.params, one.model.params, atol=1e-2)
+    same = [np.mean(np.asarray(loaded.masks[path]) == np.asarray(mask)) for path, mask in one.model.masks.items()]
+    assert min(same) > 0.99
