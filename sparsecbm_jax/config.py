@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 DTYPES = ("float32", "bfloat16")
+CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher")
+PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
 
 class Check(NamedTuple):
@@ -272,10 +274,15 @@ class SparsityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrunerConfig:
-    """The block-wise empirical Fisher behind the pruning scores."""
+    """How weights are scored: by default from the block-wise empirical Fisher."""
 
     section: typing.ClassVar[str] = "pruner"
 
+    criterion: str = setting("woodfisher", one_of(*CRITERIA))
+    """The score; 'magnitude' and 'random' take no gradients."""
+    pattern: str = setting("1", one_of(*PATTERNS))
+    """What is pruned together: single weights, 4, 8 or 16 consecutive inputs, whole blocks, 2 of 4; 'greedy': single
+    weights, in the order of greedy OBS."""
     num_grads: int = setting(128, POSITIVE_INT)
     """Gradients m in the empirical Fisher of each concept."""
     block_size: int = setting(64, POSITIVE_INT)

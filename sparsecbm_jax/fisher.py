@@ -8,7 +8,8 @@ inference mode; at pruned positions they are zero, which decouples the kept weig
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,31 +63,47 @@ def subnetwork_gradient(
     return {path: jnp.where(mask[path], grad, 0) for path, grad in grads.items()}
 
 
-def gradients(
-    config: CBMConfig,
-    params: Params,
-    mask: Mapping[str, Bool[Array, "..."]],
-    heads: Heads,
-    batches: Iterable[tuple[Batch, Float[Array, "B K C"]]],
-    concept: int,
-    *,
-    per_example: bool = False,
-) -> Iterator[dict[str, Float[Array, "..."]]]:
-    """Yields ∇L_k of each minibatch, or of each of its rows.
+class SubnetworkGradients:
+    """∇L_k of each minibatch, or of each of its rows: a stream that may be gone through more than once.
 
-    Args:
-      batches: pairs of a batch and σ(u) of all concepts for it.
-      per_example: gradients of single rows, the empirical Fisher as Eq. 7 writes it; padding rows are left out.
+    Every pass computes the gradients anew, so that what does not fit in memory at once can be done in several passes.
     """
-    k = jnp.asarray(concept)
-    for batch, activations in batches:
-        if not per_example:
-            yield subnetwork_gradient(config, params, mask, heads, batch, k, activations)
-            continue
-        for row in range(batch.input_ids.shape[0]):
-            if batch.example_weight[row] > 0:
-                one = Batch(*(leaf[row : row + 1] for leaf in batch))
-                yield subnetwork_gradient(config, params, mask, heads, one, k, activations[row : row + 1])
+
+    def __init__(
+        self,
+        config: CBMConfig,
+        params: Params,
+        mask: Mapping[str, Bool[Array, "..."]],
+        heads: Heads,
+        batches: Sequence[tuple[Batch, Float[Array, "B K C"]]],
+        concept: int,
+        *,
+        per_example: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        """Args are those of `subnetwork_gradient`, and:
+
+        batches: pairs of a batch and σ(u) of all concepts for it.
+        concept: k.
+        per_example: gradients of single rows, the empirical Fisher as Eq. 7 writes it; padding rows are left out.
+        limit: the most gradients of a pass.
+        """
+        self.concept, self._batches, self._per_example, self._limit = concept, batches, per_example, limit
+        self._gradient = functools.partial(subnetwork_gradient, config, params, mask, heads)
+
+    def __iter__(self) -> Iterator[Kernels]:
+        return itertools.islice(self._all(), self._limit)
+
+    def _all(self) -> Iterator[Kernels]:
+        k = jnp.asarray(self.concept)
+        for batch, activations in self._batches:
+            if not self._per_example:
+                yield self._gradient(batch, k, activations)
+                continue
+            for row in range(batch.input_ids.shape[0]):
+                if batch.example_weight[row] > 0:
+                    one = Batch(*(leaf[row : row + 1] for leaf in batch))
+                    yield self._gradient(one, k, activations[row : row + 1])
 
 
 def stacked(gradients: list[Float[Array, "*batch inputs outputs"]], block_size: int) -> Float[Array, "N u b"]:

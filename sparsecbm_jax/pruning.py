@@ -1,16 +1,12 @@
 """From scores to masks: when to prune, how much, by which criterion.
 
-A criterion is one function from a concept's weights and a stream of its gradients to scores, lowest pruned first.
-`woodfisher_scores` is the paper's; any other of that shape takes its place.
-
 Reference: Tan et al. 2024, 'Concept-Induced Sparsity Mining'; schedules: Kurtic et al. 2022 (cubic), and the linear
 one of the authors' code. Deviation: masks alone are learnt. Eq. 10 moves the surviving weights, and those are shared
 by K subnetworks.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sparsecbm_jax import fisher, woodfisher
+from sparsecbm_jax import fisher, patterns
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads, make_forward
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
+from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.patterns import Unit
 from sparsecbm_jax.selection import select_smallest
-
-Kernels = Mapping[str, Float[Array, "..."]]
-Criterion = Callable[[Kernels, Iterator[Kernels]], Kernels]
 
 
 class PruningEvent(NamedTuple):
@@ -74,87 +69,23 @@ def schedule(config: SparsityConfig, num_concepts: int, steps_per_epoch: int) ->
     return events
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _scores_from_gram(
-    kernel: Float[Array, "..."],
-    grams: Float[Array, "N b b"],
-    num_grads: Float[Array, ""],
-    damping: Float[Array, ""],
-    is_relative: bool,
-    block_size: int,
-) -> Float[Array, "..."]:
-    squares = jnp.trace(grams, axis1=1, axis2=2).sum()
-    zeta = woodfisher.relative_damping(squares, num_grads, damping, kernel.size) if is_relative else damping
-    scores = woodfisher.saliency(woodfisher.to_blocks(kernel, block_size), grams, num_grads, zeta)
-    return woodfisher.from_blocks(scores, kernel.shape)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _scores_from_gradients(
-    kernel: Float[Array, "..."],
-    gradients: list[Float[Array, "..."]],
-    damping: Float[Array, ""],
-    is_relative: bool,
-    block_size: int,
-) -> Float[Array, "..."]:
-    squares = sum((jnp.sum(gradient**2) for gradient in gradients), jnp.float32(0))
-    zeta = woodfisher.relative_damping(squares, len(gradients), damping, kernel.size) if is_relative else damping
-    blocks = fisher.stacked(gradients, block_size)
-    scores = woodfisher.dual_saliency(woodfisher.to_blocks(kernel, block_size), blocks, zeta)
-    return woodfisher.from_blocks(scores, kernel.shape)
-
-
-def woodfisher_scores(kernels: Kernels, gradients: Iterator[Kernels], *, config: PrunerConfig) -> Kernels:
-    """ρ_Q of every single weight from the block-wise empirical Fisher (Eq. 11).
-
-    ζ is relative to the mean over all layers of a kernel. With fewer gradients than a block has weights (m < b) the
-    gradients are kept and m × m systems solved, at 4·m bytes a weight; else their outer products are summed, at 4·b.
-
-    Args:
-      kernels: θ_k on the maskable kernels.
-      gradients: ∇L_k, consumed whole; how many there really are is the m that divides.
-      config: block size and damping.
-
-    Raises:
-      FloatingPointError: naming the kernel, if a score is not finite (a NaN gradient, or damping too small).
-      ValueError: if there are no gradients.
-    """
-    is_relative, damping = config.damping_mode == "relative", jnp.float32(config.damping)
-    kept: list[Kernels] = []
-    blocks = None
-    if config.num_grads < config.block_size:
-        kept = list(gradients)
-        if not kept:
-            raise ValueError("no gradients were given to estimate the Fisher from")
-    else:
-        blocks = fisher.accumulate(gradients, config.block_size)
-    scores = {}
-    for path, kernel in kernels.items():
-        if blocks is None:
-            own = [gradient[path] for gradient in kept]
-            scores[path] = _scores_from_gradients(kernel, own, damping, is_relative, config.block_size)
-        else:
-            grams, count = blocks.grams.pop(path), jnp.float32(blocks.num_grads)
-            scores[path] = _scores_from_gram(kernel, grams, count, damping, is_relative, config.block_size)
-        if not bool(jnp.isfinite(scores[path]).all()):
-            raise FloatingPointError(
-                f"the WoodFisher scores of {path} are not finite: a gradient was NaN or Inf, or damping "
-                f"({config.damping_mode} {config.damping}) is too small for float32"
-            )
-    return scores
-
-
-def magnitude_scores(kernels: Kernels, gradients: Iterator[Kernels]) -> Kernels:
-    """|w|: no gradient is taken, since the stream is never read."""
-    return {path: jnp.abs(kernel) for path, kernel in kernels.items()}
-
-
-@jax.jit
+@functools.partial(jax.jit, static_argnums=(4,))
 def _prune_lowest(
-    mask: Mapping[str, Bool[Array, "..."]], scores: Kernels, count: Array, eligible: Mapping[str, Bool[Array, "..."]]
+    mask: Mapping[str, Bool[Array, "..."]],
+    scores: Kernels,
+    count: Array,
+    eligible: Mapping[str, Bool[Array, "..."]],
+    unit: Unit,
 ) -> dict[str, Bool[Array, "..."]]:
-    chosen = select_smallest(scores, count, eligible)
-    return {path: mask[path] & ~chosen[path] for path in mask}
+    """Prunes `count` units: of the eligible groups, those of lowest score."""
+    if unit.group == 1:
+        chosen = select_smallest(scores, count, eligible)
+        return {path: mask[path] & ~chosen[path] for path in mask}
+    grouped = {path: patterns.to_groups(path, leaf, unit.group) for path, leaf in scores.items()}
+    whole = {path: patterns.to_groups(path, leaf, unit.group).all(axis=-2) for path, leaf in eligible.items()}
+    chosen = select_smallest({path: leaf.min(axis=-2) for path, leaf in grouped.items()}, count, whole)
+    gone = {path: chosen[path][..., None, :] & (leaf < jnp.inf) for path, leaf in grouped.items()}
+    return {path: mask[path] & ~gone[path].reshape(mask[path].shape) for path in mask}
 
 
 def prune_concept(
@@ -164,6 +95,7 @@ def prune_concept(
     *,
     scope: str = "global",
     regrow: bool = False,
+    unit: Unit = patterns.SINGLE_WEIGHT,
 ) -> dict[str, Bool[Array, "..."]]:
     """One concept's mask cut to a sparsity: exactly round(s · n) weights pruned, those of lowest score.
 
@@ -173,28 +105,35 @@ def prune_concept(
       sparsity: pruned fraction s, of the whole tree ('global') or of every kernel ('per_kernel').
       scope: what weights compete with.
       regrow: pruned weights may come back; else they stay pruned, and a mask sparser than s is left as it is.
+      unit: what is pruned together, as `patterns.unit_of` gives it; the count is then a multiple of it.
+
+    Raises:
+      ValueError: if more than N of M would have to go.
     """
     if scope == "per_kernel":
-        return {path: _prune_kernels(path, mask[path], scores[path], sparsity, regrow) for path in mask}
+        return {path: _prune_kernels(path, mask[path], scores[path], sparsity, regrow, unit) for path in mask}
     total = sum(kept.size for kept in mask.values())
-    target = round(sparsity * total)
-    if regrow:
-        everything = {path: jnp.ones_like(kept) for path, kept in mask.items()}
-        return _prune_lowest(everything, scores, jnp.uint32(target), everything)
-    pruned = total - sum(int(jnp.sum(kept, dtype=jnp.uint32)) for kept in mask.values())
+    target = round(sparsity * total / unit.pruned) * unit.pruned
+    if target > total * unit.pruned // unit.group:
+        raise ValueError(
+            f"a sparsity of {sparsity:g} is more than {unit.pruned} of {unit.group} weights, the pattern, can give"
+        )
+    everything = {path: jnp.ones_like(kept) for path, kept in mask.items()}
+    pruned = 0 if regrow else total - sum(int(jnp.sum(kept, dtype=jnp.uint32)) for kept in mask.values())
     if target <= pruned:
-        return dict(mask)
-    return _prune_lowest(mask, scores, jnp.uint32(target - pruned), mask)
+        return dict(everything if regrow else mask)
+    start = everything if regrow else mask
+    return _prune_lowest(start, scores, jnp.uint32(-(-(target - pruned) // unit.pruned)), start, unit)
 
 
 def _prune_kernels(
-    path: str, mask: Bool[Array, "..."], scores: Float[Array, "..."], sparsity: float, regrow: bool
+    path: str, mask: Bool[Array, "..."], scores: Float[Array, "..."], sparsity: float, regrow: bool, unit: Unit
 ) -> Bool[Array, "..."]:
     """Cuts each kernel of a leaf by itself: a leaf of the layers stacks one for each of them."""
     if not path.startswith("layers/"):
-        return prune_concept({path: mask}, {path: scores}, sparsity, regrow=regrow)[path]
+        return prune_concept({path: mask}, {path: scores}, sparsity, regrow=regrow, unit=unit)[path]
     cut = [
-        prune_concept({path: of_layer}, {path: score}, sparsity, regrow=regrow)[path]
+        prune_concept({path: of_layer}, {path: score}, sparsity, regrow=regrow, unit=unit)[path]
         for of_layer, score in zip(mask, scores, strict=True)
     ]
     return jnp.stack(cut)
@@ -212,20 +151,23 @@ def prune(
     scope: str = "global",
     regrow: bool = False,
     criterion: Criterion | None = None,
+    seed: int = 0,
+    reports: list[Report] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda concepts: concepts,
 ) -> Masks:
     """Scores every concept's subnetwork and cuts its mask to `sparsity`.
 
     Args:
       batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
-      criterion: the score; `woodfisher_scores` by default.
+      criterion: a score of one's own; by default the one that `pruner.criterion` names.
+      seed: of the criterion 'random'.
+      reports: gets what the criterion did, concept by concept.
       progress: wraps the loop over concepts.
 
     Returns:
       New masks.
     """
-    if criterion is None:
-        criterion = functools.partial(woodfisher_scores, config=pruner)
+    unit = patterns.unit_of(pruner.pattern, pruner.block_size)
     forward = make_forward(config)
     packed = jax.jit(masks_lib.pack)(masks)
     pairs = [(batch, forward(params, packed, heads, batch).activations) for batch in batches]
@@ -235,10 +177,15 @@ def prune(
         if regrow:
             mask = {path: jnp.ones_like(kept) for path, kept in mask.items()}
         kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
-        stream = fisher.gradients(config, params, mask, heads, pairs, k, per_example=pruner.per_example)
-        stream = itertools.islice(stream, pruner.num_grads)
-        scores = criterion(kernels, stream)
-        cut = prune_concept(mask, scores, sparsity, scope=scope, regrow=regrow)
+        gradients = fisher.SubnetworkGradients(
+            config, params, mask, heads, pairs, k, per_example=pruner.per_example, limit=pruner.num_grads
+        )
+        report: Report = {}
+        own = None if criterion is None else patterns.spread(criterion(kernels, gradients), unit)
+        scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients) if own is None else own
+        if reports is not None:
+            reports.append(report)
+        cut = prune_concept(mask, scores, sparsity, scope=scope, regrow=regrow, unit=unit)
         new = masks_lib.replace_concept(new, k, cut)
     return new
 

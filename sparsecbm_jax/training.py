@@ -25,12 +25,13 @@ from sparsecbm_jax.artifact import SparseCBM, load, save
 from sparsecbm_jax.cbm import CBMConfig, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
 from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, read_run, write_atomically
 from sparsecbm_jax.config import RunConfig, to_dict
+from sparsecbm_jax.criteria import Criterion, Report
 from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, tokenize, train_batches
 from sparsecbm_jax.data.schema import Dataset
 from sparsecbm_jax.data.sources import load_dataset
 from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 from sparsecbm_jax.logs import MetricsLog, progress
-from sparsecbm_jax.pruning import Criterion, PruningEvent
+from sparsecbm_jax.pruning import PruningEvent
 from sparsecbm_jax.steps import TrainState, fit_predictor, init_state, make_optimizer, make_train_step
 
 LOSSES: dict[str, LossFn] = {
@@ -325,7 +326,7 @@ class _Loop:
             self._check(pending)
             config, run, state = self.prepared.config, self.settings, self.state
             masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
-            started = time.monotonic()
+            started, reports = time.monotonic(), list[Report]()
             masks = pruning.prune(
                 config,
                 state.params,
@@ -337,12 +338,15 @@ class _Loop:
                 scope=run.sparsity.scope,
                 regrow=run.sparsity.regrow,
                 criterion=self.criterion,
+                seed=run.seed + number,
+                reports=reports,
                 progress=functools.partial(progress, description=f"pruning to {event.sparsity:.2f}", unit="concept"),
             )
             self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
             density = masks_lib.total_density(masks)
             seconds = time.monotonic() - started
             record = {"epoch": epoch, "sparsity": event.sparsity, "density": density.tolist(), "seconds": seconds}
+            record["concepts"] = reports
             # Under the step it comes before: a continuation from this step does it, and writes it, again.
             self.log.write(self.step + 1, "prune", record)
             self.meta["events_done"] = number + 1

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 jax.config.update("jax_num_cpu_devices", 8)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FLOOR_0_TESTS = ("test_woodfisher", "test_selection", "test_masks", "test_metrics", "test_sharding", "test_config")
+FLOOR_0_TESTS = (
+    "test_woodfisher",
+    "test_patterns",
+    "test_selection",
+    "test_masks",
+    "test_metrics",
+    "test_sharding",
+    "test_config",
+)
 WORDS = tuple(
     "the food service was good bad not great and but noise ambiance soup cold loud friendly i we it a .".split()
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_cbm import build, random_batch
 
-from sparsecbm_jax import cbm, fisher, pruning, woodfisher
+from sparsecbm_jax import cbm, criteria, fisher, pruning, woodfisher
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
@@ -37,8 +37,8 @@ def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbo
     activations = cbm.forward(config, params, masks, heads, batch).activations
     mask = masks_lib.concept(masks, 1)
     pairs = [(batch, activations)]
-    (together,) = fisher.gradients(config, params, mask, heads, pairs, 1)
-    rows = list(fisher.gradients(config, params, mask, heads, pairs, 1, per_example=True))
+    (together,) = fisher.SubnetworkGradients(config, params, mask, heads, pairs, 1)
+    rows = list(fisher.SubnetworkGradients(config, params, mask, heads, pairs, 1, per_example=True))
     assert len(rows) == 4
     mean = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *rows)
     chex.assert_trees_all_close(together, mean, atol=TOLERANCE)
@@ -53,9 +53,9 @@ def test_scores_against_dense_algebra(num_grads: int, tiny_backbone_config: Back
     mask = masks_lib.concept(masks, 0)
     pairs = [(b, cbm.forward(config, params, masks, heads, b).activations) for b in batches]
     kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
-    gradients = list(fisher.gradients(config, params, mask, heads, pairs, 0))
+    gradients = list(fisher.SubnetworkGradients(config, params, mask, heads, pairs, 0))
     settings = PrunerConfig(block_size=16, damping=0.1, num_grads=num_grads)
-    scores = pruning.woodfisher_scores(kernels, iter(gradients), config=settings)
+    scores = criteria.woodfisher_scores(kernels, gradients, config=settings)
     path, layer, output = "layers/ffn_in/kernel", 1, 7
     g = np.stack([np.asarray(gradient[path], np.float64) for gradient in gradients])
     damping = 0.1 * np.mean(g**2)
@@ -72,7 +72,7 @@ def test_a_nan_gradient_names_the_kernel(tiny_backbone_config: BackboneConfig) -
     kernels = {"layers/ffn_in/kernel": jnp.ones((1, 4, 4))}
     gradients = [{"layers/ffn_in/kernel": jnp.full((1, 4, 4), jnp.nan)}]
     with pytest.raises(FloatingPointError, match="layers/ffn_in/kernel"):
-        pruning.woodfisher_scores(kernels, iter(gradients), config=PrunerConfig(block_size=4))
+        criteria.woodfisher_scores(kernels, gradients, config=PrunerConfig(block_size=4))
 
 
 @pytest.mark.parametrize("scope", ["global", "per_kernel"])
@@ -112,7 +112,7 @@ def test_own_criterion_takes_the_place_of_woodfisher(tiny_backbone_config: Backb
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     pruned = pruning.prune(
-        config, params, full, heads, [], 0.5, pruner=PrunerConfig(), criterion=pruning.magnitude_scores
+        config, params, full, heads, [], 0.5, pruner=PrunerConfig(), criterion=criteria.magnitude_scores
     )
     kept = jnp.concatenate([jnp.abs(masks_lib.leaf_at(params, p))[pruned[p][0]] for p in pruned])
     gone = jnp.concatenate([jnp.abs(masks_lib.leaf_at(params, p))[~pruned[p][0]] for p in pruned])
@@ -141,7 +141,7 @@ def test_padding_rows_are_not_examples(tiny_backbone_config: BackboneConfig) -> 
     batch = random_batch()
     batch = Batch(*(np.asarray(leaf) for leaf in batch))._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
     activations = cbm.forward(config, params, masks, heads, batch).activations
-    rows = fisher.gradients(
+    rows = fisher.SubnetworkGradients(
         config, params, masks_lib.concept(masks, 0), heads, [(batch, activations)], 0, per_example=True
     )
     assert len(list(rows)) == 2

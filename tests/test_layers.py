@@ -17,10 +17,10 @@ MAX_LINES = 500
 
 # Within a floor the order counts too.
 FLOORS = (
-    ("config", "woodfisher", "selection", "masks", "metrics", "sharding"),
+    ("config", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
     ("backbones", "data", "checkpoint"),
     ("cbm", "fisher"),
-    ("model_card", "artifact", "pruning", "intervention", "explanation"),
+    ("model_card", "artifact", "criteria", "pruning", "intervention", "explanation"),
     ("evaluation", "logs", "steps", "vocabulary", "training"),
     ("report", "app"),
 )

@@ -1,0 +1,143 @@
+"""Scores of every criterion against algebra written out, what is said about them, and cuts by pattern."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsecbm_jax import criteria, patterns, pruning
+from sparsecbm_jax.config import CRITERIA, PATTERNS, PrunerConfig
+from sparsecbm_jax.criteria import Kernels, Report
+
+PATH = "layers/ffn_in/kernel"
+SHAPE = (2, 16, 3)
+
+
+class Stream:
+    """Gradients that may be gone through again, and how often they were."""
+
+    def __init__(self, gradients: np.ndarray, concept: int = 0) -> None:
+        self.gradients, self.concept, self.passes = gradients, concept, 0
+
+    def __iter__(self) -> Iterator[Kernels]:
+        self.passes += 1
+        return iter([{PATH: jnp.asarray(gradient, jnp.float32)} for gradient in self.gradients])
+
+
+def kernels(seed: int = 0) -> Kernels:
+    return {PATH: jnp.asarray(np.random.default_rng(seed).normal(size=SHAPE), jnp.float32)}
+
+
+def gradients(count: int = 20, rank: int | None = None) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    if rank is None:
+        return rng.normal(size=(count, *SHAPE))
+    return np.einsum("ur,rlio->ulio", rng.normal(size=(count, rank)), rng.normal(size=(rank, *SHAPE)))
+
+
+def exact_scores(weights: np.ndarray, grads: np.ndarray, block: int, damping: float) -> np.ndarray:
+    """½ w² / diag F⁻¹ in float64, block by block."""
+    scores = np.empty(SHAPE)
+    for layer, start, output in np.ndindex(SHAPE[0], SHAPE[1] // block, SHAPE[2]):
+        at = (layer, slice(start * block, (start + 1) * block), output)
+        g = grads[(slice(None), *at)]
+        inverse = np.linalg.inv(damping * np.eye(block) + g.T @ g / len(g))
+        scores[at] = weights[at] ** 2 / (2 * np.diag(inverse))
+    return scores
+
+
+@pytest.mark.parametrize("num_grads", [4, 20], ids=["dual", "gram"])
+def test_what_float32_cannot_invert_is_done_by_qr(num_grads: int) -> None:
+    grads, weights = gradients(num_grads, rank=2), kernels()
+    stream, report = Stream(grads), Report()
+    config = PrunerConfig(block_size=8, num_grads=num_grads, damping=1e-7, damping_mode="absolute")
+    scores = criteria.woodfisher_scores(weights, stream, config=config, report=report)
+    expected = exact_scores(np.asarray(weights[PATH], np.float64), grads.astype(np.float32).astype(float), 8, 1e-7)
+    np.testing.assert_allclose(scores[PATH], expected, rtol=1e-3)
+    assert report["form"] == ("dual" if num_grads == 4 else "gram") and report["num_grads"] == num_grads
+    assert report["qr_blocks"] == {PATH: 12}
+    assert stream.passes == (1 if num_grads == 4 else 2), "kept gradients are not computed again"
+
+
+def test_well_conditioned_blocks_take_one_pass() -> None:
+    stream, report = Stream(gradients()), Report()
+    criteria.woodfisher_scores(kernels(), stream, config=PrunerConfig(block_size=8), report=report)
+    assert stream.passes == 1 and report["qr_blocks"] == {}
+    assert report["mean_square_over_damping"][PATH] == pytest.approx(10.0), "ζ is a tenth of mean g²"
+
+
+def test_scores_that_have_become_magnitude_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    config = PrunerConfig(block_size=8, damping=1e-3, damping_mode="absolute")
+    with caplog.at_level(logging.WARNING):
+        scores = criteria.woodfisher_scores(kernels(), Stream(1e-4 * gradients()), config=config)
+    assert f"{PATH} 1." in caplog.text and "pruner.damping" in caplog.text
+    np.testing.assert_allclose(scores[PATH], 0.5e-3 * kernels()[PATH] ** 2, rtol=1e-3)
+    caplog.clear()
+    criteria.woodfisher_scores(kernels(), Stream(gradients()), config=config)
+    assert not caplog.text
+
+
+def test_a_bad_gradient_is_named_by_kernel_and_number() -> None:
+    bad = gradients(6)
+    bad[4, 1, 2, 0] = np.nan
+    with pytest.raises(FloatingPointError, match=rf"{PATH}: gradient 4 \(counted from 0\) is NaN or Inf"):
+        criteria.woodfisher_scores(kernels(), Stream(bad), config=PrunerConfig(block_size=8, num_grads=6))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_has_its_definition(name: str) -> None:
+    weights, grads = kernels(), gradients()
+    config = PrunerConfig(criterion=name, block_size=8, num_grads=20)
+    got = criteria.make_criterion(config, seed=3)(weights, Stream(grads))[PATH]
+    w, mean, square = np.asarray(weights[PATH], np.float64), grads.mean(axis=0), (grads**2).mean(axis=0)
+    expected = {
+        "woodfisher": exact_scores(w, grads, 8, 0.1 * square.mean()),
+        "magnitude": np.abs(w),
+        "snip": np.abs(w * mean),
+        "movement": -w * mean,
+        "taylor": w**2 * square,
+        "diagonal_fisher": 0.5 * w**2 * (square + 0.1 * square.mean()),
+    }
+    if name != "random":
+        np.testing.assert_allclose(got, expected[name], rtol=1e-4, atol=1e-6)
+        return
+    again, other = (criteria.make_criterion(config, seed=3)(weights, Stream(grads, k))[PATH] for k in (0, 1))
+    np.testing.assert_array_equal(got, again)
+    assert not np.array_equal(got, other), "concepts get masks of their own"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("criterion", ["woodfisher", "magnitude"])
+def test_units_are_pruned_whole_exactly_and_nested(criterion: str, pattern: str) -> None:
+    config = PrunerConfig(criterion=criterion, pattern=pattern, block_size=16)
+    unit = patterns.unit_of(pattern, 16)
+    total = int(np.prod(SHAPE))
+    previous = {PATH: jnp.ones(SHAPE, bool)}
+    for sparsity in (0.25, 0.5):
+        current = {PATH: jnp.where(previous[PATH], kernels()[PATH], 0)}
+        scores = criteria.make_criterion(config)(current, Stream(gradients()))
+        cut = pruning.prune_concept(previous, scores, sparsity, unit=unit)
+        pruned = ~np.asarray(cut[PATH])
+        assert pruned.sum() == round(sparsity * total / unit.pruned) * unit.pruned
+        assert not (np.asarray(cut[PATH]) & ~np.asarray(previous[PATH])).any(), "what was pruned stays pruned"
+        groups = pruned.reshape(2, 16 // unit.group, unit.group, 3).sum(axis=2)
+        assert set(np.unique(groups)) <= {0, unit.pruned}
+        previous = cut
+
+
+def test_more_than_two_of_four_is_refused() -> None:
+    mask = {PATH: jnp.ones(SHAPE, bool)}
+    with pytest.raises(ValueError, match=r"0\.6 is more than 2 of 4"):
+        pruning.prune_concept(mask, kernels(), 0.6, unit=patterns.unit_of("2:4", 16))
+
+
+def test_groups_that_do_not_divide_a_kernel_are_refused() -> None:
+    config = PrunerConfig(pattern="8", block_size=8)
+    odd = {"layers/ffn_in/kernel": jnp.ones((2, 12, 3))}
+    with pytest.raises(ValueError, match="ffn_in/kernel has 12 inputs, which do not divide into groups of 8"):
+        criteria.woodfisher_scores(odd, Stream(gradients()), config=config)
+    with pytest.raises(ValueError, match="do not divide blocks of 50"):
+        criteria.make_criterion(dataclasses.replace(config, block_size=50, criterion="snip"))
