@@ -180,6 +180,8 @@ def _override(no: str, key: str, value: str | None, hint: Any) -> list[str]:
         return []
     if hint == tuple[str, ...] and not value.lstrip().startswith(("(", "[")):
         value = repr(tuple(part.strip() for part in value.split(",") if part.strip()))
+    if hint == tuple[float, ...] and not value.lstrip().startswith(("(", "[")):
+        value = f"({value},)" if value.strip() else "()"
     return [f"--{no}config.{key}={value}"]
 
 

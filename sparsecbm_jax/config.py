@@ -35,6 +35,7 @@ NON_NEGATIVE_INT = Check("an integer of at least 0", lambda v: v >= 0)
 POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
 NON_NEGATIVE = Check("a finite number of at least 0", lambda v: 0 <= v < math.inf)
 FRACTION = Check("a fraction in [0, 1)", lambda v: 0 <= v < 1)
+FRACTIONS = Check("fractions in [0, 1)", lambda values: all(0 <= v < 1 for v in values))
 NON_EMPTY = Check("a non-empty string", lambda v: bool(v.strip()))
 
 
@@ -100,8 +101,12 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         expected = "a list of strings"
+    elif hint == tuple[float, ...]:
+        if isinstance(value, (list, tuple)) and all(_is_number(item) for item in value):
+            return tuple(float(item) for item in value)
+        expected = "a list of numbers"
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if _is_number(value):
             return float(value)
         expected = "a number"
     elif hint is int:
@@ -114,6 +119,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         expected = {bool: "True or False", str: "a string"}.get(hint, f"a {hint.__name__}")
     expected += " or None" if optional else ""
     raise ValueError(f"{key} is {value!r}, a {type(value).__name__}; expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +254,8 @@ class SparsityConfig:
     """Pruned fraction at the first event, in [0, 1)."""
     final: float | None = setting(None, FRACTION)
     """Pruned fraction after the last event, in [0, 1). None: 1 - 1/K for K concepts."""
+    per_concept: tuple[float, ...] = setting((), FRACTIONS)
+    """Final pruned fraction of each concept, in order, in place of `final`. Empty: the same for all."""
     start_epoch: int = setting(2, NON_NEGATIVE_INT)
     """Epoch (from 0) at whose start the first event falls; dense before."""
     end_epoch: int = setting(12, POSITIVE_INT)
@@ -253,6 +264,8 @@ class SparsityConfig:
     """Shape of the climb between the two epochs."""
     events_per_epoch: int = setting(1, POSITIVE_INT)
     """How often per epoch the masks are scored again."""
+    reestimations: int = setting(1, POSITIVE_INT)
+    """Cuts that an event is done in, each scored anew under the mask that the one before it left."""
     scope: str = setting("global", one_of("global", "per_kernel"))
     """Whether weights compete over all kernels of a concept, or within each kernel of each layer."""
     regrow: bool = False
@@ -265,11 +278,14 @@ class SparsityConfig:
                 f"config.sparsity.end_epoch is {self.end_epoch}, but must be above config.sparsity.start_epoch, "
                 f"which is {self.start_epoch}"
             )
-        if self.final is not None and self.final < self.initial:
-            raise ValueError(
-                f"config.sparsity.final is {self.final}, but must be at least config.sparsity.initial, "
-                f"which is {self.initial}"
-            )
+        finals = {"final": self.final} if self.final is not None else {}
+        finals |= {f"per_concept[{k}]": value for k, value in enumerate(self.per_concept)}
+        for name, value in finals.items():
+            if value < self.initial:
+                raise ValueError(
+                    f"config.sparsity.{name} is {value}, but must be at least config.sparsity.initial, "
+                    f"which is {self.initial}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

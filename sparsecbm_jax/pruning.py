@@ -19,18 +19,23 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads, make_forward
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
 from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion
-from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.batches import Batch, Tokenized, train_batches
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.patterns import Unit
 from sparsecbm_jax.selection import select_smallest
 
+_FISHER_BUCKETS = (32, 64, 128, 256, 512)
+
 
 class PruningEvent(NamedTuple):
-    """When masks are re-scored: before step `step` of epoch `epoch`, up to `sparsity`."""
+    """When masks are re-scored: before step `step` of epoch `epoch`, up to the `sparsity` of each concept."""
 
     epoch: int
     step: int
-    sparsity: float
+    sparsity: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return " / ".join(f"{value:.2f}" for value in dict.fromkeys(self.sparsity))
 
 
 def default_sparsity(num_concepts: int) -> float:
@@ -48,16 +53,15 @@ def schedule(config: SparsityConfig, num_concepts: int, steps_per_epoch: int) ->
     linear: s_0 + (s_f − s_0) x; cubic: s_f − (s_f − s_0)(1 − x)³; oneshot: one event at `start_epoch`.
 
     Raises:
-      ValueError: if an epoch has fewer steps than events.
+      ValueError: if an epoch has fewer steps than events, or not every concept has a sparsity.
     """
-    final = default_sparsity(num_concepts) if config.final is None else config.final
+    finals = final_sparsity(config, num_concepts)
     if config.schedule == "oneshot":
-        return [PruningEvent(config.start_epoch, 0, final)]
+        return [PruningEvent(config.start_epoch, 0, finals)]
     if config.events_per_epoch > steps_per_epoch:
         raise ValueError(
             f"sparsity.events_per_epoch is {config.events_per_epoch}, but an epoch has {steps_per_epoch} steps"
         )
-    initial = min(config.initial, final)
     total = (config.end_epoch - config.start_epoch) * config.events_per_epoch
     events = []
     for i in range(total + 1):
@@ -65,8 +69,25 @@ def schedule(config: SparsityConfig, num_concepts: int, steps_per_epoch: int) ->
         ramp = x if config.schedule == "linear" else 1 - (1 - x) ** 3
         epoch, part = divmod(i, config.events_per_epoch)
         step = part * steps_per_epoch // config.events_per_epoch
-        events.append(PruningEvent(config.start_epoch + epoch, step, initial + (final - initial) * ramp))
+        reached = tuple(min(config.initial, final) + (final - min(config.initial, final)) * ramp for final in finals)
+        events.append(PruningEvent(config.start_epoch + epoch, step, reached))
     return events
+
+
+def final_sparsity(config: SparsityConfig, num_concepts: int) -> tuple[float, ...]:
+    """The pruned fraction that each concept ends with.
+
+    Raises:
+      ValueError: if `config.per_concept` names more or fewer than there are concepts.
+    """
+    if config.per_concept:
+        if len(config.per_concept) != num_concepts:
+            raise ValueError(
+                f"config.sparsity.per_concept has {len(config.per_concept)} fractions {config.per_concept}, but there "
+                f"are {num_concepts} concepts; expected one for each"
+            )
+        return config.per_concept
+    return (default_sparsity(num_concepts) if config.final is None else config.final,) * num_concepts
 
 
 @functools.partial(jax.jit, static_argnums=(4,))
@@ -145,11 +166,12 @@ def prune(
     masks: Masks,
     heads: Heads,
     batches: Sequence[Batch],
-    sparsity: float,
+    sparsity: float | Sequence[float],
     *,
     pruner: PrunerConfig,
     scope: str = "global",
     regrow: bool = False,
+    reestimations: int = 1,
     criterion: Criterion | None = None,
     seed: int = 0,
     reports: list[Report] | None = None,
@@ -159,35 +181,68 @@ def prune(
 
     Args:
       batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
+      sparsity: pruned fraction, one for all or one for each concept.
+      pruner: how weights are scored.
+      scope: what weights compete with, 'global' or 'per_kernel'.
+      regrow: pruned weights may come back.
+      reestimations: cuts on the way from the present sparsity to `sparsity`, equally far apart, each scored anew.
       criterion: a score of one's own; by default the one that `pruner.criterion` names.
       seed: of the criterion 'random'.
-      reports: gets what the criterion did, concept by concept.
+      reports: gets what the criterion did, concept by concept (and cut by cut).
       progress: wraps the loop over concepts.
 
     Returns:
       New masks.
     """
     unit = patterns.unit_of(pruner.pattern, pruner.block_size)
+    finals = tuple(sparsity) if isinstance(sparsity, Sequence) else (sparsity,) * config.num_concepts
     forward = make_forward(config)
     packed = jax.jit(masks_lib.pack)(masks)
     pairs = [(batch, forward(params, packed, heads, batch).activations) for batch in batches]
-    new = dict(masks)
+    new, present = dict(masks), 1 - masks_lib.total_density(masks)
     for k in progress(range(config.num_concepts)):
         mask = masks_lib.concept(new, k)
-        if regrow:
-            mask = {path: jnp.ones_like(kept) for path, kept in mask.items()}
-        kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
-        gradients = fisher.SubnetworkGradients(
-            config, params, mask, heads, pairs, k, per_example=pruner.per_example, limit=pruner.num_grads
-        )
-        report: Report = {}
-        own = None if criterion is None else patterns.spread(criterion(kernels, gradients), unit)
-        scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients) if own is None else own
-        if reports is not None:
-            reports.append(report)
-        cut = prune_concept(mask, scores, sparsity, scope=scope, regrow=regrow, unit=unit)
-        new = masks_lib.replace_concept(new, k, cut)
+        for cut in range(1, reestimations + 1):
+            candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if regrow else mask
+            kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in candidates.items()}
+            gradients = fisher.SubnetworkGradients(
+                config, params, candidates, heads, pairs, k, per_example=pruner.per_example, limit=pruner.num_grads
+            )
+            report: Report = {}
+            if criterion is None:
+                scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients)
+            else:
+                scores = patterns.spread(criterion(kernels, gradients), unit)
+            if reports is not None:
+                reports.append(report)
+            is_last = cut == reestimations
+            reached = finals[k] if is_last else float(present[k] + (finals[k] - present[k]) * cut / reestimations)
+            mask = prune_concept(candidates, scores, reached, scope=scope, regrow=regrow, unit=unit)
+        new = masks_lib.replace_concept(new, k, mask)
     return new
+
+
+def fisher_batches(split: Tokenized, config: PrunerConfig, *, seed: int, event: int = 0) -> list[Batch]:
+    """Batches that the gradients of an event are taken from: an order of their own, a function of (seed, event).
+
+    Rows come in few widths, so that few programs are compiled; a batch that padding fills up is left out where whole
+    ones are to be had.
+    """
+    wanted = num_fisher_batches(config)
+    batches: list[Batch] = []
+    while len(batches) < wanted:
+        stream = list(
+            train_batches(
+                split,
+                batch_size=config.grad_batch_size,
+                seed=seed,
+                epoch=10_000 + 100 * event + len(batches),
+                buckets=_FISHER_BUCKETS,
+            )
+        )
+        whole = [batch for batch in stream if batch.example_weight.all()]
+        batches += (whole or stream)[: wanted - len(batches)]
+    return batches
 
 
 def num_fisher_batches(config: PrunerConfig) -> int:

@@ -43,8 +43,6 @@ LOSSES: dict[str, LossFn] = {
 }
 # Settings that change how a run is watched, not what it computes: a resumed run may differ in them.
 _UNRELATED = ("training.log_every_steps", "training.save_every_steps", "training.keep_checkpoints", "mesh")
-# Gradients for the pruner come in few widths, so that few programs are compiled for them.
-_FISHER_BUCKETS = (32, 64, 128, 256, 512)
 # From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
 _UNROLL_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
 # What a strategy has trained by the time its epochs are scored; the others have both.
@@ -332,15 +330,16 @@ class _Loop:
                 state.params,
                 masks,
                 state.heads,
-                self._fisher_batches(number),
+                pruning.fisher_batches(self.train_split, run.pruner, seed=run.seed, event=number),
                 event.sparsity,
                 pruner=run.pruner,
                 scope=run.sparsity.scope,
                 regrow=run.sparsity.regrow,
+                reestimations=run.sparsity.reestimations,
                 criterion=self.criterion,
                 seed=run.seed + number,
                 reports=reports,
-                progress=functools.partial(progress, description=f"pruning to {event.sparsity:.2f}", unit="concept"),
+                progress=functools.partial(progress, description=f"pruning to {event}", unit="concept"),
             )
             self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
             density = masks_lib.total_density(masks)
@@ -350,24 +349,6 @@ class _Loop:
             # Under the step it comes before: a continuation from this step does it, and writes it, again.
             self.log.write(self.step + 1, "prune", record)
             self.meta["events_done"] = number + 1
-
-    def _fisher_batches(self, event: int) -> list[Batch]:
-        """Batches of the event: an order of their own, a pure function of (seed, event)."""
-        wanted = pruning.num_fisher_batches(self.settings.pruner)
-        batches: list[Batch] = []
-        while len(batches) < wanted:
-            stream = list(
-                train_batches(
-                    self.train_split,
-                    batch_size=self.settings.pruner.grad_batch_size,
-                    seed=self.settings.seed,
-                    epoch=10_000 + 100 * event + len(batches),
-                    buckets=_FISHER_BUCKETS,
-                )
-            )
-            whole = [batch for batch in stream if batch.example_weight.all()]
-            batches += (whole or stream)[: wanted - len(batches)]
-        return batches
 
     def _end_of_epoch(self, epoch: int) -> None:
         report = score(self.settings, self.prepared, self.mesh, self.state, "validation")

@@ -108,6 +108,27 @@ def test_regrow_lets_weights_come_back(tiny_backbone_config: BackboneConfig) -> 
     assert masks_lib.num_kept(pruned).tolist() == [round(0.5 * masks_lib.num_weights(masks))] * 3
 
 
+def test_concepts_have_sparsities_of_their_own_in_several_cuts(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
+    reports: list[criteria.Report] = []
+    wanted = (0.3, 0.5, 0.8)
+    pruned = pruning.prune(
+        config,
+        params,
+        full,
+        heads,
+        [random_batch(seed) for seed in range(2)],
+        wanted,
+        pruner=PrunerConfig(block_size=8, num_grads=2),
+        reestimations=2,
+        reports=reports,
+    )
+    total = masks_lib.num_weights(full)
+    assert masks_lib.num_kept(pruned).tolist() == [total - round(s * total) for s in wanted]
+    assert [report["form"] for report in reports] == ["dual"] * 6, "three concepts, two cuts each"
+
+
 def test_own_criterion_takes_the_place_of_woodfisher(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
@@ -122,16 +143,21 @@ def test_own_criterion_takes_the_place_of_woodfisher(tiny_backbone_config: Backb
 def test_schedules() -> None:
     cubic = pruning.schedule(SparsityConfig(initial=0.2, start_epoch=2, end_epoch=5), 4, steps_per_epoch=10)
     assert [(event.epoch, event.step) for event in cubic] == [(2, 0), (3, 0), (4, 0), (5, 0)]
-    assert cubic[0].sparsity == pytest.approx(0.2)
-    assert cubic[1].sparsity == pytest.approx(0.75 - 0.55 * (2 / 3) ** 3)
-    assert cubic[-1].sparsity == 0.75
+    assert cubic[0].sparsity == pytest.approx((0.2,) * 4)
+    assert cubic[1].sparsity == pytest.approx((0.75 - 0.55 * (2 / 3) ** 3,) * 4)
+    assert cubic[-1].sparsity == (0.75,) * 4 and str(cubic[-1]) == "0.75"
     linear = pruning.schedule(
         SparsityConfig(initial=0.2, final=0.6, start_epoch=0, end_epoch=1, schedule="linear", events_per_epoch=4), 4, 10
     )
-    np.testing.assert_allclose([event.sparsity for event in linear], [0.2, 0.3, 0.4, 0.5, 0.6])
+    np.testing.assert_allclose([event.sparsity[0] for event in linear], [0.2, 0.3, 0.4, 0.5, 0.6])
     assert [(event.epoch, event.step) for event in linear] == [(0, 0), (0, 2), (0, 5), (0, 7), (1, 0)]
     (once,) = pruning.schedule(SparsityConfig(schedule="oneshot"), 10, 10)
-    assert once.sparsity == pytest.approx(0.9)
+    assert once.sparsity == pytest.approx((0.9,) * 10)
+    own = pruning.schedule(SparsityConfig(per_concept=(0.5, 0.9), start_epoch=0, end_epoch=2, schedule="linear"), 2, 3)
+    np.testing.assert_allclose([event.sparsity for event in own], [(0.2, 0.2), (0.35, 0.55), (0.5, 0.9)])
+    assert str(own[1]) == "0.35 / 0.55"
+    with pytest.raises(ValueError, match=r"per_concept has 2 fractions \(0\.5, 0\.9\), but there are 4 concepts"):
+        pruning.schedule(SparsityConfig(per_concept=(0.5, 0.9)), 4, 3)
     with pytest.raises(ValueError, match="an epoch has 3 steps"):
         pruning.schedule(SparsityConfig(events_per_epoch=4), 4, 3)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,28 @@ def test_a_run_leaves_what_it_promises(finished: training.TrainResult) -> None:
     assert finished.metrics["test"]["num_examples"] > 0
 
 
+def test_a_saved_model_is_pruned_further(finished: training.TrainResult, tmp_path: Path) -> None:
+    command = ["launch/prune.py", f"--model={finished.workdir / 'model'}", f"--save={tmp_path / 'pruned'}"]
+    settings = {
+        "data.max_length": 24,
+        "training.eval_batch_size": 32,
+        "sparsity.per_concept": "0.8,0.9,0.95,0.9",
+        "pruner.criterion": "magnitude",
+    }
+    command += ["--config=configs/common.py", *(f"--config.{key}={value}" for key, value in settings.items())]
+    repository = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, *command], cwd=repository, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ambiance: 90.00 %" in result.stdout and "test, as it was:" in result.stdout
+    pruned = artifact.load(tmp_path / "pruned")
+    total = masks_lib.num_weights(pruned.masks)
+    assert masks_lib.num_kept(pruned.masks).tolist() == [total - round(s * total) for s in (0.8, 0.9, 0.95, 0.9)]
+    for path, before in finished.model.masks.items():
+        assert not (np.asarray(pruned.masks[path]) & ~np.asarray(before)).any(), "what was pruned stays pruned"
+    assert pruned.metadata["pruned"]["pruner"]["criterion"] == "magnitude"
+    chex.assert_trees_all_equal(pruned.params, finished.model.params)
+
+
 def test_loading_gives_the_same_predictions_to_the_bit(finished: training.TrainResult) -> None:
     loaded = artifact.load(finished.workdir / "model")
     chex.assert_trees_all_equal(artifact.predict(loaded, [TEXT]), artifact.predict(finished.model, [TEXT]))
@@ -92,7 +116,7 @@ def test_fewer_rows_than_a_gradient_averages_are_enough(finished: training.Train
     mesh = training.sharding.make_mesh(devices=jax.devices()[:1])
     with checkpoint.Checkpointer(tmp_path / "a") as first, checkpoint.Checkpointer(tmp_path / "b") as second:
         loop = training._Loop(run, training.prepare(run), mesh, first, second, tmp_path, None, None)
-        assert len(loop._fisher_batches(0)) == 2
+        assert len(training.pruning.fisher_batches(loop.train_split, run.pruner, seed=0)) == 2
         loop.log.close()
 
 

@@ -1,0 +1,84 @@
+"""Prunes a saved model anew, without training it: other sparsities, criteria and patterns, in minutes.
+
+python launch/prune.py --model=runs/cebab/model --config=configs/cebab_minilm.py --config.data.path=DIR \
+    --config.sparsity.final=0.9 --config.pruner.criterion=magnitude --save=runs/pruned
+
+Of the config, `data`, `pruner`, `sparsity` (final or per_concept, scope, regrow, reestimations), `seed` and the batch
+sizes are read. A dense joint model becomes a SparseCBM; a SparseCBM is pruned further, since what was pruned stays
+pruned unless --config.sparsity.regrow. Prints the test scores before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import command_line
+from absl import flags
+
+FLAGS = flags.FLAGS
+command_line.define_config()
+flags.adopt_module_key_flags(command_line)
+flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/cebab/model.")
+flags.DEFINE_string("save", None, "Folder to save the pruned model to.")
+
+
+def main() -> None:
+    run = command_line.run_config()
+    if not FLAGS.model:
+        raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")
+
+    from sparsecbm_jax import artifact, evaluation, masks, pruning
+    from sparsecbm_jax.backbones import maskable_paths
+    from sparsecbm_jax.data import eval_batches, load_dataset, tokenize
+    from sparsecbm_jax.logs import progress
+
+    model = artifact.load(FLAGS.model)
+    if model.strategy not in ("joint", "sparse"):
+        raise ValueError(f"{FLAGS.model} was trained by strategy {model.strategy!r}; expected 'joint' or 'sparse'")
+    # Written-out layers would cost more to compile than these few passes can win back.
+    config = dataclasses.replace(model.config, unroll_layers=False)
+    dataset = load_dataset(run.data)
+    if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
+        raise ValueError(
+            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but the model "
+            f"was trained for {model.schema.concepts} of classes {model.schema.classes}"
+        )
+    max_length = min(run.data.max_length, config.backbone.max_length)
+    splits = {name: tokenize(dataset.splits[name], model.tokenizer, max_length) for name in ("train", "test")}
+
+    def test_report(masks_now: masks.Masks | None) -> dict[str, object]:
+        batches = eval_batches(splits["test"], batch_size=run.training.eval_batch_size)
+        return evaluation.evaluate(config, model.params, masks_now, model.heads, batches, dataset.schema)
+
+    print(f"test, as it was:\n{evaluation.render_table(test_report(model.masks))}", flush=True)
+    paths = maskable_paths(config.backbone)
+    start = masks.create(model.params, paths, config.num_concepts) if model.masks is None else model.masks
+    wanted = pruning.final_sparsity(run.sparsity, config.num_concepts)
+    pruned = pruning.prune(
+        config,
+        model.params,
+        start,
+        model.heads,
+        pruning.fisher_batches(splits["train"], run.pruner, seed=run.seed),
+        wanted,
+        pruner=run.pruner,
+        scope=run.sparsity.scope,
+        regrow=run.sparsity.regrow,
+        reestimations=run.sparsity.reestimations,
+        seed=run.seed,
+        progress=functools.partial(progress, description="pruning", unit="concept"),
+    )
+    metrics = {"test": test_report(pruned)}
+    print(f"test, pruned:\n{evaluation.render_table(metrics['test'])}")
+    for name, density in zip(dataset.schema.concepts, masks.total_density(pruned), strict=True):
+        print(f"{name}: {100 * (1 - density):.2f} % of {masks.num_weights(pruned)} weights pruned")
+    if FLAGS.save:
+        pruning_config = {section: dataclasses.asdict(getattr(run, section)) for section in ("pruner", "sparsity")}
+        metadata = {**model.metadata, "pruned": {"from": FLAGS.model, "seed": run.seed, **pruning_config}}
+        result = dataclasses.replace(model, masks=pruned, strategy="sparse", metadata=metadata)
+        print(f"saved: {artifact.save(result, FLAGS.save, metrics=metrics)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
