@@ -55,6 +55,8 @@ def main() -> None:
     paths = maskable_paths(config.backbone)
     start = masks.create(model.params, paths, config.num_concepts) if model.masks is None else model.masks
     wanted = pruning.final_sparsity(run.sparsity, config.num_concepts)
+    before = pruning.peak_memory()
+    print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
     pruned = pruning.prune(
         config,
         model.params,
@@ -69,6 +71,8 @@ def main() -> None:
         seed=run.seed,
         progress=functools.partial(progress, description="pruning", unit="concept"),
     )
+    grown = (pruning.peak_memory() - before) / 2**20
+    print(f"peak memory {pruning.peak_memory() / 2**20:.0f} MiB, {grown:.0f} MiB above what evaluating had taken")
     metrics = {"test": test_report(pruned)}
     print(f"test, pruned:\n{evaluation.render_table(metrics['test'])}")
     for name, density in zip(dataset.schema.concepts, masks.total_density(pruned), strict=True):

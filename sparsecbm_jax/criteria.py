@@ -8,7 +8,8 @@ computes any.
 import functools
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax import fisher, patterns, woodfisher
 from sparsecbm_jax.config import PrunerConfig
+from sparsecbm_jax.fisher import Piece
 
 Kernels = Mapping[str, Float[Array, "..."]]
 Criterion = Callable[[Kernels, Iterable[Kernels]], Kernels]
@@ -25,6 +27,8 @@ Report = dict[str, Any]
 
 # Where no weight's mean g² reaches a tenth of ζ, F is ζ I but for little, and ρ is ½ ζ w² but for little.
 _DEGENERATE = 0.1
+# What the gradients of blocks that are done again may take, where no limit is set.
+_REPAIR_MEMORY = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -43,62 +47,47 @@ def make_criterion(config: PrunerConfig, *, seed: int = 0, report: Report | None
     return lambda kernels, gradients: patterns.spread(single(kernels, gradients), unit)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _scores_from_gram(
-    kernel: Float[Array, "..."],
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _score_grams(
+    kernel: Float[Array, "inputs units"],
     grams: Float[Array, "N b b"],
     num_grads: Float[Array, ""],
-    damping: Float[Array, ""],
-    is_relative: bool,
-    block_size: int,
-    pattern: str,
-) -> tuple[Float[Array, "N b"], Float[Array, " N"], Float[Array, ""], Float[Array, ""]]:
-    """Scores in blocks, the blocks' errors, ζ and mean g²."""
-    squares = jnp.trace(grams, axis1=1, axis2=2).sum()
-    zeta, mean_square = _zeta(squares, num_grads, damping, is_relative, kernel.size)
-    blocks, score = woodfisher.to_blocks(kernel, block_size), _score_fn(pattern, block_size)
-    return *woodfisher.saliency(blocks, grams, num_grads, zeta, score), zeta, mean_square
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _scores_from_gradients(
-    kernel: Float[Array, "..."],
-    gradients: list[Float[Array, "..."]],
-    damping: Float[Array, ""],
-    is_relative: bool,
-    block_size: int,
-    pattern: str,
-) -> tuple[Float[Array, "N b"], Float[Array, " N"], Float[Array, ""], Float[Array, ""]]:
-    squares = sum((jnp.sum(gradient**2) for gradient in gradients), jnp.float32(0))
-    zeta, mean_square = _zeta(squares, jnp.float32(len(gradients)), damping, is_relative, kernel.size)
-    blocks, score = woodfisher.to_blocks(kernel, block_size), _score_fn(pattern, block_size)
-    rows = fisher.stacked(gradients, block_size)
-    return *woodfisher.dual_saliency(blocks, rows, zeta, score), zeta, mean_square
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _repaired(
-    scores: Float[Array, "N b"],
-    blocks: Float[Array, "F b"],
-    rows: Float[Array, "F m b"],
     zeta: Float[Array, ""],
     block_size: int,
     pattern: str,
+) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
+    blocks, score = woodfisher.to_blocks(kernel, block_size), _score_fn(pattern, block_size)
+    return woodfisher.saliency(blocks, grams, num_grads, zeta, score)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _score_rows(
+    kernel: Float[Array, "inputs units"],
+    rows: Float[Array, "N m b"],
+    zeta: Float[Array, ""],
+    block_size: int,
+    pattern: str,
+) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
+    blocks, score = woodfisher.to_blocks(kernel, block_size), _score_fn(pattern, block_size)
+    return woodfisher.dual_saliency(blocks, rows, zeta, score)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _repaired(
+    scores: Float[Array, "N b"],
+    kernel: Float[Array, "inputs units"],
+    rows: Float[Array, "F m b"],
     which: Int[Array, " F"],
+    zeta: Float[Array, ""],
+    block_size: int,
+    pattern: str,
 ) -> Float[Array, "N b"]:
-    fresh = woodfisher.qr_saliency(blocks, rows, zeta, _score_fn(pattern, block_size))
-    return scores.at[which].set(fresh)
+    blocks = woodfisher.to_blocks(kernel, block_size)[which]
+    return scores.at[which].set(woodfisher.qr_saliency(blocks, rows, zeta, _score_fn(pattern, block_size)))
 
 
 def _score_fn(pattern: str, block_size: int) -> woodfisher.ScoreFn | None:
     return None if pattern == patterns.SINGLE else patterns.scores_of(pattern, block_size)
-
-
-def _zeta(
-    squares: Float[Array, ""], num_grads: Float[Array, ""], damping: Float[Array, ""], is_relative: bool, size: int
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    mean_square = squares / (num_grads * size)
-    return woodfisher.relative_damping(squares, num_grads, damping, size) if is_relative else damping, mean_square
 
 
 def woodfisher_scores(
@@ -108,70 +97,84 @@ def woodfisher_scores(
 
     ζ is relative to the mean over all layers of a kernel. With fewer gradients than a block has weights (m < b) the
     gradients are kept and m × m systems solved, at 4·m bytes a weight; else their outer products are summed, at 4·b.
-    Blocks that float32 cannot invert either way are done again by QR, from a second pass over the gradients.
+    What `config.fisher_memory` does not hold at once is done in several passes over the gradients, with the same
+    result. Blocks that float32 cannot invert either way are done again by QR, from one more pass.
 
     Args:
       kernels: θ_k on the maskable kernels.
-      gradients: ∇L_k; how many there really are is the m that divides.
-      config: block size, damping and pattern.
-      report: gets 'form', 'num_grads', 'qr_blocks' and, for every kernel, 'mean_square_over_damping'.
+      gradients: ∇L_k, in the same order each time; how many there really are is the m that divides.
+      config: block size, damping, pattern and memory.
+      report: gets 'form', 'num_grads', 'passes', 'qr_blocks' (how many, of which kernel) and
+        'mean_square_over_damping' of every kernel.
 
     Raises:
-      FloatingPointError: naming the kernel, if a score is NaN, or none is finite: a gradient was NaN or Inf.
-      ValueError: if there are no gradients, or a kernel's inputs do not divide into the pattern's groups.
+      FloatingPointError: naming the kernel and the gradient, if a gradient is NaN or Inf.
+      ValueError: if there are no gradients, a kernel's inputs do not divide into the pattern's groups, or
+        `config.fisher_memory` is too little for one output unit.
     """
-    is_relative, damping = config.damping_mode == "relative", jnp.float32(config.damping)
     size, pattern = config.block_size, config.pattern
-    unit = patterns.unit_of(pattern, size)
     for path, kernel in kernels.items():
-        patterns.to_groups(path, kernel, unit.group)
-    form = woodfisher.form(config.num_grads, size)
-    kept: list[Kernels] = []
-    grams: dict[str, Float[Array, "N b b"]] = {}
-    if form == "dual":
-        kept = list(gradients)
-        if not kept:
-            raise ValueError("no gradients were given to estimate the Fisher from")
-        num_grads = len(kept)
-    else:
-        grams, num_grads = fisher.accumulate(gradients, size)
-    in_blocks: dict[str, Float[Array, "N b"]] = {}
-    zetas, ratios = {}, {}
-    doubtful: dict[str, Int[Array, " F"]] = {}
-    for path, kernel in kernels.items():
-        if form == "dual":
-            own = [gradient[path] for gradient in kept]
-            found = _scores_from_gradients(kernel, own, damping, is_relative, size, pattern)
-        else:
-            count = jnp.float32(num_grads)
-            found = _scores_from_gram(kernel, grams.pop(path), count, damping, is_relative, size, pattern)
-        in_blocks[path], error, zetas[path], mean_square = found
-        if not bool(jnp.isfinite(mean_square)):
-            raise FloatingPointError(f"{path}: {_first_bad(path, gradients)}; no score can be made of that")
-        ratios[path] = float(mean_square / zetas[path])
-        if bool(jnp.max(error) > woodfisher.LARGEST_ERROR):
-            doubtful[path] = jnp.flatnonzero(error > woodfisher.LARGEST_ERROR)
-    for path, rows in _rows_of(doubtful, kept or gradients, size).items():
-        which = doubtful[path]
-        blocks = woodfisher.to_blocks(kernels[path], size)[which]
-        in_blocks[path] = _repaired(in_blocks[path], blocks, rows, zetas[path], size, pattern, which)
-    scores = {path: woodfisher.from_blocks(blocks, kernels[path].shape) for path, blocks in in_blocks.items()}
-    for path, leaf in scores.items():
-        if bool(jnp.isnan(leaf).any()):
-            raise FloatingPointError(
-                f"the WoodFisher scores of {path} are not finite: damping ({config.damping_mode} {config.damping}) "
-                "is too small for float32"
-            )
-    if not is_relative:
+        patterns.to_groups(path, kernel, patterns.unit_of(pattern, size).group)
+    form, passes = woodfisher.form(config.num_grads, size), fisher.plan_passes(kernels, config)
+    zetas: dict[str, Float[Array, ""]] = {}
+    ratios: dict[str, float] = {}
+    scores: dict[Piece, Float[Array, "N b"]] = {}
+    doubtful: dict[Piece, Int[Array, " F"]] = {}
+    for pieces in passes:
+        found = (fisher.keep if form == "dual" else fisher.accumulate)(gradients, pieces, size)
+        if not zetas:
+            zetas, ratios = _dampings(kernels, gradients, found, config)
+        states = found.states
+        for piece in pieces:
+            kernel, state, zeta = piece.of(kernels[piece.path]), states.pop(0), zetas[piece.path]
+            if form == "dual":
+                scores[piece], error = _score_rows(kernel, state, zeta, size, pattern)
+            else:
+                count = jnp.float32(found.num_grads)
+                scores[piece], error = _score_grams(kernel, state, count, zeta, size, pattern)
+            if bool(jnp.max(error) <= woodfisher.LARGEST_ERROR):
+                continue
+            doubtful[piece] = which = jnp.flatnonzero(~(error <= woodfisher.LARGEST_ERROR))
+            if form == "dual":
+                scores[piece] = _repaired(scores[piece], kernel, state[which], which, zeta, size, pattern)
+    if form == "gram":
+        for some in _portions(doubtful, found.num_grads * size, config):
+            for piece, rows in fisher.rows_of(gradients, some, size).items():
+                kernel, zeta = piece.of(kernels[piece.path]), zetas[piece.path]
+                scores[piece] = _repaired(scores[piece], kernel, rows, some[piece], zeta, size, pattern)
+    if config.damping_mode == "absolute":
         _warn_where_degenerate(ratios, config.damping)
     if report is not None:
         report |= {
             "form": form,
-            "num_grads": num_grads,
-            "qr_blocks": {path: len(which) for path, which in doubtful.items()},
+            "num_grads": found.num_grads,
+            "passes": len(passes),
+            "qr_blocks": _count_by_path(doubtful),
             "mean_square_over_damping": ratios,
         }
-    return scores
+    whole = {path: _assemble(path, kernel.shape, scores) for path, kernel in kernels.items()}
+    for path, leaf in whole.items():
+        if bool(jnp.isnan(leaf).any()):
+            raise FloatingPointError(
+                f"{path}: a score is NaN; damping ({config.damping_mode} {config.damping:g}) is too small for float32"
+            )
+    return whole
+
+
+def _dampings(
+    kernels: Kernels, gradients: Iterable[Kernels], found: fisher.Accumulated, config: PrunerConfig
+) -> tuple[dict[str, Float[Array, ""]], dict[str, float]]:
+    """ζ and mean g² / ζ of every kernel."""
+    zetas, ratios = {}, {}
+    for path, kernel in kernels.items():
+        mean_square = found.squares[path] / (found.num_grads * kernel.size)
+        if not bool(jnp.isfinite(mean_square)):
+            raise FloatingPointError(f"{path}: {_first_bad(path, gradients)}; no score can be made of that")
+        zetas[path] = jnp.float32(config.damping)
+        if config.damping_mode == "relative":
+            zetas[path] = woodfisher.relative_damping(found.squares[path], found.num_grads, config.damping, kernel.size)
+        ratios[path] = float(mean_square / zetas[path])
+    return zetas, ratios
 
 
 def _first_bad(path: str, gradients: Iterable[Kernels]) -> str:
@@ -182,17 +185,42 @@ def _first_bad(path: str, gradients: Iterable[Kernels]) -> str:
     return "the squares of its gradients overflow float32"
 
 
-def _rows_of(
-    doubtful: Mapping[str, Int[Array, " F"]], gradients: Iterable[Kernels], block_size: int
-) -> dict[str, Float[Array, "F m b"]]:
-    """The gradients of some blocks."""
-    if not doubtful:
-        return {}
-    rows: dict[str, list[Float[Array, "F b"]]] = {path: [] for path in doubtful}
-    for gradient in gradients:
-        for path, which in doubtful.items():
-            rows[path].append(woodfisher.to_blocks(gradient[path], block_size)[which])
-    return {path: jnp.stack(leaves, axis=1) for path, leaves in rows.items()}
+def _portions(
+    doubtful: Mapping[Piece, Int[Array, " F"]], floats_a_block: int, config: PrunerConfig
+) -> Iterator[dict[Piece, Int[Array, " F"]]]:
+    """Blocks to be done again, as many at a time as memory allows."""
+    # Their gradients, stacked, and a reflection's copy of a slice.
+    most = max(1, (config.fisher_memory or _REPAIR_MEMORY) // (8 * floats_a_block))
+    portion: dict[Piece, Int[Array, " F"]] = {}
+    for piece, which in doubtful.items():
+        for start in range(0, len(which), most):
+            part = which[start : start + most]
+            if (portion and sum(map(len, portion.values())) + len(part) > most) or piece in portion:
+                yield portion
+                portion = {}
+            portion[piece] = part
+    if portion:
+        yield portion
+
+
+def _count_by_path(doubtful: Mapping[Piece, Int[Array, " F"]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for piece, which in doubtful.items():
+        counts[piece.path] += len(which)
+    return dict(counts)
+
+
+def _assemble(
+    path: str, shape: tuple[int, ...], scores: Mapping[Piece, Float[Array, "N b"]]
+) -> Float[Array, "*layers inputs outputs"]:
+    """The scores of a leaf from those of its pieces, which come in the order of layers and output units."""
+    layers: dict[int | None, list[Array]] = {}
+    for piece, blocks in scores.items():
+        if piece.path == path:
+            units = woodfisher.from_blocks(blocks, (shape[-2], piece.stop - piece.start))
+            layers.setdefault(piece.layer, []).append(units)
+    whole = [jnp.concatenate(units, axis=1) for units in layers.values()]
+    return jnp.stack(whole) if len(shape) == 3 else whole[0]
 
 
 def _warn_where_degenerate(ratios: Mapping[str, float], damping: float) -> None:

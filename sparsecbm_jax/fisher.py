@@ -1,7 +1,7 @@
 """Gradients of L_k through subnetwork k, and the Fisher blocks that they add up to.
 
 One concept at a time: the Gram of a concept takes 4·b bytes a weight, so K of them together would not fit where one
-does. Gradients stream through a small buffer and are never kept.
+does. Where even that does not fit, several passes over the gradients each take some pieces of the kernels.
 
 Reference: Tan et al. 2024, Eq. 7. Gradients are taken at θ_k, the subnetwork as it is when the event falls, in
 inference mode; at pruned positions they are zero, which decouples the kept weights from the pruned ones.
@@ -9,6 +9,7 @@ inference mode; at pruned positions they are zero, which decouples the kept weig
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,23 +20,47 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax import woodfisher
 from sparsecbm_jax.cbm import CBMConfig, Heads, subnetwork_loss
+from sparsecbm_jax.config import PrunerConfig
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.masks import Params
 
 Kernels = Mapping[str, Float[Array, "..."]]
 # Gradients buffered before one product: 16 take most of what batching the outer products gives, at 64 bytes a weight.
 BUFFER = 16
+_FLOAT = 4
 
 
-class BlockFisher(NamedTuple):
-    """Summed outer products of one concept's gradients.
+class Piece(NamedTuple):
+    """Some output units of one kernel: what is accumulated and scored at once.
 
     Attributes:
-      grams: {path: Σ_i g_i g_iᵀ} in blocks of consecutive inputs of one output unit.
-      num_grads: m, how many gradients were really added; it divides, not the number that was asked for.
+      path: the leaf.
+      layer: which of the layers that the leaf stacks; None where it is a kernel by itself.
+      start, stop: the output units.
     """
 
-    grams: dict[str, Float[Array, "N b b"]]
+    path: str
+    layer: int | None
+    start: int
+    stop: int
+
+    def of(self, leaf: Float[Array, "*layers inputs outputs"]) -> Float[Array, "inputs units"]:
+        """This piece of a leaf."""
+        kernel = leaf if self.layer is None else leaf[self.layer]
+        return kernel[:, self.start : self.stop]
+
+
+class Accumulated(NamedTuple):
+    """What one pass over the gradients leaves.
+
+    Attributes:
+      states: of each piece, Σ_i g_i g_iᵀ in blocks (`accumulate`), or the gradients' blocks themselves (`keep`).
+      squares: {path: Σ_i ‖g_i‖²}, of every leaf whether it has a piece in this pass or not.
+      num_grads: m, how many gradients there really were; it divides, not the number that was asked for.
+    """
+
+    states: list[Float[Array, "N ? b"]]
+    squares: dict[str, Float[Array, ""]]
     num_grads: int
 
 
@@ -106,38 +131,148 @@ class SubnetworkGradients:
                     yield self._gradient(one, k, activations[row : row + 1])
 
 
-def stacked(gradients: list[Float[Array, "*batch inputs outputs"]], block_size: int) -> Float[Array, "N u b"]:
-    """The blocks of several gradients of one kernel, a block's gradients side by side."""
+def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...]]:
+    """Which pieces each pass over the gradients accumulates, so that none takes more than `config.fisher_memory`.
+
+    Raises:
+      ValueError: if that is too little for one output unit.
+    """
+    limit = math.inf if config.fisher_memory is None else config.fisher_memory
+    # Two gradients of the whole backbone are alive while they are cut to pieces.
+    budget = limit - 2 * _FLOAT * sum(kernel.size for kernel in kernels.values())
+    passes: list[tuple[Piece, ...]] = []
+    for path, kernel in kernels.items():
+        *layers, inputs, outputs = kernel.shape
+        units = outputs if math.isinf(budget) else int(min(outputs, budget // (inputs * sum(_bytes(config)))))
+        if units < 1:
+            raise ValueError(
+                f"config.pruner.fisher_memory is {config.fisher_memory} bytes, but two gradients and one output unit "
+                f"of {path} take {limit - budget + inputs * sum(_bytes(config)):.0f}"
+            )
+        for layer in range(layers[0]) if layers else (None,):
+            for start in range(0, outputs, units):
+                piece = Piece(path, layer, start, min(start + units, outputs))
+                if passes and _pass_bytes((*passes[-1], piece), kernels, config) <= budget:
+                    passes[-1] += (piece,)
+                else:
+                    passes.append((piece,))
+    return passes
+
+
+def _bytes(config: PrunerConfig) -> tuple[int, int]:
+    """Bytes a weight that a piece takes through a pass, and those that it takes while it is worked on."""
+    if woodfisher.form(config.num_grads, config.block_size) == "dual":
+        return _FLOAT * config.num_grads, 2 * _FLOAT * config.num_grads
+    return _FLOAT * (config.block_size + BUFFER), _FLOAT * (config.block_size + 2 * BUFFER)
+
+
+def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig) -> int:
+    sizes = [kernels[piece.path].shape[-2] * (piece.stop - piece.start) for piece in pieces]
+    kept, working = _bytes(config)
+    return kept * sum(sizes) + working * max(sizes)
+
+
+def describe_plan(kernels: Kernels, config: PrunerConfig) -> str:
+    """The plan of `plan_passes` in a sentence."""
+    passes = plan_passes(kernels, config)
+    gradients = 2 * _FLOAT * sum(kernel.size for kernel in kernels.values())
+    peak = gradients + max(_pass_bytes(pieces, kernels, config) for pieces in passes)
+    form = woodfisher.form(config.num_grads, config.block_size)
+    kind = "single examples" if config.per_example else f"minibatches of {config.grad_batch_size}"
+    limit = "no limit is set" if config.fisher_memory is None else f"of {config.fisher_memory / 2**20:.0f} MiB allowed"
+    return (
+        f"{form} form, m = {config.num_grads} gradients of {kind}, blocks of {config.block_size}: {len(passes)} "
+        f"{'pass' if len(passes) == 1 else 'passes'} a concept, {peak / 2**20:.0f} MiB ({limit})"
+    )
+
+
+def stacked(gradients: Sequence[Float[Array, "inputs units"]], block_size: int) -> Float[Array, "N u b"]:
+    """The blocks of several gradients of one piece, a block's gradients side by side."""
     return jnp.stack([woodfisher.to_blocks(gradient, block_size) for gradient in gradients], axis=1)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(gradient: Kernels, pieces: tuple[Piece, ...]) -> list[Float[Array, "inputs units"]]:
+    return [piece.of(gradient[piece.path]) for piece in pieces]
+
+
+@jax.jit
+def _squares(gradient: Kernels) -> dict[str, Float[Array, ""]]:
+    return {path: jnp.sum(leaf**2) for path, leaf in gradient.items()}
+
+
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _add(grams: dict[str, Array], buffer: list[Kernels], block_size: int) -> dict[str, Array]:
-    return {
-        path: total + woodfisher.gram(stacked([grad[path] for grad in buffer], block_size))
-        for path, total in grams.items()
-    }
+def _add(
+    total: Float[Array, "N b b"], buffer: list[Float[Array, "inputs units"]], block_size: int
+) -> Float[Array, "N b b"]:
+    return total + woodfisher.gram(stacked(buffer, block_size))
 
 
-def accumulate(stream: Iterable[Kernels], block_size: int) -> BlockFisher:
-    """Adds up the outer products of a stream of gradients.
+def accumulate(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int) -> Accumulated:
+    """Adds up the outer products of a stream of gradients, piece by piece.
 
     Raises:
       ValueError: if the stream is empty.
     """
-    grams: dict[str, Array] | None = None
-    buffer: list[Kernels] = []
-    num_grads = 0
+    states: list[Array] = []
+    buffer: list[list[Array]] = []
+
+    def flush() -> None:
+        for i in range(len(pieces)):
+            states[i] = _add(states[i], [cut[i] for cut in buffer], block_size)
+        buffer.clear()
+
+    squares, num_grads = dict[str, Array](), 0
     for gradient in stream:
-        if grams is None:
-            grams = {
-                path: jnp.zeros((woodfisher.to_blocks(grad, block_size).shape[0], block_size, block_size), grad.dtype)
-                for path, grad in gradient.items()
-            }
-        buffer.append(gradient)
-        num_grads += 1
+        cut = _cut(gradient, pieces)
+        if not states:
+            blocks = [-(-leaf.shape[0] // block_size) * leaf.shape[1] for leaf in cut]
+            states = [jnp.zeros((num, block_size, block_size), cut[0].dtype) for num in blocks]
+        squares, num_grads = _plus(squares, _squares(gradient)), num_grads + 1
+        buffer.append(cut)
         if len(buffer) == BUFFER:
-            grams, buffer = _add(grams, buffer, block_size), []
-    if grams is None:
+            flush()
+    _check_any(num_grads)
+    if buffer:
+        flush()
+    return Accumulated(states, squares, num_grads)
+
+
+def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int) -> Accumulated:
+    """Keeps the gradients of the pieces as they are, for the dual form.
+
+    Raises:
+      ValueError: if the stream is empty.
+    """
+    rows: list[list[Array]] = [[] for _ in pieces]
+    squares, num_grads = dict[str, Array](), 0
+    for gradient in stream:
+        squares, num_grads = _plus(squares, _squares(gradient)), num_grads + 1
+        for own, leaf in zip(rows, _cut(gradient, pieces), strict=True):
+            own.append(leaf)
+    _check_any(num_grads)
+    states = []
+    for own in rows:
+        states.append(stacked(own, block_size))
+        own.clear()
+    return Accumulated(states, squares, num_grads)
+
+
+def rows_of(
+    stream: Iterable[Kernels], blocks: Mapping[Piece, Int[Array, " F"]], block_size: int
+) -> dict[Piece, Float[Array, "F m b"]]:
+    """The gradients of some blocks of some pieces."""
+    rows: dict[Piece, list[Float[Array, "F b"]]] = {piece: [] for piece in blocks}
+    for gradient in stream:
+        for piece, which in blocks.items():
+            rows[piece].append(woodfisher.to_blocks(piece.of(gradient[piece.path]), block_size)[which])
+    return {piece: jnp.stack(leaves, axis=1) for piece, leaves in rows.items()}
+
+
+def _plus(total: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
+    return {path: total.get(path, 0) + leaf for path, leaf in more.items()}
+
+
+def _check_any(num_grads: int) -> None:
+    if not num_grads:
         raise ValueError("no gradients were given to estimate the Fisher from")
-    return BlockFisher(_add(grams, buffer, block_size) if buffer else grams, num_grads)

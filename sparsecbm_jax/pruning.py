@@ -6,6 +6,7 @@ by K subnetworks.
 """
 
 import functools
+import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -243,6 +244,22 @@ def fisher_batches(split: Tokenized, config: PrunerConfig, *, seed: int, event: 
         whole = [batch for batch in stream if batch.example_weight.all()]
         batches += (whole or stream)[: wanted - len(batches)]
     return batches
+
+
+def describe_plan(params: Params, masks: Masks, pruner: PrunerConfig) -> str:
+    """What scoring will do, and in how much memory, in a sentence."""
+    if pruner.criterion != "woodfisher":
+        return f"criterion {pruner.criterion}"
+    return "WoodFisher, " + fisher.describe_plan({path: masks_lib.leaf_at(params, path) for path in masks}, pruner)
+
+
+def peak_memory() -> int:
+    """Most bytes that were in use at once so far: of the first device, or on CPU of this process."""
+    device = jax.local_devices()[0]
+    stats = None if device.platform == "cpu" else device.memory_stats()
+    if stats is None:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return stats["peak_bytes_in_use"]
 
 
 def num_fisher_batches(config: PrunerConfig) -> int:

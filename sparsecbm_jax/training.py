@@ -325,6 +325,8 @@ class _Loop:
             config, run, state = self.prepared.config, self.settings, self.state
             masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
             started, reports = time.monotonic(), list[Report]()
+            if number == 0 and self.criterion is None:
+                _say(pruning.describe_plan(state.params, masks, run.pruner))
             masks = pruning.prune(
                 config,
                 state.params,
@@ -345,7 +347,7 @@ class _Loop:
             density = masks_lib.total_density(masks)
             seconds = time.monotonic() - started
             record = {"epoch": epoch, "sparsity": event.sparsity, "density": density.tolist(), "seconds": seconds}
-            record["concepts"] = reports
+            record |= {"concepts": reports, "peak_bytes": pruning.peak_memory()}
             # Under the step it comes before: a continuation from this step does it, and writes it, again.
             self.log.write(self.step + 1, "prune", record)
             self.meta["events_done"] = number + 1

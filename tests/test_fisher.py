@@ -20,15 +20,16 @@ TOLERANCE = 1e-5
 def test_streamed_gram_is_the_sum_of_outer_products(num_grads: int) -> None:
     rng = np.random.default_rng(num_grads)
     gradients = [{"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)} for _ in range(num_grads)]
-    result = fisher.accumulate(iter(gradients), block_size=3)
+    piece = fisher.Piece("w", None, 0, 4)
+    result = fisher.accumulate(iter(gradients), (piece,), block_size=3)
     blocks = np.stack([np.asarray(woodfisher.to_blocks(g["w"], 3), np.float64) for g in gradients])
-    np.testing.assert_allclose(result.grams["w"], np.einsum("unb,unc->nbc", blocks, blocks), rtol=1e-4, atol=TOLERANCE)
+    np.testing.assert_allclose(result.states[0], np.einsum("unb,unc->nbc", blocks, blocks), rtol=1e-4, atol=TOLERANCE)
     assert result.num_grads == num_grads, "the count that was seen divides"
 
 
 def test_no_gradient_is_an_error() -> None:
     with pytest.raises(ValueError, match="no gradients"):
-        fisher.accumulate(iter(()), 4)
+        fisher.accumulate(iter(()), (), 4)
 
 
 def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbone_config: BackboneConfig) -> None:
