@@ -7,6 +7,7 @@ by K subnetworks.
 
 import functools
 import resource
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -258,7 +259,7 @@ def peak_memory() -> int:
     device = jax.local_devices()[0]
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats is None:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return stats["peak_bytes_in_use"]
 
 
