@@ -134,8 +134,9 @@ def woodfisher_scores(
                 scores[piece], error = _score_grams(kernel, state, count, zeta, size, pattern)
             if bool(jnp.max(error) <= woodfisher.LARGEST_ERROR):
                 continue
-            doubtful[piece] = which = jnp.flatnonzero(~(error <= woodfisher.LARGEST_ERROR))
+            doubtful[piece] = jnp.flatnonzero(~(error <= woodfisher.LARGEST_ERROR))
             if form == "dual":
+                which = _rounded_up(doubtful[piece])
                 scores[piece] = _repaired(scores[piece], kernel, state[which], which, zeta, size, pattern)
     if form == "gram":
         for some in _portions(doubtful, found.num_grads * size, config):
@@ -189,8 +190,8 @@ def _portions(
     doubtful: Mapping[Piece, Int[Array, " F"]], floats_a_block: int, config: PrunerConfig
 ) -> Iterator[dict[Piece, Int[Array, " F"]]]:
     """Blocks to be done again, as many at a time as memory allows."""
-    # Their gradients, stacked, and a reflection's copy of a slice.
-    most = max(1, (config.fisher_memory or _REPAIR_MEMORY) // (8 * floats_a_block))
+    # Their gradients, stacked, which `_rounded_up` may double.
+    most = max(1, (config.fisher_memory or _REPAIR_MEMORY) // (16 * floats_a_block))
     portion: dict[Piece, Int[Array, " F"]] = {}
     for piece, which in doubtful.items():
         for start in range(0, len(which), most):
@@ -198,9 +199,15 @@ def _portions(
             if (portion and sum(map(len, portion.values())) + len(part) > most) or piece in portion:
                 yield portion
                 portion = {}
-            portion[piece] = part
+            portion[piece] = _rounded_up(part)
     if portion:
         yield portion
+
+
+def _rounded_up(which: Int[Array, " F"]) -> Int[Array, " G"]:
+    """The same blocks, the first of them repeated up to a power of two: so that few programs are compiled."""
+    size = max(woodfisher.SLICE, 1 << (len(which) - 1).bit_length())
+    return jnp.concatenate([which, jnp.full(size - len(which), which[0])])
 
 
 def _count_by_path(doubtful: Mapping[Piece, Int[Array, " F"]]) -> dict[str, int]:
