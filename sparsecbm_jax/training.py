@@ -176,7 +176,7 @@ def train(
         loop = _Loop(run, in_use, mesh, checkpoints, best, workdir, loss_fn, criterion)
         loop.run_epochs()
         state, meta = loop.best_state()
-    model, metrics = _finish(run, in_use, mesh, state, meta)
+    model, metrics = _kept_model(run, in_use, mesh, state, meta)
     whole = vocabulary.put_back(model.params, prepared.params, small.ids)
     model = dataclasses.replace(model, config=prepared.config, params=whole)
     save(model, workdir / "model")
@@ -452,10 +452,10 @@ def _with_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state: Train
     return state._replace(heads=heads)
 
 
-def _finish(
+def _kept_model(
     run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any]
 ) -> tuple[SparseCBM, dict[str, Any]]:
-    """Fits what is fitted last, and scores validation and test with the kept epoch."""
+    """The model of the kept epoch, what is fitted last fitted, and its scores on validation and test."""
     if run.strategy in ("independent", "sequential"):
         state = _with_predictor(run, prepared, mesh, state)
     config, schema = prepared.config, prepared.dataset.schema

@@ -1,8 +1,8 @@
 """The rows of the token table that a run's texts use: the only ones that training has to touch.
 
 A row whose token no text contains never has a gradient, so Adam never moves it. Training the other rows alone gives
-the same weights and saves the gradient, both moments, the norm and the update of the rest: on CEBaB all but a tenth of
-the table, which is half of MiniLM's parameters.
+the same weights and saves the gradient, both moments, the norm and the update of the rest, which is most of the table
+where the texts are few. (`launch/benchmark.py` prints how many rows a data set trains.)
 
 Deviation: weight decay does not reach the rows left out; they stay as pretrained.
 """

@@ -1,4 +1,4 @@
-"""Schemas, sources and statistics: every format gives the same data, and every mistake is named by its place."""
+"""Schemas, sources and statistics: every format gives the same data. Mistakes are the matter of test_bad_data."""
 
 from __future__ import annotations
 
