@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from sparsecbm_jax import fisher, patterns, woodfisher
+from sparsecbm_jax import fisher, patterns, sharding, woodfisher
 from sparsecbm_jax.config import PrunerConfig
 from sparsecbm_jax.fisher import Piece
 
@@ -63,26 +64,26 @@ def _score_grams(
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _score_rows(
     kernel: Float[Array, "inputs units"],
-    rows: Float[Array, "N m b"],
+    gradients: list[Float[Array, "inputs units"]],
     zeta: Float[Array, ""],
     block_size: int,
     pattern: str,
 ) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    blocks, score = woodfisher.to_blocks(kernel, block_size), _score_fn(pattern, block_size)
-    return woodfisher.dual_saliency(blocks, rows, zeta, score)
+    return woodfisher.dual_saliency(kernel, gradients, zeta, block_size, _score_fn(pattern, block_size))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _repaired(
     scores: Float[Array, "N b"],
     kernel: Float[Array, "inputs units"],
-    rows: Float[Array, "F m b"],
+    gradients: list[Float[Array, "F b"]],
     which: Int[Array, " F"],
     zeta: Float[Array, ""],
     block_size: int,
     pattern: str,
 ) -> Float[Array, "N b"]:
-    blocks = woodfisher.to_blocks(kernel, block_size)[which]
+    """`scores` with those of some blocks made anew from their gradients."""
+    blocks, rows = woodfisher.to_blocks(kernel, block_size)[which], jnp.stack(gradients, axis=1)
     return scores.at[which].set(woodfisher.qr_saliency(blocks, rows, zeta, _score_fn(pattern, block_size)))
 
 
@@ -119,25 +120,28 @@ def woodfisher_scores(
     zetas: dict[str, Float[Array, ""]] = {}
     ratios: dict[str, float] = {}
     scores: dict[Piece, Float[Array, "N b"]] = {}
-    doubtful: dict[Piece, Int[Array, " F"]] = {}
+    doubtful: dict[Piece, Int[np.ndarray, " F"]] = {}
     for pieces in passes:
-        found = (fisher.keep if form == "dual" else fisher.accumulate)(gradients, pieces, size)
+        is_dual = form == "dual"
+        found = fisher.keep(gradients, pieces) if is_dual else fisher.accumulate(gradients, pieces, size)
         if not zetas:
             zetas, ratios = _dampings(kernels, gradients, found, config)
         states = found.states
         for piece in pieces:
             kernel, state, zeta = piece.of(kernels[piece.path]), states.pop(0), zetas[piece.path]
-            if form == "dual":
+            if is_dual:
                 scores[piece], error = _score_rows(kernel, state, zeta, size, pattern)
             else:
                 count = jnp.float32(found.num_grads)
                 scores[piece], error = _score_grams(kernel, state, count, zeta, size, pattern)
-            if bool(jnp.max(error) <= woodfisher.LARGEST_ERROR):
+            which = np.flatnonzero(~(sharding.to_host(error) <= woodfisher.LARGEST_ERROR))
+            if not len(which):
                 continue
-            doubtful[piece] = jnp.flatnonzero(~(error <= woodfisher.LARGEST_ERROR))
-            if form == "dual":
-                which = _rounded_up(doubtful[piece])
-                scores[piece] = _repaired(scores[piece], kernel, state[which], which, zeta, size, pattern)
+            doubtful[piece] = which
+            if is_dual:
+                which = _rounded_up(which)
+                own = [fisher.blocks_of(gradient, which, size) for gradient in state]
+                scores[piece] = _repaired(scores[piece], kernel, own, which, zeta, size, pattern)
     if form == "gram":
         for some in _portions(doubtful, found.num_grads * size, config):
             for piece, rows in fisher.rows_of(gradients, some, size).items():
@@ -154,12 +158,12 @@ def woodfisher_scores(
             "mean_square_over_damping": ratios,
         }
     whole = {path: _assemble(path, kernel.shape, scores) for path, kernel in kernels.items()}
-    for path, leaf in whole.items():
-        if bool(jnp.isnan(leaf).any()):
+    for path, (_, is_nan) in whole.items():
+        if bool(is_nan):
             raise FloatingPointError(
                 f"{path}: a score is NaN; damping ({config.damping_mode} {config.damping:g}) is too small for float32"
             )
-    return whole
+    return {path: leaf for path, (leaf, _) in whole.items()}
 
 
 def _dampings(
@@ -181,18 +185,23 @@ def _dampings(
 def _first_bad(path: str, gradients: Iterable[Kernels]) -> str:
     """Which gradient is not finite, by going through them again."""
     for number, gradient in enumerate(gradients):
-        if not bool(jnp.isfinite(gradient[path]).all()):
+        if not bool(_is_finite(gradient[path])):
             return f"gradient {number} (counted from 0) is NaN or Inf"
     return "the squares of its gradients overflow float32"
 
 
+@jax.jit
+def _is_finite(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(leaf).all()
+
+
 def _portions(
-    doubtful: Mapping[Piece, Int[Array, " F"]], floats_a_block: int, config: PrunerConfig
-) -> Iterator[dict[Piece, Int[Array, " F"]]]:
+    doubtful: Mapping[Piece, Int[np.ndarray, " F"]], floats_a_block: int, config: PrunerConfig
+) -> Iterator[dict[Piece, Int[np.ndarray, " F"]]]:
     """Blocks to be done again, as many at a time as memory allows."""
     # Their gradients, stacked, which `_rounded_up` may double.
     most = max(1, (config.fisher_memory or _REPAIR_MEMORY) // (16 * floats_a_block))
-    portion: dict[Piece, Int[Array, " F"]] = {}
+    portion: dict[Piece, Int[np.ndarray, " F"]] = {}
     for piece, which in doubtful.items():
         for start in range(0, len(which), most):
             part = which[start : start + most]
@@ -204,13 +213,13 @@ def _portions(
         yield portion
 
 
-def _rounded_up(which: Int[Array, " F"]) -> Int[Array, " G"]:
+def _rounded_up(which: Int[np.ndarray, " F"]) -> Int[np.ndarray, " G"]:
     """The same blocks, the first of them repeated up to a power of two: so that few programs are compiled."""
     size = max(woodfisher.SLICE, 1 << (len(which) - 1).bit_length())
-    return jnp.concatenate([which, jnp.full(size - len(which), which[0])])
+    return np.concatenate([which, np.full(size - len(which), which[0])])
 
 
-def _count_by_path(doubtful: Mapping[Piece, Int[Array, " F"]]) -> dict[str, int]:
+def _count_by_path(doubtful: Mapping[Piece, Int[np.ndarray, " F"]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for piece, which in doubtful.items():
         counts[piece.path] += len(which)
@@ -219,15 +228,31 @@ def _count_by_path(doubtful: Mapping[Piece, Int[Array, " F"]]) -> dict[str, int]
 
 def _assemble(
     path: str, shape: tuple[int, ...], scores: Mapping[Piece, Float[Array, "N b"]]
-) -> Float[Array, "*layers inputs outputs"]:
-    """The scores of a leaf from those of its pieces, which come in the order of layers and output units."""
+) -> tuple[Float[Array, "*layers inputs outputs"], Bool[Array, ""]]:
+    """The scores of a leaf from those of its pieces, which come in the order of layers and output units.
+
+    Returns:
+      The scores, and whether one of them is NaN.
+    """
     layers: dict[int | None, list[Array]] = {}
     for piece, blocks in scores.items():
         if piece.path == path:
-            units = woodfisher.from_blocks(blocks, (shape[-2], piece.stop - piece.start))
-            layers.setdefault(piece.layer, []).append(units)
-    whole = [jnp.concatenate(units, axis=1) for units in layers.values()]
-    return jnp.stack(whole) if len(shape) == 3 else whole[0]
+            layers.setdefault(piece.layer, []).append(blocks)
+    return _joined(list(layers.values()), shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _joined(
+    layers: list[list[Float[Array, "N b"]]], shape: tuple[int, ...]
+) -> tuple[Float[Array, "*layers inputs outputs"], Bool[Array, ""]]:
+    inputs = shape[-2]
+    kernels = []
+    for blocks in layers:
+        per_unit = -(-inputs // blocks[0].shape[1])
+        units = [woodfisher.from_blocks(part, (inputs, part.shape[0] // per_unit)) for part in blocks]
+        kernels.append(jnp.concatenate(units, axis=1))
+    whole = jnp.stack(kernels) if len(shape) == 3 else kernels[0]
+    return whole, jnp.isnan(whole).any()
 
 
 def _warn_where_degenerate(ratios: Mapping[str, float], damping: float) -> None:

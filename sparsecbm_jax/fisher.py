@@ -11,10 +11,11 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import masks as masks_lib
@@ -25,8 +26,8 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.masks import Params
 
 Kernels = Mapping[str, Float[Array, "..."]]
-# Gradients buffered before one product: 16 take most of what batching the outer products gives, at 64 bytes a weight.
-BUFFER = 16
+# Gradients buffered before one product: 32 take most of what batching the outer products gives, at 128 bytes a weight.
+BUFFER = 32
 _FLOAT = 4
 
 
@@ -46,20 +47,29 @@ class Piece(NamedTuple):
 
     def of(self, leaf: Float[Array, "*layers inputs outputs"]) -> Float[Array, "inputs units"]:
         """This piece of a leaf."""
-        kernel = leaf if self.layer is None else leaf[self.layer]
-        return kernel[:, self.start : self.stop]
+        inputs, units = leaf.shape[-2], self.stop - self.start
+        if self.layer is None:
+            return _slice(leaf, (0, self.start), (inputs, units))
+        return _slice(leaf, (self.layer, 0, self.start), (1, inputs, units))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _slice(
+    leaf: Float[Array, "..."], start: tuple[int | Int[Array, ""], ...], shape: tuple[int, ...]
+) -> Float[Array, "inputs units"]:
+    return jax.lax.dynamic_slice(leaf, start, shape).reshape(shape[-2:])
 
 
 class Accumulated(NamedTuple):
     """What one pass over the gradients leaves.
 
     Attributes:
-      states: of each piece, Σ_i g_i g_iᵀ in blocks (`accumulate`), or the gradients' blocks themselves (`keep`).
+      states: of each piece, Σ_i g_i g_iᵀ in blocks (`accumulate`), or the list of its gradients (`keep`).
       squares: {path: Σ_i ‖g_i‖²}, of every leaf whether it has a piece in this pass or not.
       num_grads: m, how many gradients there really were; it divides, not the number that was asked for.
     """
 
-    states: list[Float[Array, "N ? b"]]
+    states: list[Any]
     squares: dict[str, Float[Array, ""]]
     num_grads: int
 
@@ -162,8 +172,9 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
 def _bytes(config: PrunerConfig) -> tuple[int, int]:
     """Bytes a weight that a piece takes through a pass, and those that it takes while it is worked on."""
     if woodfisher.form(config.num_grads, config.block_size) == "dual":
-        return _FLOAT * config.num_grads, 2 * _FLOAT * config.num_grads
-    return _FLOAT * (config.block_size + BUFFER), _FLOAT * (config.block_size + 2 * BUFFER)
+        return _FLOAT * config.num_grads, _FLOAT * config.num_grads
+    # The sums are added to in place; what is worked on is scores.
+    return _FLOAT * (config.block_size + min(BUFFER, config.num_grads)), 4 * _FLOAT
 
 
 def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig) -> int:
@@ -186,26 +197,39 @@ def describe_plan(kernels: Kernels, config: PrunerConfig) -> str:
     )
 
 
-def stacked(gradients: Sequence[Float[Array, "inputs units"]], block_size: int) -> Float[Array, "N u b"]:
-    """The blocks of several gradients of one piece, a block's gradients side by side."""
-    return jnp.stack([woodfisher.to_blocks(gradient, block_size) for gradient in gradients], axis=1)
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(
+    gradient: Kernels, squares: Mapping[str, Float[Array, ""]], pieces: tuple[Piece, ...]
+) -> tuple[list[Float[Array, "inputs units"]], dict[str, Float[Array, ""]]]:
+    """The pieces of a gradient, and `squares` with those of its leaves added."""
+    added = {path: squares[path] + jnp.sum(leaf**2) for path, leaf in gradient.items()}
+    return [piece.of(gradient[piece.path]) for piece in pieces], added
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cut(gradient: Kernels, pieces: tuple[Piece, ...]) -> list[Float[Array, "inputs units"]]:
-    return [piece.of(gradient[piece.path]) for piece in pieces]
+class _Cuts:
+    """Each gradient's pieces; afterwards, how many gradients there were and their squares.
+
+    Raises:
+      ValueError: if the stream is empty.
+    """
+
+    def __init__(self, stream: Iterable[Kernels], pieces: tuple[Piece, ...]) -> None:
+        self.num_grads, self.squares = 0, dict[str, Array]()
+        self._stream, self._pieces = stream, pieces
+
+    def __iter__(self) -> Iterator[list[Float[Array, "inputs units"]]]:
+        for gradient in self._stream:
+            squares = self.squares or dict.fromkeys(gradient, jnp.float32(0))
+            cut, self.squares = _cut(gradient, squares, self._pieces)
+            self.num_grads += 1
+            # A stream's programs do not wait for each other: with the collectives of many of them under way, virtual
+            # devices would starve one another of threads.
+            yield jax.block_until_ready(cut) if jax.default_backend() == "cpu" else cut
+        if not self.num_grads:
+            raise ValueError("no gradients were given to estimate the Fisher from")
 
 
-@jax.jit
-def _squares(gradient: Kernels) -> dict[str, Float[Array, ""]]:
-    return {path: jnp.sum(leaf**2) for path, leaf in gradient.items()}
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _add(
-    total: Float[Array, "N b b"], buffer: list[Float[Array, "inputs units"]], block_size: int
-) -> Float[Array, "N b b"]:
-    return total + woodfisher.gram(stacked(buffer, block_size))
+_add = jax.jit(woodfisher.add_gram, donate_argnums=0)
 
 
 def accumulate(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int) -> Accumulated:
@@ -219,60 +243,50 @@ def accumulate(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size:
 
     def flush() -> None:
         for i in range(len(pieces)):
-            states[i] = _add(states[i], [cut[i] for cut in buffer], block_size)
+            states[i] = _add(states[i], [cut[i] for cut in buffer])
         buffer.clear()
 
-    squares, num_grads = dict[str, Array](), 0
-    for gradient in stream:
-        cut = _cut(gradient, pieces)
+    cuts = _Cuts(stream, pieces)
+    for cut in cuts:
         if not states:
             blocks = [-(-leaf.shape[0] // block_size) * leaf.shape[1] for leaf in cut]
-            states = [jnp.zeros((num, block_size, block_size), cut[0].dtype) for num in blocks]
-        squares, num_grads = _plus(squares, _squares(gradient)), num_grads + 1
+            states = [
+                jnp.zeros((num, block_size, block_size), leaf.dtype) for num, leaf in zip(blocks, cut, strict=True)
+            ]
         buffer.append(cut)
         if len(buffer) == BUFFER:
             flush()
-    _check_any(num_grads)
     if buffer:
         flush()
-    return Accumulated(states, squares, num_grads)
+    return Accumulated(states, cuts.squares, cuts.num_grads)
 
 
-def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int) -> Accumulated:
+def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...]) -> Accumulated:
     """Keeps the gradients of the pieces as they are, for the dual form.
 
     Raises:
       ValueError: if the stream is empty.
     """
-    rows: list[list[Array]] = [[] for _ in pieces]
-    squares, num_grads = dict[str, Array](), 0
-    for gradient in stream:
-        squares, num_grads = _plus(squares, _squares(gradient)), num_grads + 1
-        for own, leaf in zip(rows, _cut(gradient, pieces), strict=True):
+    states: list[list[Array]] = [[] for _ in pieces]
+    cuts = _Cuts(stream, pieces)
+    for cut in cuts:
+        for own, leaf in zip(states, cut, strict=True):
             own.append(leaf)
-    _check_any(num_grads)
-    states = []
-    for own in rows:
-        states.append(stacked(own, block_size))
-        own.clear()
-    return Accumulated(states, squares, num_grads)
+    return Accumulated(states, cuts.squares, cuts.num_grads)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def blocks_of(piece: Float[Array, "inputs units"], which: Int[Array, " F"], block_size: int) -> Float[Array, "F b"]:
+    """Some blocks of a gradient of a piece."""
+    return woodfisher.to_blocks(piece, block_size)[which]
 
 
 def rows_of(
-    stream: Iterable[Kernels], blocks: Mapping[Piece, Int[Array, " F"]], block_size: int
-) -> dict[Piece, Float[Array, "F m b"]]:
+    stream: Iterable[Kernels], blocks: Mapping[Piece, Int[np.ndarray, " F"]], block_size: int
+) -> dict[Piece, list[Float[Array, "F b"]]]:
     """The gradients of some blocks of some pieces."""
     rows: dict[Piece, list[Float[Array, "F b"]]] = {piece: [] for piece in blocks}
-    for gradient in stream:
-        for piece, which in blocks.items():
-            rows[piece].append(woodfisher.to_blocks(piece.of(gradient[piece.path]), block_size)[which])
-    return {piece: jnp.stack(leaves, axis=1) for piece, leaves in rows.items()}
-
-
-def _plus(total: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
-    return {path: total.get(path, 0) + leaf for path, leaf in more.items()}
-
-
-def _check_any(num_grads: int) -> None:
-    if not num_grads:
-        raise ValueError("no gradients were given to estimate the Fisher from")
+    for cut in _Cuts(stream, tuple(blocks)):
+        for (piece, which), leaf in zip(blocks.items(), cut, strict=True):
+            rows[piece].append(blocks_of(leaf, which, block_size))
+    return rows

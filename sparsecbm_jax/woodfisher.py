@@ -17,15 +17,19 @@ Three forms of F⁻¹, which agree wherever float32 allows all three:
 Reference: Tan et al. 2024, Appendix C; Kurtic et al. 2022 (oBERT).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Blocks inverted at a time: at b = 64 in float32 a megabyte, which stays in a core's cache.
-SLICE = 64
+# Blocks inverted at a time on CPU (at b = 64 in float32 a megabyte, which stays in a core's cache) and elsewhere.
+SLICE, _WIDE_SLICE = 64, 4096
+# Output units whose gradients are brought into blocks at a time on CPU: a cache line of each row.
+_TILE = 16
+# Blocks up to this size are swept, so many pivots at a time.
+_SWEPT, _PIVOTS = 32, 4
 # The relative error of diag F⁻¹ is at most so many times the condition that a form sees (`saliency`, `dual_saliency`),
 # and beyond LARGEST_ERROR a block is not to be trusted: found by experiment over gradients of rms 1e-6 to 1,
 # independent and of rank 5, at ζ = 1e-7, with m from 20 to 1024.
@@ -39,21 +43,23 @@ ScoreFn = Callable[[Float[Array, "S b"], Float[Array, "S b b"]], Float[Array, "S
 def to_blocks(kernel: Float[Array, "*batch inputs outputs"], block_size: int) -> Float[Array, "N b"]:
     """Views a kernel as blocks of `block_size` consecutive inputs of one output unit.
 
-    A Flax kernel is (inputs, outputs), so outputs come first here: the blocks that PyTorch tools get by flattening
-    (outputs, inputs). Inputs that do not fill the last block are padded with zeros; with zero gradients a padded
-    weight is decoupled from the real ones and scores zero.
+    A Flax kernel is (inputs, outputs); PyTorch tools get the same blocks by flattening (outputs, inputs), in another
+    order. The first block of inputs comes first, of all outputs, so that blocks lie on a mesh as their kernel does.
+    Inputs that do not fill the last block are padded with zeros; with zero gradients a padded weight is decoupled from
+    the real ones and scores zero.
 
     >>> import jax.numpy as jnp
     >>> to_blocks(jnp.arange(6.0).reshape(3, 2), 2).tolist()
-    [[0.0, 2.0], [4.0, 0.0], [1.0, 3.0], [5.0, 0.0]]
+    [[0.0, 2.0], [1.0, 3.0], [4.0, 0.0], [5.0, 0.0]]
     """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
-    rows = jnp.swapaxes(kernel, -1, -2)
-    padding = -rows.shape[-1] % block_size
+    *batch, inputs, outputs = kernel.shape
+    padding = -inputs % block_size
     if padding:
-        rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padding)])
-    return rows.reshape(-1, block_size)
+        kernel = jnp.pad(kernel, [(0, 0)] * len(batch) + [(0, padding), (0, 0)])
+    rows = kernel.reshape(*batch, (inputs + padding) // block_size, block_size, outputs)
+    return jnp.swapaxes(rows, -1, -2).reshape(-1, block_size)
 
 
 def from_blocks(blocks: Float[Array, "N b"], shape: tuple[int, ...]) -> Float[Array, "*batch inputs outputs"]:
@@ -65,8 +71,53 @@ def from_blocks(blocks: Float[Array, "N b"], shape: tuple[int, ...]) -> Float[Ar
     True
     """
     *batch, inputs, outputs = shape
-    padded = inputs + (-inputs % blocks.shape[-1])
-    return jnp.swapaxes(blocks.reshape(*batch, outputs, padded)[..., :inputs], -1, -2)
+    size = blocks.shape[-1]
+    padded = inputs + (-inputs % size)
+    rows = jnp.swapaxes(blocks.reshape(*batch, padded // size, outputs, size), -1, -2)
+    return rows.reshape(*batch, padded, outputs)[..., :inputs, :]
+
+
+def _tiles(
+    leaves: Sequence[Float[Array, "inputs units"]], block_size: int
+) -> tuple[int, int, Callable[[Int[Array, ""]], tuple[Int[Array, ""], Int[Array, ""], list[Float[Array, "b T"]]]]]:
+    """Cuts matrices of one shape into tiles of one block of inputs and some units, small enough to stay in a cache.
+
+    Returns:
+      How many tiles there are, of how many units T, and a function that gives of a tile the number of its first block,
+      how many of its first units belong to the tile before it (since T need not divide them), and it of every leaf.
+    """
+    inputs, units = leaves[0].shape
+    width = min(_TILE if jax.default_backend() == "cpu" else _WIDE_SLICE, units)
+    per_row, padding = -(-units // width), -inputs % block_size
+    padded = [jnp.pad(leaf, ((0, padding), (0, 0))) for leaf in leaves] if padding else leaves
+
+    def cut(number: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], list[Float[Array, "b T"]]]:
+        row, wanted = number // per_row, number % per_row * width
+        first = jnp.minimum(wanted, units - width)
+        tile = [jax.lax.dynamic_slice(leaf, (row * block_size, first), (block_size, width)) for leaf in padded]
+        return row * units + first, wanted - first, tile
+
+    return (inputs + padding) // block_size * per_row, width, cut
+
+
+def _rows(tile: Sequence[Float[Array, "b T"]]) -> Float[Array, "T m b"]:
+    """The gradients of a tile's blocks, brought together before they are turned."""
+    return jnp.transpose(jax.lax.optimization_barrier(jnp.stack(tile)), (2, 0, 1))
+
+
+def add_gram(total: Float[Array, "N b b"], gradients: Sequence[Float[Array, "inputs units"]]) -> Float[Array, "N b b"]:
+    """`total` + Σ_i g_i g_iᵀ over some gradients of a kernel, block by block in the order of `to_blocks`."""
+    size = total.shape[-1]
+    count, width, cut = _tiles(gradients, size)
+
+    def add(number: Int[Array, ""], total: Float[Array, "N b b"]) -> Float[Array, "N b b"]:
+        first, done, tile = cut(number)
+        rows = _rows(tile)
+        rows = jnp.where((jnp.arange(width) >= done)[:, None, None], rows, 0)
+        before = jax.lax.dynamic_slice(total, (first, 0, 0), (width, size, size))
+        return jax.lax.dynamic_update_slice(total, before + gram(rows), (first, 0, 0))
+
+    return jax.lax.fori_loop(0, count, add, total)
 
 
 def gram(gradients: Float[Array, "N u b"]) -> Float[Array, "N b b"]:
@@ -76,46 +127,89 @@ def gram(gradients: Float[Array, "N u b"]) -> Float[Array, "N b b"]:
     >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]]))[0].tolist()
     [[1.0, 2.0], [2.0, 5.0]]
     """
-    return jnp.einsum("nub,nuc->nbc", gradients, gradients, precision=_HIGHEST)
+    return _product("nub,nuc->nbc", gradients, gradients)
 
 
 def _invert_slice(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
-    """Sweep operator on a slice of symmetric positive-definite blocks; see `inverse`."""
+    """Inverts a slice of symmetric positive-definite blocks; see `inverse`."""
     scale = jax.lax.rsqrt(jnp.diagonal(blocks, axis1=1, axis2=2))
-    # Blocks on the last axis, so that every step is a long vector operation; static pivots, since a traced one costs
-    # ten times as much on CPU.
-    work = jnp.moveaxis(blocks * scale[:, :, None] * scale[:, None, :], 0, -1)
-    for pivot in range(blocks.shape[-1]):
-        row = work[pivot]
-        d = row[pivot]
-        left = row.at[pivot].set(d - 1)
-        right = (row / d[None]).at[pivot].set(1 - 1 / d)
-        left, right = jax.lax.optimization_barrier((left, right))
-        work = (work - left[:, None, :] * right[None, :, :]).at[pivot, pivot].set(-1 / d)
-    return -jnp.moveaxis(work, -1, 0) * scale[:, :, None] * scale[:, None, :]
+    scales = scale[:, :, None] * scale[:, None, :]
+    return _by_halves(blocks * scales) * scales
+
+
+def _by_halves(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
+    """Schur complements down to blocks of `_SWEPT`, which are swept."""
+    size = blocks.shape[-1]
+    if size <= _SWEPT:
+        # Blocks on the last axis, so that every step is a long vector operation.
+        return jnp.moveaxis(_sweep(jnp.moveaxis(blocks, 0, -1)), -1, 0)
+    half = size // 2
+    head, corner, tail = blocks[:, :half, :half], blocks[:, :half, half:], blocks[:, half:, half:]
+    head_inverse = _by_halves(head)
+    solved = _product("sij,sjk->sik", head_inverse, corner)
+    tail_inverse = _by_halves(tail - _product("sji,sjk->sik", corner, solved))
+    upper = _product("sij,sjk->sik", solved, tail_inverse)
+    top = jnp.concatenate([head_inverse + _product("sij,skj->sik", upper, solved), -upper], axis=2)
+    return jnp.concatenate([top, jnp.concatenate([-jnp.swapaxes(upper, 1, 2), tail_inverse], axis=2)], axis=1)
+
+
+def _sweep(work: Float[Array, "n n S"]) -> Float[Array, "n n S"]:
+    """The sweep operator, `_PIVOTS` at a time; see `inverse`."""
+    size = work.shape[0]
+    # Static pivots, since a traced one costs ten times as much on CPU.
+    for start in range(0, size, _PIVOTS):
+        own = slice(start, min(start + _PIVOTS, size))
+        rows = work[own]
+        square = rows[:, own]
+        inverted = square
+        for pivot in range(square.shape[0]):
+            row = inverted[pivot]
+            d = row[pivot]
+            left, right = row.at[pivot].set(d - 1), (row / d[None]).at[pivot].set(1 - 1 / d)
+            inverted = (inverted - left[:, None] * right[None]).at[pivot, pivot].set(-1 / d)
+        inverted, rows = jax.lax.optimization_barrier((-inverted, rows))
+        one = jnp.eye(square.shape[0], dtype=work.dtype)[:, :, None]
+        solved = sum(inverted[:, k, None] * rows[k][None] for k in range(square.shape[0]))
+        lefts, rights = jax.lax.optimization_barrier(
+            (rows.at[:, own].set(square - one), solved.at[:, own].set(one - inverted))
+        )
+        for left, right in zip(lefts, rights, strict=True):
+            work = work - left[:, None] * right[None]
+        work = work.at[own, own].set(-inverted)
+    return -work
+
+
+def _product(subscripts: str, *leaves: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(subscripts, *leaves, precision=_HIGHEST)
 
 
 def _map_slices(
     function: Callable[..., Float[Array, "S ..."]], *leaves: Float[Array, "N ..."]
 ) -> Float[Array, "N ..."]:
-    """Applies `function` to cache-sized slices of blocks, the last slice padded with zeros."""
+    """Applies `function` to cache-sized slices of blocks, all of one size."""
     num = leaves[0].shape[0]
-    padding = -num % SLICE
-    if padding:
-        leaves = tuple(jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) for leaf in leaves)
-    sliced = tuple(leaf.reshape(-1, SLICE, *leaf.shape[1:]) for leaf in leaves)
-    mapped = jax.lax.map(lambda parts: function(*parts), sliced)
-    return mapped.reshape(-1, *mapped.shape[2:])[:num]
+    width = min(SLICE if jax.default_backend() == "cpu" else _WIDE_SLICE, num)
+    count = -(-num // width)
+
+    def of_slice(number: Int[Array, ""]) -> Float[Array, "S ..."]:
+        first = jnp.minimum(number * width, num - width)
+        return function(*(jax.lax.dynamic_slice_in_dim(leaf, first, width) for leaf in leaves))
+
+    mapped = jax.lax.map(of_slice, jnp.arange(count))
+    # The last slice begins where it still is a whole one.
+    rest = mapped[-1, count * width - num :]
+    return jnp.concatenate([mapped[:-1].reshape(-1, *mapped.shape[2:]), rest])
 
 
 def inverse(matrices: Float[Array, "N b b"]) -> Float[Array, "N b b"]:
-    """Inverts symmetric positive-definite blocks by the sweep operator, in plain XLA and in cache-sized slices.
+    """Inverts symmetric positive-definite blocks in plain XLA, in cache-sized slices.
 
-    Sweeping every pivot p turns A into −A⁻¹: a_ij ← a_ij − a_ip a_pj / d for i, j ≠ p, row and column p ← a_p / d and
-    a_pp ← −1/d, where d = a_pp. With a unit diagonal to start from, d ≤ 1 throughout, so that row and column p come
-    out of the same rank-1 update (u_p = d − 1 adds terms of one sign) and a step is a single fused pass.
-    No pivoting is needed for a positive-definite matrix. A library call would run multi-threaded BLAS on each small
-    block, whose speed depends on what else the machine does.
+    Halves are eliminated by products of small matrices, down to blocks that are swept. Sweeping the pivots P turns A
+    into −A⁻¹: A_ij ← A_ij − A_iP A_PP⁻¹ A_Pj for i, j outside P, rows and columns P ← A_PP⁻¹ A_P and
+    A_PP ← −A_PP⁻¹. With I subtracted from A_PP in the left factor and A_PP⁻¹ from I in the right one, rows and columns
+    P come out of the same update, so that a step is a single fused pass. The diagonal is one to start with; no
+    pivoting is needed for a positive-definite matrix. A library call would run multi-threaded BLAS on each small block,
+    whose speed depends on what else the machine does.
 
     >>> import jax.numpy as jnp
     >>> inverse(jnp.array([[[2.0, 0.0], [0.0, 4.0]]]))[0].round(6).tolist()
@@ -168,9 +262,10 @@ def _apart(both: Float[Array, "N b+1"]) -> tuple[Float[Array, "N b"], Float[Arra
 
 
 def dual_saliency(
-    weights: Float[Array, "N b"],
-    gradients: Float[Array, "N m b"],
+    kernel: Float[Array, "inputs units"],
+    gradients: Sequence[Float[Array, "inputs units"]],
     damping: float | Float[Array, ""],
+    block_size: int,
     score: ScoreFn | None = None,
 ) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
     """The same from the gradients themselves: m × m systems instead of b × b, for m < b.
@@ -178,32 +273,41 @@ def dual_saliency(
     With G the m gradients of a block as rows, F⁻¹ = (I − Gᵀ (m ζ I + G Gᵀ)⁻¹ G) / ζ (Woodbury), of which single
     weights need the diagonal only. What the difference loses is part of the estimated error.
     """
+    units = kernel.shape[1]
+    count, width, cut = _tiles([kernel, *gradients], block_size)
 
-    def scored(weight_slice: Float[Array, "S b"], rows: Float[Array, "S m b"]) -> Float[Array, "S b+1"]:
+    def scored(number: Int[Array, ""]) -> Float[Array, "T b+1"]:
+        _, _, (weights, *tile) = cut(number)
+        rows, weights = _rows(tile), weights.T
         system = _dual_system(rows, damping)
         solver = _invert_slice(system)
-        solved = jnp.einsum("smn,snb->smb", solver, rows, precision=_HIGHEST)
+        solved = _product("smn,snb->smb", solver, rows)
         left = 1 - jnp.sum(rows * solved, axis=1)
         diagonals = [jnp.diagonal(leaf, axis1=1, axis2=2) for leaf in (system, solver)]
         condition = jnp.max(diagonals[0] * diagonals[1], axis=1) / jnp.min(left, axis=1)
         error = _error(jnp.concatenate([left, diagonals[1]], axis=1), DUAL_ERROR * condition)
         if score is None:
-            return _beside(weight_slice**2 * damping / (2 * left), error)
-        return _beside(score(weight_slice, _dual_inverse_slice(rows, solved, damping)), error)
+            return _beside(weights**2 * damping / (2 * left), error)
+        return _beside(score(weights, _dual_inverse_slice(rows, solved, damping)), error)
 
-    return _apart(_map_slices(scored, weights, gradients))
+    mapped = jax.lax.map(scored, jnp.arange(count))
+    by_row = mapped.reshape(-1, -(-units // width), width, mapped.shape[-1])
+    # The last tile of a row of blocks begins where it still is a whole one.
+    whole = by_row[:, :-1].reshape(by_row.shape[0], -1, mapped.shape[-1])
+    rest = by_row[:, -1, by_row.shape[1] * width - units :]
+    return _apart(jnp.concatenate([whole, rest], axis=1).reshape(-1, mapped.shape[-1]))
 
 
 def _dual_system(rows: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S m m"]:
     """m ζ I + G Gᵀ."""
-    outer = jnp.einsum("smb,snb->smn", rows, rows, precision=_HIGHEST)
+    outer = _product("smb,snb->smn", rows, rows)
     return outer + rows.shape[1] * damping * jnp.eye(rows.shape[1], dtype=rows.dtype)[None]
 
 
 def _dual_inverse_slice(
     rows: Float[Array, "S m b"], solved: Float[Array, "S m b"], damping: float | Float[Array, ""]
 ) -> Float[Array, "S b b"]:
-    projected = jnp.einsum("smb,smc->sbc", rows, solved, precision=_HIGHEST)
+    projected = _product("smb,smc->sbc", rows, solved)
     return (jnp.eye(rows.shape[-1], dtype=rows.dtype)[None] - projected) / damping
 
 
@@ -212,7 +316,7 @@ def dual_inverse(gradients: Float[Array, "N m b"], damping: float | Float[Array,
 
     def invert(rows: Float[Array, "S m b"]) -> Float[Array, "S b b"]:
         solver = _invert_slice(_dual_system(rows, damping))
-        return _dual_inverse_slice(rows, jnp.einsum("smn,snb->smb", solver, rows, precision=_HIGHEST), damping)
+        return _dual_inverse_slice(rows, _product("smn,snb->smb", solver, rows), damping)
 
     return _map_slices(invert, gradients)
 
@@ -281,7 +385,7 @@ def _qr_invert_slice(rows: Float[Array, "S m b"], damping: float | Float[Array, 
         return solved + pivots[j][:, None] * found[None]
 
     inverted = jnp.moveaxis(jax.lax.fori_loop(0, size, solve, empty), -1, 0)
-    return jnp.einsum("sij,skj->sik", inverted, inverted, precision=_HIGHEST)
+    return _product("sij,skj->sik", inverted, inverted)
 
 
 def form(num_grads: int, block_size: int) -> str:

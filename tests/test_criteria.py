@@ -68,19 +68,19 @@ def test_little_memory_takes_more_passes_and_gives_the_same_bits(num_grads: int,
     stream, report, plenty = Stream(gradients(num_grads, rank)), Report(), Report()
     config = PrunerConfig(block_size=8, num_grads=num_grads, damping=1e-7, damping_mode="absolute")
     expected = criteria.woodfisher_scores(kernels(), Stream(stream.gradients), config=config, report=plenty)
-    little = dataclasses.replace(config, fisher_memory=8 * 96 + 16 * 1000)
+    little = dataclasses.replace(config, fisher_memory=8 * 96 + 8000)
     got = criteria.woodfisher_scores(kernels(), stream, config=little, report=report)
     np.testing.assert_array_equal(got[PATH], expected[PATH])
     assert plenty["passes"] == 1 and report["passes"] == (1 if num_grads == 4 else 2)
     assert report["qr_blocks"] == plenty["qr_blocks"]
-    tiny = dataclasses.replace(config, fisher_memory=8 * 96 + 16 * 12 * (8 + 8 + 3 * 16 if num_grads == 20 else 12))
+    tiny = dataclasses.replace(config, fisher_memory=8 * 96 + 16 * (8 * 20 if num_grads == 20 else 12 * 12))
     np.testing.assert_array_equal(criteria.woodfisher_scores(kernels(), stream, config=tiny)[PATH], expected[PATH])
     with pytest.raises(ValueError, match=rf"fisher_memory is 900 bytes.*one output unit of {PATH} take [0-9]+$"):
         criteria.woodfisher_scores(kernels(), stream, config=dataclasses.replace(config, fisher_memory=900))
 
 
 def test_the_plan_is_said() -> None:
-    config = PrunerConfig(block_size=8, num_grads=20, fisher_memory=17000)
+    config = PrunerConfig(block_size=8, num_grads=20, fisher_memory=9000)
     assert fisher.describe_plan(kernels(), config) == (
         "gram form, m = 20 gradients of minibatches of 8, blocks of 8: 2 passes a concept, 0 MiB (of 0 MiB allowed)"
     )

@@ -150,8 +150,28 @@ def test_dual_form_equals_the_gram_form(num_grads: int, size: int) -> None:
     gradients = jnp.asarray(rng.normal(size=(70, num_grads, size)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(70, size)), jnp.float32)
     gram_form, _ = woodfisher.saliency(weights, woodfisher.gram(gradients), num_grads, 0.1)
-    dual_form, _ = woodfisher.dual_saliency(weights, gradients, 0.1)
+    dual_form, _ = dual_saliency(weights, gradients, 0.1)
     np.testing.assert_allclose(dual_form, gram_form, rtol=1e-4)
+
+
+def dual_saliency(weights: jax.Array, gradients: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+    """Of blocks, as the columns of a kernel."""
+    size = weights.shape[1]
+    return woodfisher.dual_saliency(weights.T, [g.T for g in jnp.moveaxis(gradients, 1, 0)], damping, size)
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (11, 40), (4, 16)])
+def test_outer_products_add_up_in_tiles(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(10)
+    gradients = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(5)]
+    blocks = jnp.stack([woodfisher.to_blocks(g, 4) for g in gradients], axis=1)
+    start = jnp.ones((blocks.shape[0], 4, 4))
+    np.testing.assert_allclose(woodfisher.add_gram(start, gradients), 1 + woodfisher.gram(blocks), rtol=1e-5)
+    weights = gradients[0]
+    expected = dual_saliency(woodfisher.to_blocks(weights, 4), blocks, 0.1)
+    tiled = woodfisher.dual_saliency(weights, gradients, 0.1, 4)
+    for got, wanted in zip(tiled, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4)
 
 
 def diagonal_of_the_inverse(gradients: np.ndarray, damping: float) -> np.ndarray:
@@ -175,7 +195,7 @@ def test_float32_is_right_or_says_that_it_is_not(num_grads: int, rank: int | Non
     exact = diagonal_of_the_inverse(gradients.astype(np.float64), damping)
     ones = jnp.ones(exact.shape, jnp.float32)
     if woodfisher.form(num_grads, size) == "dual":
-        scores, estimates = woodfisher.dual_saliency(ones, jnp.asarray(gradients), damping)
+        scores, estimates = dual_saliency(ones, jnp.asarray(gradients), damping)
     else:
         scores, estimates = woodfisher.saliency(ones, woodfisher.gram(jnp.asarray(gradients)), num_grads, damping)
     errors, is_trusted = np.abs(2 * exact * np.asarray(scores) - 1).max(axis=1), estimates <= woodfisher.LARGEST_ERROR
