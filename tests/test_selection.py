@@ -42,7 +42,7 @@ def test_equals_a_stable_sort(kind: str) -> None:
     rng = np.random.default_rng(0)
     select = jax.jit(selection.select_smallest)
     for trial in range(6):
-        shapes = {"b": (3, 17), "a": (5, 4, 2)}
+        shapes = {"b": (3, 17), "a": (5, 4, 2), "c": (128, 2)}
         scores = {
             path: VALUES[kind](rng, np.prod(shape)).astype(np.float32).reshape(shape) for path, shape in shapes.items()
         }
@@ -61,20 +61,22 @@ def test_the_count_is_traced_not_compiled() -> None:
 
 def test_same_bits_under_any_sharding() -> None:
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    scores = np.random.default_rng(1).integers(0, 3, (8, 16)).astype(np.float32)
-    expected = np.asarray(selection.select_smallest({"w": jnp.asarray(scores)}, 61)["w"])
+    scores = np.random.default_rng(1).integers(0, 3, (128, 16)).astype(np.float32)
+    expected = np.asarray(selection.select_smallest({"w": jnp.asarray(scores)}, 961)["w"])
     for spec in (P(), P("fsdp"), P(None, "tensor"), P("fsdp", "tensor"), P(("tensor", "fsdp"))):
         placed = jax.device_put(scores, NamedSharding(mesh, spec))
-        got = jax.jit(selection.select_smallest)({"w": placed}, 61)["w"]
+        got = jax.jit(selection.select_smallest)({"w": placed}, 961)["w"]
         np.testing.assert_array_equal(np.asarray(got), expected)
 
 
-def test_no_gather_of_sharded_scores() -> None:
+@pytest.mark.parametrize("shape", [(64, 32), (128, 32), (3, 16, 32)], ids=["plain", "folded", "stacked"])
+def test_no_gather_of_sharded_scores(shape: tuple[int, ...]) -> None:
     mesh = sharding.make_mesh(fsdp=8)
-    placed = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    spec = P("fsdp") if len(shape) == 2 else P(None, "fsdp")
+    placed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     text = jax.jit(lambda s: selection.select_smallest({"w": s}, 100)).lower(placed).compile().as_text()
     assert "all-reduce" in text
-    assert "all-gather" not in text
+    assert "all-gather" not in text and "all-to-all" not in text
     assert " sort(" not in text
 
 
