@@ -255,11 +255,17 @@ class _Loop:
     def run_epochs(self) -> None:
         first = self.step // self.steps_per_epoch
         with contextlib.closing(self.log):
-            for epoch in range(first, self.settings.training.num_epochs):
-                if self.meta.get("stopped_early"):
-                    break
-                self._epoch(epoch)
-                self._end_of_epoch(epoch)
+            try:
+                for epoch in range(first, self.settings.training.num_epochs):
+                    if self.meta.get("stopped_early"):
+                        break
+                    self._epoch(epoch)
+                    self._end_of_epoch(epoch)
+            except KeyboardInterrupt:
+                saved = self.checkpoints.latest_step()
+                where = "nothing is saved yet" if saved is None else f"the same command goes on after step {saved}"
+                _say(f"\nstopped in step {self.step + 1}; {where}")
+                raise
 
     def _epoch(self, epoch: int) -> None:
         training = self.settings.training
@@ -283,7 +289,9 @@ class _Loop:
         started = time.monotonic()
         pending: Pending = None
         for index, batch in enumerate(bar, start=done):
-            self._prune_if_due(epoch, index, pending)
+            if self._prune_if_due(epoch, index, pending):
+                # The bar's time left is that of steps.
+                bar.unpause()
             self.state, metrics = self.step_fn(self.state, sharding.put_batch(batch, self.mesh), self.rng)
             # One step behind, so that the device never waits for the host to look.
             self._check(pending)
@@ -316,12 +324,14 @@ class _Loop:
             f"{where} in {self.workdir / 'checkpoints'}. A lower learning rate or clip_norm often helps"
         )
 
-    def _prune_if_due(self, epoch: int, index: int, pending: Pending) -> None:
+    def _prune_if_due(self, epoch: int, index: int, pending: Pending) -> bool:
+        """Does the events that fall before this step; returns whether there were any."""
+        before = self.meta["events_done"]
         while self.meta["events_done"] < len(self.events):
             number = self.meta["events_done"]
             event = self.events[number]
             if (epoch, index) < (event.epoch, event.step):
-                return
+                break
             self._check(pending)
             config, run, state = self.prepared.config, self.settings, self.state
             masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
@@ -346,6 +356,7 @@ class _Loop:
             # Under the step it comes before: a continuation from this step does it, and writes it, again.
             self.log.write(self.step + 1, "prune", record)
             self.meta["events_done"] = number + 1
+        return self.meta["events_done"] > before
 
     def _fisher_batches(self, event: int) -> list[Batch]:
         """Batches of the event: an order of their own, a pure function of (seed, event)."""
