@@ -30,8 +30,11 @@ def progress(
         unit=unit,
         leave=False,
         mininterval=_LINE_SECONDS,
+        maxinterval=2 * _LINE_SECONDS,
+        miniters=1,
         delay=_LINE_SECONDS,
         ascii=True,
+        position=0,  # a bar inside another would be drawn below it
         file=_LineWriter(),
     )
 
