@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import typing
+from pathlib import Path
 
 import command_line
 from absl import flags
@@ -57,6 +58,9 @@ def main() -> None:
     if not FLAGS.find and len(given) < len(wanted):
         absent = " and ".join(f"--{name}" for name in wanted if name not in given)
         raise ValueError(f"{absent} missing; expected --text, --concept and --target, or --find")
+
+    if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
+        raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
 
     from sparsecbm_jax.artifact import load, save
     from sparsecbm_jax.explanation import render_correction
