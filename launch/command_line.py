@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import difflib
 import functools
+import logging as standard_logging
 import os
 import re
 import sys
@@ -18,8 +19,6 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # Config files import their siblings as `configs.common`, from whatever folder a main is started.
 if str(CHECKOUT) not in sys.path:
     sys.path.insert(0, str(CHECKOUT))
-# transformers would say on every start that PyTorch is missing, which nothing here needs.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -69,6 +68,7 @@ def run(main: Callable[[], None], *, takes_arguments: bool = False) -> NoReturn:
     """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().setFormatter(PlainFormatter())
     keep_freed_memory()
     try:
         app.run(lambda argv: main(), flags_parser=functools.partial(_parse, takes_arguments=takes_arguments))
@@ -85,6 +85,13 @@ def run(main: Callable[[], None], *, takes_arguments: bool = False) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+class PlainFormatter(standard_logging.Formatter):
+    """ "warning: message", as errors are shown."""
+
+    def format(self, record: standard_logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
 def keep_freed_memory() -> None:

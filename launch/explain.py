@@ -2,8 +2,8 @@
 
 python launch/explain.py --model=runs/quickstart/model --text="The food was great, but the waiter was rude."
 python launch/explain.py --model=runs/quickstart/model --file=reviews.txt --json --output=pathways.jsonl
-python launch/explain.py --model=runs/quickstart/model --text="..." --target=Negative
-python launch/explain.py --model=runs/quickstart/model --text="..." --target=food=Positive --target=label=Negative
+python launch/explain.py --model=runs/quickstart/model --text="..." --target=4
+python launch/explain.py --model=runs/quickstart/model --text="..." --target=food=Positive --target=label=2
 
 --text may be repeated; --file holds one review a line. With --json, one JSON object a line. --target is a label's name,
 or concept=class and label=name pairs; by default the predicted ones. Takes seconds on a CPU once compiled.
@@ -69,6 +69,8 @@ def main() -> None:
 
 
 def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"--file={path}: there is no such file; expected one with a review a line")
     try:
         # Not splitlines(): a review may hold a form feed or another of the characters that it splits at.
         lines = path.read_text(encoding="utf-8-sig").split("\n")

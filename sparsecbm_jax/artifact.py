@@ -282,7 +282,9 @@ def load(directory: str | Path, *, mesh: Mesh | None = None) -> SparseCBM:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; expected a directory that `sparsecbm_jax.save` wrote")
+        inside = path.parent / "model"
+        hint = f"; did you mean {inside}?" if (inside / path.name).is_file() else ""
+        raise ArtifactError(f"{path} is missing; expected a directory that `sparsecbm_jax.save` wrote{hint}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

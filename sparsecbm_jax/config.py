@@ -359,11 +359,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _settle(self)
-        if self.strategy == "sparse" and self.sparsity.end_epoch > self.training.num_epochs - 1:
+        epochs = self.training.num_epochs
+        if self.strategy == "sparse" and self.sparsity.end_epoch > epochs - 1:
+            end = max(1, 2 * epochs // 3)
             raise ValueError(
                 f"config.sparsity.end_epoch is {self.sparsity.end_epoch}, but strategy 'sparse' with "
-                f"config.training.num_epochs={self.training.num_epochs} expects at most "
-                f"{self.training.num_epochs - 1}, so that at least one epoch trains at the final sparsity"
+                f"config.training.num_epochs={epochs} expects at most {epochs - 1}, so that at least one epoch trains "
+                f"at the final sparsity; {f'start_epoch={end // 2} and end_epoch={end}' if epochs > 1 else '2 epochs'} "
+                "would do"
             )
 
 

@@ -10,7 +10,7 @@ inference mode; at pruned positions they are zero, which decouples the kept weig
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +115,7 @@ class SubnetworkGradients:
         *,
         per_example: bool = False,
         limit: int | None = None,
+        on_gradient: Callable[[], object] = lambda: None,
     ) -> None:
         """Args are those of `subnetwork_gradient`, and:
 
@@ -122,12 +123,16 @@ class SubnetworkGradients:
         concept: k.
         per_example: gradients of single rows, the empirical Fisher as Eq. 7 writes it; padding rows are left out.
         limit: the most gradients of a pass.
+        on_gradient: called after each.
         """
         self.concept, self._batches, self._per_example, self._limit = concept, batches, per_example, limit
+        self._on_gradient = on_gradient
         self._gradient = functools.partial(subnetwork_gradient, config, params, mask, heads)
 
     def __iter__(self) -> Iterator[Kernels]:
-        return itertools.islice(self._all(), self._limit)
+        for gradient in itertools.islice(self._all(), self._limit):
+            yield gradient
+            self._on_gradient()
 
     def _all(self) -> Iterator[Kernels]:
         k = jnp.asarray(self.concept)

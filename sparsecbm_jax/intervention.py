@@ -305,7 +305,7 @@ def correct(
     text: str,
     concept: str,
     target: str,
-    drop_fraction: float = 0.001,
+    drop_fraction: float = 0.0001,
     *,
     label: str | None = None,
     saliency: str | SaliencyFn = "signed",

@@ -8,8 +8,8 @@ by K subnetworks.
 import functools
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,26 @@ from sparsecbm_jax.patterns import Unit
 from sparsecbm_jax.selection import select_smallest
 
 _FISHER_BUCKETS = (32, 64, 128, 256, 512)
+
+
+class Bar(Protocol):
+    """What shows how far pruning has come, such as tqdm's bars."""
+
+    n: float
+
+    def update(self, n: float, /) -> object: ...
+
+    def close(self) -> None: ...
+
+
+class _NoBar:
+    n: float = 0
+
+    def update(self, n: float, /) -> None:
+        self.n += n
+
+    def close(self) -> None:
+        pass
 
 
 class PruningEvent(NamedTuple):
@@ -177,7 +197,7 @@ def prune(
     criterion: Criterion | None = None,
     seed: int = 0,
     reports: list[Report] | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda concepts: concepts,
+    make_bar: Callable[..., Bar] | None = None,
 ) -> Masks:
     """Scores every concept's subnetwork and cuts its mask to `sparsity`.
 
@@ -191,7 +211,7 @@ def prune(
       criterion: a score of one's own; by default the one that `pruner.criterion` names.
       seed: of the criterion 'random'.
       reports: gets what the criterion did, concept by concept (and cut by cut).
-      progress: wraps the loop over concepts.
+      make_bar: called with `total=`, how many gradients there are to be, makes the bar that shows them.
 
     Returns:
       New masks.
@@ -202,13 +222,23 @@ def prune(
     packed = jax.jit(masks_lib.pack)(masks)
     pairs = [(batch, forward(params, packed, heads, batch).activations) for batch in batches]
     new, present = dict(masks), 1 - masks_lib.total_density(masks)
-    for k in progress(range(config.num_concepts)):
+    per_cut = num_gradients(params, masks, pruner) if criterion is None else pruner.num_grads
+    bar = _NoBar() if make_bar is None else make_bar(total=config.num_concepts * reestimations * per_cut)
+    for k in range(config.num_concepts):
         mask = masks_lib.concept(new, k)
         for cut in range(1, reestimations + 1):
             candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if regrow else mask
             kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in candidates.items()}
             gradients = fisher.SubnetworkGradients(
-                config, params, candidates, heads, pairs, k, per_example=pruner.per_example, limit=pruner.num_grads
+                config,
+                params,
+                candidates,
+                heads,
+                pairs,
+                k,
+                per_example=pruner.per_example,
+                limit=pruner.num_grads,
+                on_gradient=functools.partial(bar.update, 1),
             )
             report: Report = {}
             if criterion is None:
@@ -220,8 +250,21 @@ def prune(
             is_last = cut == reestimations
             reached = finals[k] if is_last else float(present[k] + (finals[k] - present[k]) * cut / reestimations)
             mask = prune_concept(candidates, scores, reached, scope=scope, regrow=regrow, unit=unit)
+            # A criterion may take fewer gradients than were expected, or none.
+            bar.update(max(0, (k * reestimations + cut) * per_cut - bar.n))
         new = masks_lib.replace_concept(new, k, mask)
+    bar.close()
     return new
+
+
+def num_gradients(params: Params, masks: Masks, pruner: PrunerConfig) -> int:
+    """How many gradients a concept's scores take, all passes together."""
+    if pruner.criterion in ("magnitude", "random"):
+        return 1
+    if pruner.criterion != "woodfisher":
+        return pruner.num_grads
+    kernels = {path: masks_lib.leaf_at(params, path) for path in masks}
+    return pruner.num_grads * len(fisher.plan_passes(kernels, pruner))
 
 
 def fisher_batches(split: Tokenized, config: PrunerConfig, *, seed: int, event: int = 0) -> list[Batch]:

@@ -165,6 +165,7 @@ def train(
                 "the devices along mesh.data and mesh.fsdp"
             )
     prepared = prepare(run, mesh)
+    _say(prepared.dataset.describe())
     # Only now, so that a command that could not start does not claim the directory.
     check_same_run(workdir, described, ignore=_UNRELATED)
     with (
@@ -254,11 +255,16 @@ class _Loop:
     def run_epochs(self) -> None:
         first = self.step // self.steps_per_epoch
         with contextlib.closing(self.log):
-            for epoch in range(first, self.settings.training.num_epochs):
-                if self.meta.get("stopped_early"):
-                    break
-                self._epoch(epoch)
-                self._end_of_epoch(epoch)
+            try:
+                for epoch in range(first, self.settings.training.num_epochs):
+                    if self.meta.get("stopped_early"):
+                        break
+                    self._epoch(epoch)
+                    self._end_of_epoch(epoch)
+            except KeyboardInterrupt:
+                saved = self.checkpoints.latest_step() or 0
+                _say(f"\nstopped in step {self.step + 1}; the same command goes on after step {saved}")
+                raise
 
     def _epoch(self, epoch: int) -> None:
         training = self.settings.training
@@ -282,7 +288,10 @@ class _Loop:
         started = time.monotonic()
         pending: Pending = None
         for index, batch in enumerate(bar, start=done):
-            self._prune_if_due(epoch, index, pending)
+            while self._is_due(epoch, index):
+                self._check(pending)
+                self._prune(epoch)
+                bar.unpause()  # its time left is that of steps
             self.state, metrics = self.step_fn(self.state, sharding.put_batch(batch, self.mesh), self.rng)
             # One step behind, so that the device never waits for the host to look.
             self._check(pending)
@@ -315,42 +324,40 @@ class _Loop:
             f"{where} in {self.workdir / 'checkpoints'}. A lower learning rate or clip_norm often helps"
         )
 
-    def _prune_if_due(self, epoch: int, index: int, pending: Pending) -> None:
-        while self.meta["events_done"] < len(self.events):
-            number = self.meta["events_done"]
-            event = self.events[number]
-            if (epoch, index) < (event.epoch, event.step):
-                return
-            self._check(pending)
-            config, run, state = self.prepared.config, self.settings, self.state
-            masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
-            started, reports = time.monotonic(), list[Report]()
-            if number == 0 and self.criterion is None:
-                _say(pruning.describe_plan(state.params, masks, run.pruner))
-            masks = pruning.prune(
-                config,
-                state.params,
-                masks,
-                state.heads,
-                pruning.fisher_batches(self.train_split, run.pruner, seed=run.seed, event=number),
-                event.sparsity,
-                pruner=run.pruner,
-                scope=run.sparsity.scope,
-                regrow=run.sparsity.regrow,
-                reestimations=run.sparsity.reestimations,
-                criterion=self.criterion,
-                seed=run.seed + number,
-                reports=reports,
-                progress=functools.partial(progress, description=f"pruning to {event}", unit="concept"),
-            )
-            self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
-            density = masks_lib.total_density(masks)
-            seconds = time.monotonic() - started
-            record = {"epoch": epoch, "sparsity": event.sparsity, "density": density.tolist(), "seconds": seconds}
-            record |= {"concepts": reports, "peak_bytes": pruning.peak_memory()}
-            # Under the step it comes before: a continuation from this step does it, and writes it, again.
-            self.log.write(self.step + 1, "prune", record)
-            self.meta["events_done"] = number + 1
+    def _is_due(self, epoch: int, index: int) -> bool:
+        """Whether a pruning event falls before this step."""
+        left = self.events[self.meta["events_done"] :]
+        return bool(left) and (epoch, index) >= (left[0].epoch, left[0].step)
+
+    def _prune(self, epoch: int) -> None:
+        number = self.meta["events_done"]
+        config, run, state, event = self.prepared.config, self.settings, self.state, self.events[number]
+        masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
+        started, reports = time.monotonic(), list[Report]()
+        if number == 0 and self.criterion is None:
+            _say(pruning.describe_plan(state.params, masks, run.pruner))
+        masks = pruning.prune(
+            config,
+            state.params,
+            masks,
+            state.heads,
+            pruning.fisher_batches(self.train_split, run.pruner, seed=run.seed, event=number),
+            event.sparsity,
+            pruner=run.pruner,
+            scope=run.sparsity.scope,
+            regrow=run.sparsity.regrow,
+            reestimations=run.sparsity.reestimations,
+            criterion=self.criterion,
+            seed=run.seed + number,
+            reports=reports,
+            make_bar=functools.partial(progress, description=f"pruning to {event}", unit="gradient"),
+        )
+        self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
+        record = {"epoch": epoch, "sparsity": event.sparsity, "density": masks_lib.total_density(masks).tolist()}
+        record |= {"concepts": reports, "peak_bytes": pruning.peak_memory()}
+        # Under the step it comes before: a continuation from this step does it, and writes it, again.
+        self.log.write(self.step + 1, "prune", {**record, "seconds": time.monotonic() - started})
+        self.meta["events_done"] = number + 1
 
     def _end_of_epoch(self, epoch: int) -> None:
         report = score(self.settings, self.prepared, self.mesh, self.state, "validation")

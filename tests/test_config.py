@@ -74,7 +74,10 @@ def test_config_cannot_be_changed() -> None:
         ({"sparsity": {"initial": -0.1}}, "config.sparsity.initial is -0.1"),
         ({"sparsity": {"initial": 0.5, "final": 0.4}}, "config.sparsity.final is 0.4, but must be at least"),
         ({"sparsity": {"start_epoch": 6, "end_epoch": 6}}, "config.sparsity.end_epoch is 6, but must be above"),
-        ({"training": {"num_epochs": 12}}, "config.sparsity.end_epoch is 12, .*expects at most 11"),
+        (
+            {"training": {"num_epochs": 12}},
+            "config.sparsity.end_epoch is 12, .*expects at most 11.*start_epoch=4 and end_epoch=8 would do",
+        ),
         ({"training": {"num_epochs": 0}}, "config.training.num_epochs is 0; expected an integer of at least 1"),
         ({"training": {"batch_size": 8.0}}, "config.training.batch_size is 8.0, a float; expected an integer"),
         ({"training": {"batch_size": True}}, "config.training.batch_size is True, a bool"),

@@ -155,6 +155,16 @@ def test_inferred_numbers_are_in_their_order(tmp_path: Path) -> None:
     assert load_dataset(write(tmp_path, splits)).schema.labels == ("1", "2", "5", "10")
 
 
+def test_a_rare_class_is_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    splits = three_splits()
+    splits["train"] += [row_of(f"{i}.", "5", "Negative", "Positive", f"g{i}") for i in range(20)]
+    splits["train"] += [row_of("Slip.", "5", "Pozitive", "Positive", "slip")]
+    dataset = load_dataset(write(tmp_path, splits))
+    assert "'Pozitive' stands in 1 of" in caplog.text and "did you mean 'Positive'?" in caplog.text
+    assert "config.data.classes" in caplog.text and "'5'" not in caplog.text
+    assert "of classes Negative, Positive, Pozitive" in dataset.describe()
+
+
 def test_splits_can_be_named(tmp_path: Path) -> None:
     config = write(tmp_path)
     (tmp_path / "test_v2.csv").rename(tmp_path / "held-out.csv")

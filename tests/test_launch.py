@@ -95,6 +95,19 @@ def test_train_refuses_in_one_line(arguments: list[str], message: str, tmp_path:
     assert not result.stdout and not list(tmp_path.iterdir())
 
 
+def test_a_model_is_not_saved_over_itself(tmp_path: Path) -> None:
+    given = ["--text=x", "--concept=food", "--target=Positive", "--model=m", "--save=./m"]
+    result = _python("launch/intervene.py", *given, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --save=./m is the model itself")
+
+
+def test_a_missing_file_of_texts_is_named(tmp_path: Path) -> None:
+    result = _python("launch/explain.py", "--model=m", "--file=reviews.txt", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --file=reviews.txt: there is no such file")
+
+
 # Training is another test's matter: this one is what train.py makes of its command line.
 STAND_IN = """
 import json, runpy, sys, types

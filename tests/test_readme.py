@@ -1,5 +1,6 @@
 """The examples of README.md run as they stand there."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from test_cbm import random_batch
 from tiny_model import tiny_model
 
 from sparsecbm_jax import artifact
+from sparsecbm_jax.config import from_config_dict
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL_RUN = {
@@ -47,6 +49,11 @@ def test_commands_name_files_that_exist() -> None:
     assert named
     missing = [path for path in named if not (root / path).is_file()]
     assert not missing
+
+
+def test_the_small_run_of_the_text_is_valid() -> None:
+    (settings,) = re.findall(r"`(\{.*?\})`", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert from_config_dict(ast.literal_eval(settings)).backbone.name == "tiny"
 
 
 def test_examples_are_about_ten_lines() -> None:

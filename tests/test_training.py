@@ -120,12 +120,12 @@ def test_fewer_rows_than_a_gradient_averages_are_enough(finished: training.Train
         loop.log.close()
 
 
-class Stop(Exception):
+class Stop(KeyboardInterrupt):
     pass
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Makes the run end, as a lost machine would, when step `stop` is about to run."""
+    """Makes the run end, as Control-C would, when step `stop` is about to run."""
     real = training.make_train_step
 
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
 
 @pytest.mark.parametrize("stop", [4, 11, 24], ids=["dense phase", "right after a pruning event", "last epoch"])
 def test_resuming_mid_epoch_continues_to_the_bit(
-    stop: int, finished: training.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int,
+    finished: training.TrainResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tiny_run(training={"save_every_steps": 3})
     with monkeypatch.context() as patch:
@@ -151,7 +155,9 @@ def test_resuming_mid_epoch_continues_to_the_bit(
         with pytest.raises(Stop):
             training.train(run, tmp_path)
     with checkpoint.Checkpointer(tmp_path / "checkpoints") as saved:
-        assert saved.latest_step() in range(stop - 3, stop + 1)
+        latest = saved.latest_step()
+    assert latest in range(stop - 3, stop + 1)
+    assert f"stopped in step {stop + 1}; the same command goes on after step {latest}" in capsys.readouterr().out
     resumed = training.train(run, tmp_path)
     chex.assert_trees_all_equal(resumed.model.params, finished.model.params)
     chex.assert_trees_all_equal(resumed.model.heads, finished.model.heads)

@@ -204,3 +204,11 @@ class Dataset:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     respellings: tuple[Respelling, ...] = ()
     num_skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Rows, concepts, classes and labels, in a line."""
+        rows = ", ".join(f"{len(examples.texts)} {split}" for split, examples in self.splits.items())
+        return (
+            f"{self.name}: {rows} rows; concepts {', '.join(self.schema.concepts)} of classes "
+            f"{', '.join(self.schema.classes)}; labels {', '.join(self.schema.labels)}"
+        )

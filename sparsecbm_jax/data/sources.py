@@ -31,6 +31,8 @@ from sparsecbm_jax.data.schema import (
 
 MAX_INFERRED = 100
 SHOWN_ROWS = 10
+# A class so many times rarer than the most frequent one may be a slip of the hand.
+_RARE = 10
 
 logger = logging.getLogger(__name__)
 
@@ -171,18 +173,18 @@ def _read_hub(name: str, split: str, config: DataConfig) -> Table:
 def _infer_names(schema: Schema, train: Table) -> Schema:
     if not schema.classes:
         cells = [cell for column in schema.concept_columns for cell in _cells(train, column, "concept_columns")]
-        names = _distinct(cells, schema.missing, train.source, f"concept columns {schema.concept_columns}")
+        names = _distinct(cells, schema.missing, train.source, f"concept columns {schema.concept_columns}", "classes")
         schema = dataclasses.replace(schema, classes=names)
         logger.info("classes found in %s: %s", train.source, ", ".join(names))
     if not schema.labels:
         cells = _cells(train, schema.label_column, "label_column")
-        names = _distinct(cells, schema.no_label, train.source, f"column {schema.label_column!r}")
+        names = _distinct(cells, schema.no_label, train.source, f"column {schema.label_column!r}", "labels")
         schema = dataclasses.replace(schema, labels=names)
         logger.info("labels found in %s: %s", train.source, ", ".join(names))
     return schema
 
 
-def _distinct(cells: Iterable[Any], missing: Sequence[str], source: str, where: str) -> tuple[str, ...]:
+def _distinct(cells: Iterable[Any], missing: Sequence[str], source: str, where: str, key: str) -> tuple[str, ...]:
     spellings: dict[str, Counter[str]] = {}
     says_nothing = {cell_text(spelling).casefold() for spelling in missing}
     for cell in map(cell_text, cells):
@@ -194,6 +196,22 @@ def _distinct(cells: Iterable[Any], missing: Sequence[str], source: str, where: 
             "If so, name them in config.data.classes or config.data.labels"
         )
     names = [counts.most_common(1)[0][0] for counts in spellings.values()]
+    totals = {name: counts.total() for name, counts in zip(names, spellings.values(), strict=True)}
+    rare = [name for name, total in totals.items() if total * _RARE < max(totals.values())]
+    for name in rare:
+        others = [other for other in names if other not in rare]
+        logger.warning(
+            "%s: %s: %r stands in %d of %d cells and is taken for one of the %s%s; to have it refused, name them in "
+            "config.data.%s",
+            source,
+            where,
+            name,
+            totals[name],
+            sum(totals.values()),
+            key,
+            did_you_mean(name, others),
+            key,
+        )
     return tuple(sorted(names, key=_natural))
 
 
