@@ -3,13 +3,15 @@
 python launch/prune.py --model=runs/cebab/model --config=configs/cebab_minilm.py --config.data.path=DIR \
     --config.sparsity.final=0.9 --config.pruner.criterion=magnitude --save=runs/pruned
 
-Of the config, `data`, `pruner`, `sparsity` (final or per_concept, scope, regrow, reestimations), `seed` and the batch
-sizes are read. A dense joint model becomes a SparseCBM; a SparseCBM is pruned further, since what was pruned stays
-pruned unless --config.sparsity.regrow. Prints the test scores before and after.
+Of the config, `data`, `pruner`, `sparsity` (all but the schedule), `seed` and the batch sizes are read. A dense joint
+model becomes a SparseCBM; a SparseCBM is pruned further, since what was pruned stays pruned unless
+--config.sparsity.regrow. With --scores=DIR the scores are kept, and the same command with another sparsity cuts its
+masks from them without another gradient. Prints the test scores before and after.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -21,6 +23,7 @@ command_line.define_config()
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/cebab/model.")
 flags.DEFINE_string("save", None, "Folder to save the pruned model to.")
+flags.DEFINE_string("scores", None, "Folder to keep the scores in, and to take them from where they are there already.")
 
 
 def main() -> None:
@@ -28,7 +31,7 @@ def main() -> None:
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")
 
-    from sparsecbm_jax import artifact, evaluation, masks, pruning
+    from sparsecbm_jax import artifact, checkpoint, evaluation, masks, pruning
     from sparsecbm_jax.backbones import maskable_paths
     from sparsecbm_jax.data import eval_batches, load_dataset, tokenize
     from sparsecbm_jax.logs import progress
@@ -57,20 +60,30 @@ def main() -> None:
     wanted = pruning.final_sparsity(run.sparsity, config.num_concepts)
     before = pruning.peak_memory()
     print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
-    pruned = pruning.prune(
-        config,
-        model.params,
-        start,
-        model.heads,
-        pruning.fisher_batches(splits["train"], run.pruner, seed=run.seed),
-        wanted,
-        pruner=run.pruner,
-        scope=run.sparsity.scope,
-        regrow=run.sparsity.regrow,
-        reestimations=run.sparsity.reestimations,
-        seed=run.seed,
-        make_bar=functools.partial(progress, description="pruning", unit="gradient"),
-    )
+    about = {"model": FLAGS.model, "data": run.data.path or dataset.name, "seed": run.seed}
+    about |= {"pruner": dataclasses.asdict(run.pruner), "regrow": run.sparsity.regrow}
+    if run.sparsity.reestimations > 1:
+        # The scores of a later cut depend on what was cut before.
+        about["sparsity"] = dataclasses.asdict(run.sparsity)
+    with contextlib.ExitStack() as stack:
+        store = None
+        if FLAGS.scores:
+            most = config.num_concepts * run.sparsity.reestimations
+            kept = stack.enter_context(checkpoint.Checkpointer(FLAGS.scores, most))
+            store = pruning.StoredScores(kept, config.num_concepts, about)
+        pruned = pruning.prune(
+            config,
+            model.params,
+            start,
+            model.heads,
+            pruning.fisher_batches(splits["train"], run.pruner, seed=run.seed),
+            wanted,
+            pruner=run.pruner,
+            cutting=run.sparsity,
+            seed=run.seed,
+            make_bar=functools.partial(progress, description="pruning", unit="gradient"),
+            store=store,
+        )
     grown = (pruning.peak_memory() - before) / 2**20
     print(f"peak memory {pruning.peak_memory() / 2**20:.0f} MiB, {grown:.0f} MiB above what evaluating had taken")
     metrics = {"test": test_report(pruned)}

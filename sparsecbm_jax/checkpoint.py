@@ -195,6 +195,11 @@ class Checkpointer:
         """
         return self._read(step)["meta"]
 
+    def clear(self) -> None:
+        """Delete all of them."""
+        for step in self.steps():
+            self._manager.delete(step)
+
     def wait(self) -> None:
         """Return when everything saved so far is on disk."""
         self._manager.wait_until_finished()

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 DTYPES = ("float32", "bfloat16")
-CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher")
+CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher", "m_fac")
 PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
 
@@ -266,8 +266,15 @@ class SparsityConfig:
     """How often per epoch the masks are scored again."""
     reestimations: int = setting(1, POSITIVE_INT)
     """Cuts that an event is done in, each scored anew under the mask that the one before it left."""
-    scope: str = setting("global", one_of("global", "per_kernel"))
-    """Whether weights compete over all kernels of a concept, or within each kernel of each layer."""
+    scope: str = setting("global", one_of("global", "per_kernel", "per_row"))
+    """Whether weights compete over all kernels of a concept, within each kernel of each layer, or within each output
+    unit."""
+    allotment: str = setting("equal", one_of("equal", "loss"))
+    """Whether all concepts have the sparsity asked for, or have it on average, at equal predicted loss increase."""
+    shared_fraction: float = setting(0.0, FRACTION)
+    """Share of the pruned weights that is common to all concepts, chosen by the summed score, in [0, 1)."""
+    pinned: tuple[str, ...] = ()
+    """Kernels that stay whole, by path: layers/query/kernel, or a pattern such as layers/ffn_*/kernel."""
     regrow: bool = False
     """Whether pruned weights may come back at a later event."""
 

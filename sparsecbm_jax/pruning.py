@@ -1,4 +1,4 @@
-"""From scores to masks: when to prune, how much, by which criterion.
+"""Pruning events: when, how much, by which criterion; scored and cut concept by concept.
 
 Reference: Tan et al. 2024, 'Concept-Induced Sparsity Mining'; schedules: Kurtic et al. 2022 (cubic), and the linear
 one of the authors' code. Deviation: masks alone are learnt. Eq. 10 moves the surviving weights, and those are shared
@@ -6,25 +6,27 @@ by K subnetworks.
 """
 
 import functools
+import json
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sparsecbm_jax import fisher, patterns
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads, make_forward
+from sparsecbm_jax.checkpoint import Checkpointer
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
 from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion
+from sparsecbm_jax.cutting import ConceptMask, allot, prune_concept, prune_in_common
 from sparsecbm_jax.data.batches import Batch, Tokenized, train_batches
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.patterns import Unit
-from sparsecbm_jax.selection import select_smallest
 
 _FISHER_BUCKETS = (32, 64, 128, 256, 512)
 
@@ -47,6 +49,42 @@ class _NoBar:
 
     def close(self) -> None:
         pass
+
+
+class StoredScores:
+    """A `ScoreStore` on disk: a checkpoint for each cut and concept, at four bytes a weight."""
+
+    def __init__(self, checkpoints: Checkpointer, num_concepts: int, about: Mapping[str, Any], first: int = 0) -> None:
+        """Keeps scores in `checkpoints` from step `first` on.
+
+        Args:
+          about: JSON that says what the scores are of; others are refused.
+        """
+        self._checkpoints, self._num_concepts, self._first = checkpoints, num_concepts, first
+        self._about = json.loads(json.dumps(about))
+
+    def _step(self, cut: int, concept: int) -> int:
+        return self._first + (cut - 1) * self._num_concepts + concept
+
+    def get(self, cut: int, concept: int, like: Kernels) -> Kernels | None:
+        """See `ScoreStore`.
+
+        Raises:
+          ValueError: if the scores there are of something else.
+          CheckpointError: if they are damaged.
+        """
+        step = self._step(cut, concept)
+        if step not in self._checkpoints.steps():
+            return None
+        if (found := self._checkpoints.read_meta(step)) != self._about:
+            keys = [key for key in {**found, **self._about} if found.get(key) != self._about.get(key)]
+            shown = "; ".join(f"{key}: saved {found.get(key)}, current {self._about.get(key)}" for key in keys)
+            raise ValueError(f"the scores that are stored are of something else: {shown}")
+        return self._checkpoints.restore(step, dict(like))
+
+    def put(self, cut: int, concept: int, scores: Kernels) -> None:
+        """See `ScoreStore`."""
+        self._checkpoints.save(self._step(cut, concept), dict(scores), self._about)
 
 
 class PruningEvent(NamedTuple):
@@ -112,74 +150,15 @@ def final_sparsity(config: SparsityConfig, num_concepts: int) -> tuple[float, ..
     return (default_sparsity(num_concepts) if config.final is None else config.final,) * num_concepts
 
 
-@functools.partial(jax.jit, static_argnums=(4,))
-def _prune_lowest(
-    mask: Mapping[str, Bool[Array, "..."]],
-    scores: Kernels,
-    count: Array,
-    eligible: Mapping[str, Bool[Array, "..."]],
-    unit: Unit,
-) -> dict[str, Bool[Array, "..."]]:
-    """Prunes `count` units: of the eligible groups, those of lowest score."""
-    if unit.group == 1:
-        chosen = select_smallest(scores, count, eligible)
-        return {path: mask[path] & ~chosen[path] for path in mask}
-    grouped = {path: patterns.to_groups(path, leaf, unit.group) for path, leaf in scores.items()}
-    whole = {path: patterns.to_groups(path, leaf, unit.group).all(axis=-2) for path, leaf in eligible.items()}
-    chosen = select_smallest({path: leaf.min(axis=-2) for path, leaf in grouped.items()}, count, whole)
-    gone = {path: chosen[path][..., None, :] & (leaf < jnp.inf) for path, leaf in grouped.items()}
-    return {path: mask[path] & ~gone[path].reshape(mask[path].shape) for path in mask}
+class ScoreStore(Protocol):
+    """Keeps the scores of a cut and concept, so that an event that was stopped, or a cut at another sparsity, need not
+    make them again."""
 
+    def get(self, cut: int, concept: int, like: Kernels) -> Kernels | None:
+        """The scores, placed as `like` is, or None where there are none."""
 
-def prune_concept(
-    mask: Mapping[str, Bool[Array, "..."]],
-    scores: Kernels,
-    sparsity: float,
-    *,
-    scope: str = "global",
-    regrow: bool = False,
-    unit: Unit = patterns.SINGLE_WEIGHT,
-) -> dict[str, Bool[Array, "..."]]:
-    """One concept's mask cut to a sparsity: exactly round(s · n) weights pruned, those of lowest score.
-
-    Args:
-      mask: the mask as it is.
-      scores: lowest goes first.
-      sparsity: pruned fraction s, of the whole tree ('global') or of every kernel ('per_kernel').
-      scope: what weights compete with.
-      regrow: pruned weights may come back; else they stay pruned, and a mask sparser than s is left as it is.
-      unit: what is pruned together, as `patterns.unit_of` gives it; the count is then a multiple of it.
-
-    Raises:
-      ValueError: if more than N of M would have to go.
-    """
-    if scope == "per_kernel":
-        return {path: _prune_kernels(path, mask[path], scores[path], sparsity, regrow, unit) for path in mask}
-    total = sum(kept.size for kept in mask.values())
-    target = round(sparsity * total / unit.pruned) * unit.pruned
-    if target > total * unit.pruned // unit.group:
-        raise ValueError(
-            f"a sparsity of {sparsity:g} is more than {unit.pruned} of {unit.group} weights, the pattern, can give"
-        )
-    everything = {path: jnp.ones_like(kept) for path, kept in mask.items()}
-    pruned = 0 if regrow else total - sum(int(jnp.sum(kept, dtype=jnp.uint32)) for kept in mask.values())
-    if target <= pruned:
-        return dict(everything if regrow else mask)
-    start = everything if regrow else mask
-    return _prune_lowest(start, scores, jnp.uint32(-(-(target - pruned) // unit.pruned)), start, unit)
-
-
-def _prune_kernels(
-    path: str, mask: Bool[Array, "..."], scores: Float[Array, "..."], sparsity: float, regrow: bool, unit: Unit
-) -> Bool[Array, "..."]:
-    """Cuts each kernel of a leaf by itself: a leaf of the layers stacks one for each of them."""
-    if not path.startswith("layers/"):
-        return prune_concept({path: mask}, {path: scores}, sparsity, regrow=regrow, unit=unit)[path]
-    cut = [
-        prune_concept({path: of_layer}, {path: score}, sparsity, regrow=regrow, unit=unit)[path]
-        for of_layer, score in zip(mask, scores, strict=True)
-    ]
-    return jnp.stack(cut)
+    def put(self, cut: int, concept: int, scores: Kernels) -> None:
+        """Keeps scores."""
 
 
 def prune(
@@ -191,13 +170,12 @@ def prune(
     sparsity: float | Sequence[float],
     *,
     pruner: PrunerConfig,
-    scope: str = "global",
-    regrow: bool = False,
-    reestimations: int = 1,
+    cutting: SparsityConfig | None = None,
     criterion: Criterion | None = None,
     seed: int = 0,
     reports: list[Report] | None = None,
     make_bar: Callable[..., Bar] | None = None,
+    store: ScoreStore | None = None,
 ) -> Masks:
     """Scores every concept's subnetwork and cuts its mask to `sparsity`.
 
@@ -205,56 +183,104 @@ def prune(
       batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
       sparsity: pruned fraction, one for all or one for each concept.
       pruner: how weights are scored.
-      scope: what weights compete with, 'global' or 'per_kernel'.
-      regrow: pruned weights may come back.
-      reestimations: cuts on the way from the present sparsity to `sparsity`, equally far apart, each scored anew.
+      cutting: of it `scope`, `regrow`, `reestimations` (cuts on the way from the present sparsity, equally far apart,
+        each scored anew), `allotment`, `shared_fraction` and `pinned` count.
       criterion: a score of one's own; by default the one that `pruner.criterion` names.
       seed: of the criterion 'random'.
-      reports: gets what the criterion did, concept by concept (and cut by cut).
+      reports: gets what the criterion did, cut by cut and concept by concept.
       make_bar: called with `total=`, how many gradients there are to be, makes the bar that shows them.
+      store: gives scores that were made before, and gets those made now.
 
     Returns:
       New masks.
     """
-    unit = patterns.unit_of(pruner.pattern, pruner.block_size)
-    finals = tuple(sparsity) if isinstance(sparsity, Sequence) else (sparsity,) * config.num_concepts
-    forward = make_forward(config)
-    packed = jax.jit(masks_lib.pack)(masks)
-    pairs = [(batch, forward(params, packed, heads, batch).activations) for batch in batches]
-    new, present = dict(masks), 1 - masks_lib.total_density(masks)
+    cutting = SparsityConfig() if cutting is None else cutting
+    finals = np.array(sparsity if isinstance(sparsity, Sequence) else [sparsity] * config.num_concepts)
+    start, cuts = 1 - masks_lib.total_density(masks), cutting.reestimations
     per_cut = num_gradients(params, masks, pruner) if criterion is None else pruner.num_grads
-    bar = _NoBar() if make_bar is None else make_bar(total=config.num_concepts * reestimations * per_cut)
-    for k in range(config.num_concepts):
-        mask = masks_lib.concept(new, k)
-        for cut in range(1, reestimations + 1):
-            candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if regrow else mask
+    bar = _NoBar() if make_bar is None else make_bar(total=config.num_concepts * cuts * per_cut)
+    cutter = _Cutter(cutting, patterns.unit_of(pruner.pattern, pruner.block_size))
+    for cut in range(1, cuts + 1):
+        pairs: list[tuple[Batch, Array]] = []
+        collected: list[Kernels] = []
+        reached = finals if cut == cuts else start + (finals - start) * cut / cuts
+        before = masks
+        for k in range(config.num_concepts):
+            mask = masks_lib.concept(before, k)
+            candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if cutting.regrow else mask
             kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in candidates.items()}
-            gradients = fisher.SubnetworkGradients(
-                config,
-                params,
-                candidates,
-                heads,
-                pairs,
-                k,
-                per_example=pruner.per_example,
-                limit=pruner.num_grads,
-                on_gradient=functools.partial(bar.update, 1),
-            )
-            report: Report = {}
-            if criterion is None:
-                scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients)
-            else:
-                scores = patterns.spread(criterion(kernels, gradients), unit)
+            scores = store.get(cut, k, kernels) if store else None
+            report: Report = {"is_stored": scores is not None}
+            if scores is None:
+                pairs = pairs or _with_activations(config, params, before, heads, batches)
+                gradients = fisher.SubnetworkGradients(
+                    config,
+                    params,
+                    candidates,
+                    heads,
+                    pairs,
+                    k,
+                    per_example=pruner.per_example,
+                    limit=pruner.num_grads,
+                    on_gradient=functools.partial(bar.update, 1),
+                )
+                if criterion is None:
+                    scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients)
+                else:
+                    scores = patterns.spread(criterion(kernels, gradients), cutter.unit)
+                if store:
+                    store.put(cut, k, scores)
             if reports is not None:
                 reports.append(report)
-            is_last = cut == reestimations
-            reached = finals[k] if is_last else float(present[k] + (finals[k] - present[k]) * cut / reestimations)
-            mask = prune_concept(candidates, scores, reached, scope=scope, regrow=regrow, unit=unit)
+            if cutter.needs_all:
+                collected.append(scores)
+            else:
+                masks = masks_lib.replace_concept(masks, k, cutter.cut_one(mask, scores, float(reached[k])))
             # A criterion may take fewer gradients than were expected, or none.
-            bar.update(max(0, (k * reestimations + cut) * per_cut - bar.n))
-        new = masks_lib.replace_concept(new, k, mask)
+            bar.update(max(0, ((cut - 1) * config.num_concepts + k + 1) * per_cut - bar.n))
+        if cutter.needs_all:
+            masks = cutter.cut_all(masks, collected, reached)
     bar.close()
-    return new
+    return masks
+
+
+def _with_activations(
+    config: CBMConfig, params: Params, masks: Masks, heads: Heads, batches: Sequence[Batch]
+) -> list[tuple[Batch, Float[Array, "B K C"]]]:
+    forward, packed = make_forward(config), jax.jit(masks_lib.pack)(masks)
+    return [(batch, forward(params, packed, heads, batch).activations) for batch in batches]
+
+
+class _Cutter:
+    """Cuts masks as `config.sparsity` says, by the scores of one concept or of all."""
+
+    def __init__(self, config: SparsityConfig, unit: Unit) -> None:
+        self._config, self.unit = config, unit
+        self.needs_all = config.allotment == "loss" or config.shared_fraction > 0
+
+    def cut_one(self, mask: ConceptMask, scores: Kernels, sparsity: float, regrow: bool | None = None) -> ConceptMask:
+        return prune_concept(
+            mask,
+            scores,
+            sparsity,
+            scope=self._config.scope,
+            regrow=self._config.regrow if regrow is None else regrow,
+            unit=self.unit,
+            pinned=self._config.pinned,
+        )
+
+    def cut_all(self, masks: Masks, scores: Sequence[Kernels], sparsity: Float[np.ndarray, " K"]) -> Masks:
+        if self._config.regrow:
+            masks = {path: jnp.ones_like(mask) for path, mask in masks.items()}
+        if self._config.allotment == "loss":
+            sparsity = np.array(allot(scores, float(np.mean(sparsity))))
+        if self._config.shared_fraction:
+            common = self._config.shared_fraction * float(np.min(sparsity))
+            masks = prune_in_common(masks, scores, common, self.unit, self._config.pinned)
+        for k, of_concept in enumerate(scores):
+            mask = self.cut_one(masks_lib.concept(masks, k), of_concept, float(sparsity[k]), regrow=False)
+            masks = masks_lib.replace_concept(masks, k, mask)
+        return masks
 
 
 def num_gradients(params: Params, masks: Masks, pruner: PrunerConfig) -> int:

@@ -86,6 +86,44 @@ def _count_below(keys: list[UInt[Array, "..."]], candidates: list[UInt[Array, ""
     return counts
 
 
+def select_smallest_in_rows(
+    scores: Float[Array, "*layers inputs outputs"],
+    counts: UInt[Array, "*layers outputs"],
+    eligible: Bool[Array, "*layers inputs outputs"],
+) -> Bool[Array, "*layers inputs outputs"]:
+    """Marks, among the inputs of each output unit, the `counts` eligible ones of lowest score; ties by index.
+
+    Counts as `select_smallest` does, once a unit; more than there are eligible ones marks them all.
+
+    >>> import jax.numpy as jnp
+    >>> scores = jnp.array([[3.0, 0.0], [1.0, 0.0], [2.0, 5.0]])
+    >>> select_smallest_in_rows(scores, jnp.array([2, 1], jnp.uint32), jnp.ones((3, 2), bool)).astype(int).tolist()
+    [[0, 1], [1, 0], [1, 0]]
+    """
+    key = order_key(scores)
+    width = jnp.dtype(key.dtype).itemsize * 8
+
+    def in_row(flags: Bool[Array, "..."]) -> UInt[Array, "*layers 1 outputs"]:
+        return jnp.sum(flags, axis=-2, keepdims=True, dtype=jnp.uint32)
+
+    wanted = jnp.minimum(counts[..., None, :], in_row(eligible))
+
+    def search(key: UInt[Array, "..."], among: Bool[Array, "..."], wanted: Array, width: int) -> UInt[Array, "..."]:
+        """The largest value that fewer than `wanted` keys are below."""
+
+        def bit(step: Int[Array, ""], found: UInt[Array, "..."]) -> UInt[Array, "..."]:
+            candidate = found | (jnp.asarray(1, key.dtype) << (width - 1 - step).astype(key.dtype))
+            return jnp.where(in_row((key < candidate) & among) < wanted, candidate, found)
+
+        return jax.lax.fori_loop(0, width, bit, jnp.zeros(wanted.shape, key.dtype))
+
+    threshold = search(key, eligible, wanted, width)
+    below, tied = (key < threshold) & eligible, (key == threshold) & eligible
+    index = jax.lax.broadcasted_iota(jnp.uint32, scores.shape, scores.ndim - 2)
+    last = search(index, tied, wanted - in_row(below), 32)
+    return (wanted > 0) & (below | (tied & (index <= last)))
+
+
 def select_smallest(
     scores: Mapping[str, Float[Array, "..."]],
     count: int | Int[Array, ""],

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -171,12 +172,15 @@ def train(
     with (
         Checkpointer(workdir / "checkpoints", run.training.keep_checkpoints) as checkpoints,
         Checkpointer(workdir / "best", 1) as best,
+        Checkpointer(workdir / "scores", prepared.config.num_concepts * run.sparsity.reestimations) as scores,
     ):
         small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
         in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
-        loop = _Loop(run, in_use, mesh, checkpoints, best, workdir, loss_fn, criterion)
+        loop = _Loop(run, in_use, mesh, checkpoints, best, scores, workdir, loss_fn, criterion)
         loop.run_epochs()
         state, meta = loop.best_state()
+    if jax.process_index() == 0:
+        shutil.rmtree(workdir / "scores")  # empty by now
     model, metrics = _kept_model(run, in_use, mesh, state, meta)
     whole = vocabulary.put_back(model.params, prepared.params, small.ids)
     model = dataclasses.replace(model, config=prepared.config, params=whole)
@@ -207,12 +211,14 @@ class _Loop:
         mesh: Mesh,
         checkpoints: Checkpointer,
         best: Checkpointer,
+        scores: Checkpointer,
         workdir: Path,
         loss_fn: LossFn | None,
         criterion: Criterion | None,
     ) -> None:
         self.settings, self.prepared, self.mesh = run, prepared, mesh
         self.checkpoints, self.best, self.workdir, self.criterion = checkpoints, best, workdir, criterion
+        self.scores = scores
         self.train_split = prepared.splits["train"]
         self.steps_per_epoch = num_batches(self.train_split.num_examples, run.training.batch_size)
         self.events: list[PruningEvent] = []
@@ -336,6 +342,8 @@ class _Loop:
         started, reports = time.monotonic(), list[Report]()
         if number == 0 and self.criterion is None:
             _say(pruning.describe_plan(state.params, masks, run.pruner))
+        if self.scores.steps():
+            _say(f"scores of {len(self.scores.steps())} concepts are there already, from before the run was stopped")
         masks = pruning.prune(
             config,
             state.params,
@@ -344,14 +352,14 @@ class _Loop:
             pruning.fisher_batches(self.train_split, run.pruner, seed=run.seed, event=number),
             event.sparsity,
             pruner=run.pruner,
-            scope=run.sparsity.scope,
-            regrow=run.sparsity.regrow,
-            reestimations=run.sparsity.reestimations,
+            cutting=run.sparsity,
             criterion=self.criterion,
             seed=run.seed + number,
             reports=reports,
             make_bar=functools.partial(progress, description=f"pruning to {event}", unit="gradient"),
+            store=pruning.StoredScores(self.scores, config.num_concepts, {"event": number, "step": self.step}),
         )
+        self.scores.clear()
         self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
         record = {"epoch": epoch, "sparsity": event.sparsity, "density": masks_lib.total_density(masks).tolist()}
         record |= {"concepts": reports, "peak_bytes": pruning.peak_memory()}

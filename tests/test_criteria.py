@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsecbm_jax import criteria, fisher, patterns, pruning
+from sparsecbm_jax import criteria, cutting, fisher, patterns
 from sparsecbm_jax.config import CRITERIA, PATTERNS, PrunerConfig
 from sparsecbm_jax.criteria import Kernels, Report
 
@@ -47,6 +47,13 @@ def exact_scores(weights: np.ndarray, grads: np.ndarray, block: int, damping: fl
         inverse = np.linalg.inv(damping * np.eye(block) + g.T @ g / len(g))
         scores[at] = weights[at] ** 2 / (2 * np.diag(inverse))
     return scores
+
+
+def whole_scores(weights: np.ndarray, grads: np.ndarray) -> np.ndarray:
+    """½ w² / diag F⁻¹ in float64, with all weights in one block."""
+    rows = grads.reshape(len(grads), -1)
+    inverse = np.linalg.inv(0.1 * np.mean(rows**2) * np.eye(rows.shape[1]) + rows.T @ rows / len(rows))
+    return weights**2 / (2 * np.diag(inverse).reshape(weights.shape))
 
 
 @pytest.mark.parametrize("num_grads", [4, 20], ids=["dual", "gram"])
@@ -124,6 +131,7 @@ def test_every_criterion_has_its_definition(name: str) -> None:
         "movement": -w * mean,
         "taylor": w**2 * square,
         "diagonal_fisher": 0.5 * w**2 * (square + 0.1 * square.mean()),
+        "m_fac": whole_scores(w, grads),
     }
     if name != "random":
         np.testing.assert_allclose(got, expected[name], rtol=1e-4, atol=1e-6)
@@ -143,7 +151,7 @@ def test_units_are_pruned_whole_exactly_and_nested(criterion: str, pattern: str)
     for sparsity in (0.25, 0.5):
         current = {PATH: jnp.where(previous[PATH], kernels()[PATH], 0)}
         scores = criteria.make_criterion(config)(current, Stream(gradients()))
-        cut = pruning.prune_concept(previous, scores, sparsity, unit=unit)
+        cut = cutting.prune_concept(previous, scores, sparsity, unit=unit)
         pruned = ~np.asarray(cut[PATH])
         assert pruned.sum() == round(sparsity * total / unit.pruned) * unit.pruned
         assert not (np.asarray(cut[PATH]) & ~np.asarray(previous[PATH])).any(), "what was pruned stays pruned"
@@ -155,7 +163,7 @@ def test_units_are_pruned_whole_exactly_and_nested(criterion: str, pattern: str)
 def test_more_than_two_of_four_is_refused() -> None:
     mask = {PATH: jnp.ones(SHAPE, bool)}
     with pytest.raises(ValueError, match=r"0\.6 is more than 2 of 4"):
-        pruning.prune_concept(mask, kernels(), 0.6, unit=patterns.unit_of("2:4", 16))
+        cutting.prune_concept(mask, kernels(), 0.6, unit=patterns.unit_of("2:4", 16))
 
 
 def test_groups_that_do_not_divide_a_kernel_are_refused() -> None:

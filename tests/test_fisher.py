@@ -84,7 +84,14 @@ def test_pruning_is_exact_nested_and_keeps_the_best(scope: str, tiny_backbone_co
     previous = full
     for sparsity in (0.2, 0.5, 0.75):
         pruned = pruning.prune(
-            config, params, previous, heads, batches, sparsity, pruner=PrunerConfig(block_size=8), scope=scope
+            config,
+            params,
+            previous,
+            heads,
+            batches,
+            sparsity,
+            pruner=PrunerConfig(block_size=8),
+            cutting=SparsityConfig(scope=scope),
         )
         total = masks_lib.num_weights(full)
         if scope == "global":
@@ -104,7 +111,16 @@ def test_pruning_is_exact_nested_and_keeps_the_best(scope: str, tiny_backbone_co
 def test_regrow_lets_weights_come_back(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config, density=0.5)
     batches = [random_batch(seed) for seed in range(3)]
-    pruned = pruning.prune(config, params, masks, heads, batches, 0.5, pruner=PrunerConfig(block_size=8), regrow=True)
+    pruned = pruning.prune(
+        config,
+        params,
+        masks,
+        heads,
+        batches,
+        0.5,
+        pruner=PrunerConfig(block_size=8),
+        cutting=SparsityConfig(regrow=True),
+    )
     assert any(bool((pruned[path] & ~masks[path]).any()) for path in masks)
     assert masks_lib.num_kept(pruned).tolist() == [round(0.5 * masks_lib.num_weights(masks))] * 3
 
@@ -122,7 +138,7 @@ def test_concepts_have_sparsities_of_their_own_in_several_cuts(tiny_backbone_con
         [random_batch(seed) for seed in range(2)],
         wanted,
         pruner=PrunerConfig(block_size=8, num_grads=2),
-        reestimations=2,
+        cutting=SparsityConfig(reestimations=2),
         reports=reports,
     )
     total = masks_lib.num_weights(full)

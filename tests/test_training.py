@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsecbm_jax import artifact, cbm, checkpoint, training
+from sparsecbm_jax import artifact, cbm, checkpoint, pruning, training
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.config import RunConfig, from_config_dict
 
@@ -111,13 +111,11 @@ def test_another_loss_is_another_run(finished: training.TrainResult) -> None:
         training.train(tiny_run(), finished.workdir, loss_fn=cbm.concept_loss)
 
 
-def test_fewer_rows_than_a_gradient_averages_are_enough(finished: training.TrainResult, tmp_path: Path) -> None:
+def test_fewer_rows_than_a_gradient_averages_are_enough() -> None:
     run = tiny_run(pruner={"grad_batch_size": 4096, "num_grads": 2})
     mesh = training.sharding.make_mesh(devices=jax.devices()[:1])
-    with checkpoint.Checkpointer(tmp_path / "a") as first, checkpoint.Checkpointer(tmp_path / "b") as second:
-        loop = training._Loop(run, training.prepare(run), mesh, first, second, tmp_path, None, None)
-        assert len(training.pruning.fisher_batches(loop.train_split, run.pruner, seed=0)) == 2
-        loop.log.close()
+    split = training.prepare(run, mesh).splits["train"]
+    assert len(pruning.fisher_batches(split, run.pruner, seed=0)) == 2
 
 
 class Stop(KeyboardInterrupt):
@@ -165,6 +163,31 @@ def test_resuming_mid_epoch_continues_to_the_bit(
     assert resumed.metrics["train_seconds"] > 0
     whole, log = ((w / "metrics.jsonl").read_text().splitlines() for w in (finished.workdir, tmp_path))
     assert [json.loads(line)["step"] for line in log] == [json.loads(line)["step"] for line in whole]
+
+
+def test_resuming_within_a_pruning_event_keeps_what_was_scored(
+    finished: training.TrainResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, kept = pruning.StoredScores.put, list[int]()
+
+    def put(store: pruning.StoredScores, cut: int, concept: int, scores: Any) -> None:
+        kept.append(concept)
+        if kept.count(2) == 1 and concept == 2:
+            raise Stop
+        real(store, cut, concept, scores)
+
+    monkeypatch.setattr(pruning.StoredScores, "put", put)
+    with pytest.raises(Stop):
+        training.train(tiny_run(), tmp_path)
+    resumed = training.train(tiny_run(), tmp_path)
+    assert "scores of 2 concepts are there already" in capsys.readouterr().out
+    assert kept == [0, 1, 2, 2, 3, 0, 1, 2, 3], "two of the first event's are not made again"
+    chex.assert_trees_all_equal(resumed.model.masks, finished.model.masks)
+    chex.assert_trees_all_equal(resumed.model.params, finished.model.params)
+    assert not (tmp_path / "scores").exists()
 
 
 @pytest.mark.parametrize("strategy", ["standard", "independent", "sequential", "joint"])
