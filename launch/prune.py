@@ -16,6 +16,7 @@ import dataclasses
 import functools
 
 import command_line
+import saved
 from absl import flags
 
 FLAGS = flags.FLAGS
@@ -32,33 +33,12 @@ def main() -> None:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")
 
     from sparsecbm_jax import artifact, checkpoint, evaluation, masks, pruning
-    from sparsecbm_jax.backbones import maskable_paths
-    from sparsecbm_jax.data import eval_batches, load_dataset, tokenize
     from sparsecbm_jax.logs import progress
 
-    model = artifact.load(FLAGS.model)
-    if model.strategy not in ("joint", "sparse"):
-        raise ValueError(f"{FLAGS.model} was trained by strategy {model.strategy!r}; expected 'joint' or 'sparse'")
-    # Written-out layers would cost more to compile than these few passes can win back.
-    config = dataclasses.replace(model.config, unroll_layers=False)
-    dataset = load_dataset(run.data)
-    if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
-        raise ValueError(
-            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but the model "
-            f"was trained for {model.schema.concepts} of classes {model.schema.classes}"
-        )
-    max_length = min(run.data.max_length, config.backbone.max_length)
-    splits = {name: tokenize(dataset.splits[name], model.tokenizer, max_length) for name in ("train", "test")}
-
-    def test_report(masks_now: masks.Masks | None) -> dict[str, object]:
-        batches = eval_batches(splits["test"], batch_size=run.training.eval_batch_size)
-        return evaluation.evaluate(config, model.params, masks_now, model.heads, batches, dataset.schema)
-
-    print(f"test, as it was:\n{evaluation.render_table(test_report(model.masks))}", flush=True)
-    paths = maskable_paths(config.backbone)
-    start = masks.create(model.params, paths, config.num_concepts) if model.masks is None else model.masks
-    wanted = pruning.final_sparsity(run.sparsity, config.num_concepts)
+    model, dataset, splits = found = saved.read(FLAGS.model, run)
+    print(f"test, as it was:\n{evaluation.render_table(found.scores(run, 'test', model.masks))}", flush=True)
     before = pruning.peak_memory()
+    start = pruning.whole_masks(model) if model.masks is None else model.masks
     print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
     about = {"model": FLAGS.model, "data": run.data.path or dataset.name, "seed": run.seed}
     about |= {"pruner": dataclasses.asdict(run.pruner), "regrow": run.sparsity.regrow}
@@ -68,32 +48,22 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         store = None
         if FLAGS.scores:
-            most = config.num_concepts * run.sparsity.reestimations
+            most = model.config.num_concepts * run.sparsity.reestimations
             kept = stack.enter_context(checkpoint.Checkpointer(FLAGS.scores, most))
-            store = pruning.StoredScores(kept, config.num_concepts, about)
-        pruned = pruning.prune(
-            config,
-            model.params,
-            start,
-            model.heads,
-            pruning.fisher_batches(splits["train"], run.pruner, seed=run.seed),
-            wanted,
-            pruner=run.pruner,
-            cutting=run.sparsity,
-            seed=run.seed,
-            make_bar=functools.partial(progress, description="pruning", unit="gradient"),
-            store=store,
-        )
+            store = pruning.StoredScores(kept, model.config.num_concepts, about)
+        bar = functools.partial(progress, description="pruning", unit="gradient")
+        pruned = pruning.prune_model(model, splits["train"], run, make_bar=bar, store=store)
     grown = (pruning.peak_memory() - before) / 2**20
     print(f"peak memory {pruning.peak_memory() / 2**20:.0f} MiB, {grown:.0f} MiB above what evaluating had taken")
-    metrics = {"test": test_report(pruned)}
+    metrics = {"test": found.scores(run, "test", pruned)}
     print(f"test, pruned:\n{evaluation.render_table(metrics['test'])}")
     for name, density in zip(dataset.schema.concepts, masks.total_density(pruned), strict=True):
         print(f"{name}: {100 * (1 - density):.2f} % of {masks.num_weights(pruned)} weights pruned")
     if FLAGS.save:
         pruning_config = {section: dataclasses.asdict(getattr(run, section)) for section in ("pruner", "sparsity")}
         metadata = {**model.metadata, "pruned": {"from": FLAGS.model, "seed": run.seed, **pruning_config}}
-        result = dataclasses.replace(model, masks=pruned, strategy="sparse", metadata=metadata)
+        as_it_was = artifact.load(FLAGS.model)
+        result = dataclasses.replace(as_it_was, masks=pruned, strategy="sparse", metadata=metadata)
         print(f"saved: {artifact.save(result, FLAGS.save, metrics=metrics)}")
 
 

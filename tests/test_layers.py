@@ -21,7 +21,7 @@ FLOORS = (
     ("backbones", "data", "checkpoint"),
     ("cbm", "fisher"),
     ("model_card", "artifact", "criteria", "cutting", "pruning", "intervention", "explanation"),
-    ("evaluation", "logs", "steps", "vocabulary", "training"),
+    ("evaluation", "logs", "steps", "vocabulary", "preparation", "training"),
     ("report", "app"),
 )
 RANK = {room: rank for rank, room in enumerate(room for floor in FLOORS for room in floor)}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsecbm_jax import artifact, cbm, checkpoint, pruning, training
+from sparsecbm_jax import artifact, cbm, checkpoint, preparation, pruning, training
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.config import RunConfig, from_config_dict
 
@@ -259,7 +259,7 @@ def test_a_sharded_run_is_the_same_run(finished: training.TrainResult, tmp_path:
 
 
 def test_minilm_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.backbones, "find_minilm", lambda: None)
+    monkeypatch.setattr(preparation.backbones, "find_minilm", lambda: None)
     with pytest.raises(FileNotFoundError, match=r"backbone.name=tiny"):
         training.prepare(tiny_run(backbone={"name": "minilm"}))
 

@@ -1,0 +1,53 @@
+"""A saved model beside the data that a config names: what `prune.py` and `sweep.py` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+if typing.TYPE_CHECKING:
+    from sparsecbm_jax.artifact import SparseCBM
+    from sparsecbm_jax.config import RunConfig
+    from sparsecbm_jax.data.batches import Tokenized
+    from sparsecbm_jax.data.schema import Dataset
+    from sparsecbm_jax.masks import Masks
+
+
+class Saved(typing.NamedTuple):
+    """A model for a few passes, and the data's splits in its tokens."""
+
+    model: SparseCBM
+    dataset: Dataset
+    splits: dict[str, Tokenized]
+
+    def scores(self, run: RunConfig, split: str, masks: Masks | None) -> dict[str, typing.Any]:
+        """The scores of the model with other masks on a split; see `evaluation.evaluate`."""
+        from sparsecbm_jax import evaluation
+        from sparsecbm_jax.data import eval_batches
+
+        batches = eval_batches(self.splits[split], batch_size=run.training.eval_batch_size)
+        model = self.model
+        return evaluation.evaluate(model.config, model.params, masks, model.heads, batches, self.dataset.schema)
+
+
+def read(folder: str, run: RunConfig) -> Saved:
+    """Reads a model and the config's data.
+
+    Raises:
+        ValueError: If the data has other concepts or classes than the model.
+    """
+    from sparsecbm_jax import artifact
+    from sparsecbm_jax.data import load_dataset, tokenize
+
+    model = artifact.load(folder)
+    # Written-out layers would cost more to compile than these few passes can win back.
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    dataset = load_dataset(run.data)
+    if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
+        raise ValueError(
+            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but {folder} "
+            f"was trained for {model.schema.concepts} of classes {model.schema.classes}"
+        )
+    max_length = min(run.data.max_length, model.config.backbone.max_length)
+    splits = {name: tokenize(examples, model.tokenizer, max_length) for name, examples in dataset.splits.items()}
+    return Saved(model, dataset, splits)

@@ -1,0 +1,222 @@
+"""Concept and task accuracy against sparsity, for criteria and models: the paper's Figure 5, and comparisons of scores.
+
+python launch/sweep.py --models=runs/joint/seed0/model,runs/joint/seed1/model --config=configs/cebab_minilm.py \
+    --config.data.path=DIR --criteria=woodfisher,magnitude --sparsities=0.5,0.75,0.9 --workdir=runs/sweep
+python launch/sweep.py ... --epochs=2        # trains each on under its masks
+
+Every dense model is pruned once for each criterion and sparsity, scores being made once for all sparsities. With
+--epochs, pruning is the first step of a training run from the dense model, whose settings (learning rates, batch size)
+are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped. At
+the end a table (sweep.md) and, where matplotlib is installed (extra `report`), a plot (sweep.png, sweep.svg) of means
+over the models with their range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+import typing
+from pathlib import Path
+
+import command_line
+import saved
+from absl import flags
+
+if typing.TYPE_CHECKING:
+    from sparsecbm_jax.config import RunConfig
+
+FLAGS = flags.FLAGS
+command_line.define_config()
+flags.adopt_module_key_flags(command_line)
+flags.DEFINE_list("models", [], "Folders of dense models of strategy 'joint', with commas.")
+flags.DEFINE_list("criteria", ["woodfisher", "magnitude"], "Values of config.pruner.criterion, with commas.")
+flags.DEFINE_list("sparsities", ["0.25", "0.5", "0.75", "0.9"], "Pruned fractions, with commas.")
+flags.DEFINE_integer("epochs", 0, "Epochs of training under the masks.", lower_bound=0)
+flags.DEFINE_string("workdir", None, "Folder that results are written to.")
+
+_SCORES = ("concept", "task")
+
+
+class Result(typing.NamedTuple):
+    """Accuracies on the test split of one model, pruned in one way."""
+
+    model: str
+    criterion: str
+    sparsity: float
+    epochs: int
+    concept: float
+    task: float
+
+
+def main() -> None:
+    run = command_line.run_config()
+    if not FLAGS.workdir or not FLAGS.models:
+        raise ValueError("--models and --workdir are needed; expected dense models and a folder for the results")
+    if FLAGS.epochs == 1:
+        raise ValueError("--epochs=1: expected 0, for pruning alone, or at least 2")
+    try:
+        sparsities = sorted({float(value) for value in FLAGS.sparsities})
+    except ValueError:
+        raise ValueError(f"--sparsities={','.join(FLAGS.sparsities)}: expected numbers with commas") from None
+    wanted = {criterion: _run_of(run, criterion, sparsities[-1]) for criterion in FLAGS.criteria}
+    workdir = Path(FLAGS.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "results.jsonl"
+    results = read_results(path)
+    for folder in FLAGS.models:
+        rows = [(criterion, s) for criterion in wanted for s in sparsities]
+        left = [row for row in rows if (folder, *row, FLAGS.epochs) not in {tuple(result[:4]) for result in results}]
+        if not left and any(result.model == folder and not result.sparsity for result in results):
+            continue
+        for result in (_tuned if FLAGS.epochs else _pruned)(folder, left, wanted, workdir):
+            results.append(result)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result._asdict()) + "\n")
+            print(f"{folder}: {describe(result)}", flush=True)
+    asked = {(criterion, s) for criterion in wanted for s in sparsities}
+    shown = [r for r in results if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
+    table = render(shown)
+    (workdir / "sweep.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    plot(shown, workdir)
+
+
+def read_results(path: Path) -> list[Result]:
+    """What was found before; a last line that was cut short is left out, and overwritten."""
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    return [Result(**json.loads(line)) for line in whole]
+
+
+def _is_asked(result: Result, asked: set[tuple[str, float]], epochs: int) -> bool:
+    return not result.sparsity or ((result.criterion, result.sparsity) in asked and result.epochs == epochs)
+
+
+def _run_of(run: RunConfig, criterion: str, sparsity: float) -> RunConfig:
+    pruner = dataclasses.replace(run.pruner, criterion=criterion)
+    cut = dataclasses.replace(run.sparsity, final=sparsity, initial=0.0, per_concept=())
+    return dataclasses.replace(run, strategy="sparse", pruner=pruner, sparsity=cut)
+
+
+def _dense(folder: str, found: saved.Saved, run: RunConfig) -> Result:
+    report = found.scores(run, "test", None)
+    return Result(folder, "dense", 0.0, 0, *(report[name]["accuracy"] for name in _SCORES))
+
+
+def _pruned(
+    folder: str, rows: list[tuple[str, float]], runs: dict[str, RunConfig], workdir: Path
+) -> typing.Iterator[Result]:
+    """The results of pruning alone; the scores of a criterion are kept until its last sparsity is done."""
+    from sparsecbm_jax import checkpoint, pruning
+    from sparsecbm_jax.logs import progress
+
+    found = saved.read(folder, next(iter(runs.values())))
+    if found.model.strategy != "joint":
+        raise ValueError(f"{folder} was trained by strategy {found.model.strategy!r}; expected a dense model, 'joint'")
+    yield _dense(folder, found, next(iter(runs.values())))
+    num_concepts = found.model.config.num_concepts
+    for criterion in dict.fromkeys(criterion for criterion, _ in rows):
+        with checkpoint.Checkpointer(workdir / "scores", num_concepts) as kept:
+            about = {"model": folder, "pruner": dataclasses.asdict(runs[criterion].pruner)}
+            if kept.steps() and kept.read_meta(kept.steps()[0]) != about:
+                kept.clear()
+            store = pruning.StoredScores(kept, num_concepts, about)
+            bar = functools.partial(progress, description=f"{folder}: {criterion}", unit="gradient")
+            for sparsity in (s for of_row, s in rows if of_row == criterion):
+                run = _run_of(runs[criterion], criterion, sparsity)
+                masks = pruning.prune_model(found.model, found.splits["train"], run, make_bar=bar, store=store)
+                report = found.scores(run, "test", masks)
+                yield Result(folder, criterion, sparsity, 0, *(report[name]["accuracy"] for name in _SCORES))
+            kept.clear()
+
+
+def _tuned(
+    folder: str, rows: list[tuple[str, float]], runs: dict[str, RunConfig], workdir: Path
+) -> typing.Iterator[Result]:
+    """The results of pruning before the first step of a training run."""
+    from sparsecbm_jax import artifact, training
+
+    found = saved.read(folder, next(iter(runs.values())))
+    yield _dense(folder, found, next(iter(runs.values())))
+    start = artifact.load(folder)
+    for criterion, sparsity in rows:
+        run = _run_of(runs[criterion], criterion, sparsity)
+        once = dataclasses.replace(run.sparsity, schedule="oneshot", start_epoch=0, end_epoch=1)
+        run = dataclasses.replace(
+            run, sparsity=once, training=dataclasses.replace(run.training, num_epochs=FLAGS.epochs)
+        )
+        name = f"{Path(folder).parent.name}-{criterion}-{sparsity:g}"
+        metrics = training.train(run, workdir / name, start=start).metrics["test"]
+        yield Result(folder, criterion, sparsity, FLAGS.epochs, *(metrics[name]["accuracy"] for name in _SCORES))
+
+
+def describe(result: Result) -> str:
+    """A result in a line."""
+    accuracies = f"concepts {100 * result.concept:.1f} %, task {100 * result.task:.1f} %"
+    return f"{result.criterion} at {result.sparsity:g}: {accuracies}"
+
+
+def grouped(results: list[Result]) -> dict[tuple[str, float], list[Result]]:
+    """The models' results of each criterion and sparsity, in order."""
+    groups: dict[tuple[str, float], dict[str, Result]] = {}
+    for result in sorted(results, key=lambda r: (r.sparsity, FLAGS.criteria.index(r.criterion) if r.sparsity else -1)):
+        groups.setdefault((result.criterion, result.sparsity), {})[result.model] = result
+    return {key: list(of_models.values()) for key, of_models in groups.items()}
+
+
+def render(results: list[Result]) -> str:
+    """A Markdown table of means ± sample standard deviations over the models."""
+    lines = ["| criterion | sparsity | concepts | task | models |", "| --- | ---: | ---: | ---: | ---: |"]
+    for (criterion, sparsity), of_models in grouped(results).items():
+        cells = [mean_and_deviation([100 * getattr(result, name) for result in of_models]) for name in _SCORES]
+        lines.append(f"| {criterion} | {sparsity:g} | {cells[0]} | {cells[1]} | {len(of_models)} |")
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """mean ± sample standard deviation, or the one value."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def plot(results: list[Result], workdir: Path) -> None:
+    """Draws sweep.png and sweep.svg; says so where matplotlib is not there to do it."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no plot: matplotlib is not installed (extra 'report')")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = grouped(results)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    # Okabe and Ito's colours, and a marker each, so that colour never stands alone.
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+    for axis, name, title in zip(axes, _SCORES, ("concepts", "task"), strict=True):
+        for i, criterion in enumerate(FLAGS.criteria):
+            points = [(s, [100 * getattr(r, name) for r in rs]) for (c, s), rs in groups.items() if c == criterion]
+            where, values = [s for s, _ in points], [of_models for _, of_models in points]
+            style = {"color": colours[i % len(colours)], "marker": "osD^vPX*"[i % 8]}
+            axis.plot(where, [statistics.mean(v) for v in values], label=criterion, **style)
+            axis.fill_between(
+                where, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15
+            )
+        for (criterion, _), of_models in groups.items():
+            if criterion == "dense":
+                level = statistics.mean(100 * getattr(result, name) for result in of_models)
+                axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense")
+        axis.set(xlabel="sparsity of each subnetwork", ylabel="accuracy on test (%)", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize="small")
+    for ending in ("png", "svg"):
+        figure.savefig(workdir / f"sweep.{ending}", dpi=150)
+    print(f"drawn: {workdir / 'sweep.png'} and .svg")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

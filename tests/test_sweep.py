@@ -1,0 +1,74 @@
+"""A sweep over criteria and sparsities goes on where it was stopped, and trains on under its masks."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsecbm_jax import artifact, training
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.config import from_config_dict
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "data.max_length": 16,
+    "training.batch_size": 32,
+    "training.eval_batch_size": 32,
+    "pruner.num_grads": 2,
+    "pruner.block_size": 32,
+    "backbone.name": "tiny",
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings: dict[str, dict[str, object]] = {}
+    for key, value in SETTINGS.items():
+        section, _, name = key.partition(".")
+        settings.setdefault(section, {})[name] = value
+    settings["training"]["num_epochs"] = 1
+    run = from_config_dict({"strategy": "joint", **settings, "sparsity": {"end_epoch": 3}})
+    return training.train(run, tmp_path_factory.mktemp("joint") / "seed0").workdir / "model"
+
+
+def sweep(model: Path, workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["launch/sweep.py", f"--models={model}", "--config=configs/quickstart.py:tiny", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    return subprocess.run([sys.executable, *command, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(dense: Path, tmp_path: Path) -> None:
+    first = sweep(dense, tmp_path, "--criteria=taylor,magnitude", "--sparsities=0.5,0.9")
+    assert first.returncode == 0, first.stderr
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    found = [(row["criterion"], row["sparsity"]) for row in map(json.loads, lines)]
+    cut = [("taylor", 0.5), ("taylor", 0.9), ("magnitude", 0.5), ("magnitude", 0.9)]
+    assert found == [("dense", 0.0), *cut]
+    table = (tmp_path / "sweep.md").read_text()
+    assert table.count("\n| ") == 6 and "| magnitude | 0.9 |" in table and table.strip() in first.stdout
+    assert (tmp_path / "sweep.png").is_file() or "no plot" in first.stdout
+    # As if it had been stopped in the last line.
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + '\n{"model": "')
+    again = sweep(dense, tmp_path, "--criteria=taylor,magnitude", "--sparsities=0.5,0.9")
+    assert again.returncode == 0, again.stderr
+    assert "taylor at" not in again.stdout and "magnitude at 0.9" in again.stdout
+    assert (tmp_path / "sweep.md").read_text() == table
+
+
+def test_a_sweep_trains_on_under_its_masks(dense: Path, tmp_path: Path) -> None:
+    result = sweep(dense, tmp_path, "--criteria=magnitude", "--sparsities=0.8", "--epochs=2")
+    assert result.returncode == 0, result.stderr
+    model = artifact.load(tmp_path / "seed0-magnitude-0.8" / "model")
+    assert masks_lib.total_density(model.masks).round(3).tolist() == [0.2] * 4
+    refused = sweep(dense, tmp_path, "--epochs=1")
+    assert refused.returncode == 2 and "expected 0, for pruning alone, or at least 2" in refused.stderr
+
+
+def test_a_model_to_start_from_has_to_fit(dense: Path, tmp_path: Path) -> None:
+    model = artifact.load(dense)
+    other = dataclasses.replace(model, schema=dataclasses.replace(model.schema, concepts=("a", "b", "c", "d")))
+    with pytest.raises(ValueError, match="another backbone or schema"):
+        training.train(from_config_dict({"backbone": {"name": "tiny"}}), tmp_path, start=other)
