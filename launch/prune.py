@@ -24,6 +24,7 @@ command_line.define_config()
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/cebab/model.")
 flags.DEFINE_string("save", None, "Folder to save the pruned model to.")
+flags.DEFINE_bool("optimal_update", False, "Move the surviving weights to their optimum (Eq. 10); one concept only.")
 flags.DEFINE_string("scores", None, "Folder to keep the scores in, and to take them from where they are there already.")
 
 
@@ -39,6 +40,11 @@ def main() -> None:
     print(f"test, as it was:\n{evaluation.render_table(found.scores(run, 'test', model.masks))}", flush=True)
     before = pruning.peak_memory()
     start = pruning.whole_masks(model) if model.masks is None else model.masks
+    if FLAGS.optimal_update and model.config.num_concepts != 1:
+        raise ValueError(
+            f"--optimal_update moves weights that the {model.config.num_concepts} subnetworks of {FLAGS.model} share; "
+            "expected a model of one concept"
+        )
     print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
     about = {"model": FLAGS.model, "data": run.data.path or dataset.name, "seed": run.seed}
     about |= {"pruner": dataclasses.asdict(run.pruner), "regrow": run.sparsity.regrow}
@@ -53,6 +59,13 @@ def main() -> None:
             store = pruning.StoredScores(kept, model.config.num_concepts, about)
         bar = functools.partial(progress, description="pruning", unit="gradient")
         pruned = pruning.prune_model(model, splits["train"], run, make_bar=bar, store=store)
+    if FLAGS.optimal_update:
+        batches = pruning.fisher_batches(splits["train"], run.pruner, seed=run.seed)
+        params = pruning.optimal_update(
+            model.config, model.params, start, pruned, model.heads, batches, pruner=run.pruner
+        )
+        model = dataclasses.replace(model, params=params)
+        found = found._replace(model=model)
     grown = (pruning.peak_memory() - before) / 2**20
     print(f"peak memory {pruning.peak_memory() / 2**20:.0f} MiB, {grown:.0f} MiB above what evaluating had taken")
     metrics = {"test": found.scores(run, "test", pruned)}
@@ -63,7 +76,7 @@ def main() -> None:
         pruning_config = {section: dataclasses.asdict(getattr(run, section)) for section in ("pruner", "sparsity")}
         metadata = {**model.metadata, "pruned": {"from": FLAGS.model, "seed": run.seed, **pruning_config}}
         as_it_was = artifact.load(FLAGS.model)
-        result = dataclasses.replace(as_it_was, masks=pruned, strategy="sparse", metadata=metadata)
+        result = dataclasses.replace(as_it_was, params=model.params, masks=pruned, strategy="sparse", metadata=metadata)
         print(f"saved: {artifact.save(result, FLAGS.save, metrics=metrics)}")
 
 

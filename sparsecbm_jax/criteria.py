@@ -5,6 +5,7 @@ place. The gradients are those of L_k at θ_k and may be gone through several ti
 computes any.
 """
 
+import dataclasses
 import functools
 import logging
 import zlib
@@ -163,6 +164,46 @@ def woodfisher_scores(
             raise FloatingPointError(
                 f"{path}: a score is NaN; damping ({config.damping_mode} {config.damping:g}) is too small for float32"
             )
+    return {path: leaf for path, (leaf, _) in whole.items()}
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _move(
+    kernel: Float[Array, "inputs units"],
+    kept: Bool[Array, "inputs units"],
+    grams: Float[Array, "N b b"],
+    num_grads: Float[Array, ""],
+    zeta: Float[Array, ""],
+    block_size: int,
+) -> Float[Array, "N b"]:
+    blocks, stays = woodfisher.to_blocks(kernel, block_size), woodfisher.to_blocks(kept, block_size)
+    return woodfisher.joint_update(blocks, stays, grams, num_grads, zeta)
+
+
+def updated_kernels(
+    kernels: Kernels, gradients: Iterable[Kernels], kept: Mapping[str, Bool[Array, "..."]], config: PrunerConfig
+) -> Kernels:
+    """The kernels with what is not kept at zero and the rest of each block at its optimum (Eq. 10).
+
+    Args:
+      kernels, gradients, config: as in `woodfisher_scores`; before the cut.
+      kept: the mask after it.
+
+    Raises:
+      FloatingPointError: as `woodfisher_scores`.
+    """
+    # The sums of outer products, also where there are fewer gradients than a block has weights.
+    as_gram = dataclasses.replace(config, num_grads=max(config.num_grads, config.block_size))
+    zetas: dict[str, Float[Array, ""]] = {}
+    moved: dict[Piece, Float[Array, "N b"]] = {}
+    for pieces in fisher.plan_passes(kernels, as_gram):
+        found = fisher.accumulate(gradients, pieces, config.block_size)
+        if not zetas:
+            zetas, _ = _dampings(kernels, gradients, found, config)
+        for piece in pieces:
+            leaves = piece.of(kernels[piece.path]), piece.of(kept[piece.path]), found.states.pop(0)
+            moved[piece] = _move(*leaves, jnp.float32(found.num_grads), zetas[piece.path], config.block_size)
+    whole = {path: _assemble(path, kernel.shape, moved) for path, kernel in kernels.items()}
     return {path: leaf for path, (leaf, _) in whole.items()}
 
 

@@ -24,7 +24,7 @@ from sparsecbm_jax.backbones import maskable_paths
 from sparsecbm_jax.cbm import CBMConfig, Heads, make_forward
 from sparsecbm_jax.checkpoint import Checkpointer
 from sparsecbm_jax.config import PrunerConfig, RunConfig, SparsityConfig
-from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion
+from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion, updated_kernels
 from sparsecbm_jax.cutting import ConceptMask, allot, prune_concept, prune_in_common
 from sparsecbm_jax.data.batches import Batch, Tokenized, train_batches
 from sparsecbm_jax.masks import Masks, Params
@@ -283,6 +283,39 @@ class _Cutter:
             mask = self.cut_one(masks_lib.concept(masks, k), of_concept, float(sparsity[k]), regrow=False)
             masks = masks_lib.replace_concept(masks, k, mask)
         return masks
+
+
+def optimal_update(
+    config: CBMConfig,
+    params: Params,
+    before: Masks,
+    after: Masks,
+    heads: Heads,
+    batches: Sequence[Batch],
+    *,
+    pruner: PrunerConfig,
+) -> Params:
+    """Parameters in which what `after` keeps has moved to its optimum for what was pruned since `before` (Eq. 10).
+
+    Raises:
+      ValueError: if there is more than one mask: the weights that would move are shared by all subnetworks.
+    """
+    if config.num_concepts != 1:
+        raise ValueError(
+            f"the optimal update moves surviving weights, which {config.num_concepts} subnetworks share; it is for a "
+            "model of one concept"
+        )
+    mask, kept = masks_lib.concept(before, 0), masks_lib.concept(after, 0)
+    kernels = {path: jnp.where(old, masks_lib.leaf_at(params, path), 0) for path, old in mask.items()}
+    pairs = _with_activations(config, params, before, heads, batches)
+    gradients = fisher.SubnetworkGradients(
+        config, params, mask, heads, pairs, 0, per_example=pruner.per_example, limit=pruner.num_grads
+    )
+    moved = updated_kernels(kernels, gradients, kept, pruner)
+    for path, leaf in moved.items():
+        new = jnp.where(kept[path], leaf, masks_lib.leaf_at(params, path))
+        params = masks_lib.with_leaf(params, path, new)
+    return params
 
 
 def prune_model(

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Blocks inverted at a time on CPU (at b = 64 in float32 a megabyte, which stays in a core's cache) and elsewhere.
 SLICE, _WIDE_SLICE = 64, 4096
@@ -439,3 +439,26 @@ def optimal_update(weights: Float[Array, " b"], inverse_block: Float[Array, "b b
     group = jnp.asarray(group)
     solved = jnp.linalg.solve(inverse_block[jnp.ix_(group, group)], weights[group])
     return -inverse_block[:, group] @ solved
+
+
+def joint_update(
+    weights: Float[Array, "N b"],
+    kept: Bool[Array, "N b"],
+    grams: Float[Array, "N b b"],
+    num_grads: int | Float[Array, ""],
+    damping: float | Float[Array, ""],
+) -> Float[Array, "N b"]:
+    """Blocks with Q, all that is not kept, at zero and the others at their optimum: Eq. 10 for any number of weights.
+
+    With P the weights that stay, Eq. 10 is δ_P = F_PP⁻¹ F_PQ w_Q, which takes one inverse a block whatever Q is.
+    """
+
+    def moved(weight: Float[Array, "S b"], stays: Bool[Array, "S b"], gram_slice: Float[Array, "S b b"]) -> Array:
+        fisher = dampened(gram_slice, num_grads, damping)
+        both = stays[:, :, None] & stays[:, None, :]
+        alone = jnp.eye(weight.shape[1], dtype=weight.dtype)[None] * ~stays[:, None, :]
+        inverses = _invert_slice(jnp.where(both, fisher, 0) + alone)
+        pull = jnp.where(stays, _product("sij,sj->si", fisher, jnp.where(stays, 0, weight)), 0)
+        return jnp.where(stays, weight + _product("sij,sj->si", inverses, pull), 0)
+
+    return _map_slices(moved, weights, kept, grams)

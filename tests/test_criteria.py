@@ -160,6 +160,22 @@ def test_units_are_pruned_whole_exactly_and_nested(criterion: str, pattern: str)
         previous = cut
 
 
+@pytest.mark.parametrize("memory", [None, 8 * 96 + 8000])
+@pytest.mark.parametrize("num_grads", [4, 20])
+def test_what_stays_moves_to_its_optimum(num_grads: int, memory: int | None) -> None:
+    grads, weights = gradients(num_grads), np.asarray(kernels()[PATH], np.float64)
+    kept = np.random.default_rng(5).random(SHAPE) < 0.5
+    config = PrunerConfig(block_size=8, num_grads=num_grads, fisher_memory=memory)
+    got = criteria.updated_kernels(kernels(), Stream(grads), {PATH: jnp.asarray(kept)}, config)[PATH]
+    assert not np.asarray(got)[~kept].any()
+    damping = 0.1 * np.mean(grads**2)
+    for layer, start, output in np.ndindex(2, 2, 3):
+        at = (layer, slice(8 * start, 8 * start + 8), output)
+        g = grads[(slice(None), *at)]
+        slope = (damping * np.eye(8) + g.T @ g / len(g)) @ (np.asarray(got, np.float64)[at] - weights[at])
+        np.testing.assert_allclose(slope[kept[at]], 0, atol=1e-4)
+
+
 def test_more_than_two_of_four_is_refused() -> None:
     mask = {PATH: jnp.ones(SHAPE, bool)}
     with pytest.raises(ValueError, match=r"0\.6 is more than 2 of 4"):

@@ -125,6 +125,26 @@ def test_regrow_lets_weights_come_back(tiny_backbone_config: BackboneConfig) -> 
     assert masks_lib.num_kept(pruned).tolist() == [round(0.5 * masks_lib.num_weights(masks))] * 3
 
 
+def test_weights_move_where_there_is_one_mask_only(tiny_backbone_config: BackboneConfig) -> None:
+    pruner, batches = PrunerConfig(block_size=8), [random_batch(seed) for seed in range(3)]
+    config, params, masks, heads = build(tiny_backbone_config)
+    with pytest.raises(ValueError, match="which 3 subnetworks share"):
+        pruning.optimal_update(config, params, masks, masks, heads, batches, pruner=pruner)
+    config, params, masks, heads = build(tiny_backbone_config, k=1)
+    batches = [batch._replace(concepts=batch.concepts[:, :1]) for batch in batches]
+    before = {path: jnp.ones_like(mask) for path, mask in masks.items()}
+    after = pruning.prune(config, params, before, heads, batches, 0.5, pruner=pruner)
+    moved = pruning.optimal_update(config, params, before, after, heads, batches, pruner=pruner)
+    num_moved = 0
+    for path, mask in after.items():
+        old, new = (np.asarray(masks_lib.leaf_at(tree, path)) for tree in (params, moved))
+        kept = np.asarray(mask[0])
+        np.testing.assert_array_equal(new[~kept], old[~kept])
+        num_moved += (new[kept] != old[kept]).sum()
+    assert num_moved > 100
+    chex.assert_trees_all_equal(moved["embed"], params["embed"])
+
+
 def test_concepts_have_sparsities_of_their_own_in_several_cuts(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}

@@ -72,6 +72,26 @@ def test_scores_are_the_brute_force_loss_increase() -> None:
             np.testing.assert_allclose(update, delta, rtol=1e-7, atol=FLOAT64_TOLERANCE)
 
 
+def test_any_number_of_weights_moves_as_one_group_does() -> None:
+    rng = np.random.default_rng(11)
+    num, size, num_grads, damping = 100, 6, 9, 0.2
+    with jax.enable_x64(True):
+        gradients, weights = rng.normal(size=(num, num_grads, size)), rng.normal(size=(num, size))
+        kept = rng.random((num, size)) < 0.5
+        kept[0], kept[1] = True, False
+        grams = woodfisher.gram(jnp.asarray(gradients))
+        got = woodfisher.joint_update(jnp.asarray(weights), jnp.asarray(kept), grams, num_grads, damping)
+        for block in range(num):
+            fisher = damping * np.eye(size) + gradients[block].T @ gradients[block] / num_grads
+            inverse, gone = jnp.asarray(np.linalg.inv(fisher)), np.flatnonzero(~kept[block])
+            update = woodfisher.optimal_update(jnp.asarray(weights[block]), inverse, gone)
+            np.testing.assert_allclose(got[block], weights[block] + np.asarray(update), atol=1e-9)
+            # The conditions of Eq. 9's optimum: w_Q is zero, and the gradient vanishes at all that stays.
+            assert not np.asarray(got[block])[gone].any()
+            slope = fisher @ (np.asarray(got[block]) - weights[block])
+            np.testing.assert_allclose(slope[kept[block]], 0, atol=1e-9)
+
+
 def test_single_scores_are_groups_of_one() -> None:
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
