@@ -59,17 +59,20 @@ def run_config() -> RunConfig:
     return from_config_dict(config)
 
 
-def run(main: Callable[[], None], *, takes_arguments: bool = False) -> NoReturn:
+def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory: bool = True) -> NoReturn:
     """Parses the command line and calls `main`; an error meant for a person ends with its message and status 2.
 
     Args:
         main: What to call.
         takes_arguments: Whether it reads arguments that belong to no flag, which are refused otherwise.
+        keeps_memory: Whether freed memory is kept (`keep_freed_memory`): for a main that repeats one program. Where
+            programs of many sizes follow each other it leaves holes.
     """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(PlainFormatter())
-    keep_freed_memory()
+    if keeps_memory:
+        keep_freed_memory()
     try:
         app.run(lambda argv: main(), flags_parser=functools.partial(_parse, takes_arguments=takes_arguments))
     except BrokenPipeError:

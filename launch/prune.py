@@ -46,8 +46,10 @@ def main() -> None:
             "expected a model of one concept"
         )
     print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
-    about = {"model": FLAGS.model, "data": run.data.path or dataset.name, "seed": run.seed}
-    about |= {"pruner": dataclasses.asdict(run.pruner), "regrow": run.sparsity.regrow}
+    about = {"model": saved.fingerprint(FLAGS.model), "data": dataclasses.asdict(run.data), "seed": run.seed}
+    # Memory changes no bit of a score.
+    about["pruner"] = dataclasses.asdict(dataclasses.replace(run.pruner, fisher_memory=None))
+    about["regrow"] = run.sparsity.regrow
     if run.sparsity.reestimations > 1:
         # The scores of a later cut depend on what was cut before.
         about["sparsity"] = dataclasses.asdict(run.sparsity)
@@ -81,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, keeps_memory=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from pathlib import Path
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.artifact import SparseCBM
@@ -51,3 +52,9 @@ def read(folder: str, run: RunConfig) -> Saved:
     max_length = min(run.data.max_length, model.config.backbone.max_length)
     splits = {name: tokenize(examples, model.tokenizer, max_length) for name, examples in dataset.splits.items()}
     return Saved(model, dataset, splits)
+
+
+def fingerprint(folder: str) -> str:
+    """Tells a model from another that was written to the same folder later, without reading it."""
+    written = [path.stat().st_mtime_ns for path in sorted(Path(folder).glob("*.safetensors"))]
+    return f"{Path(folder).resolve()} {written}"

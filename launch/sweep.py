@@ -6,9 +6,9 @@ python launch/sweep.py ... --epochs=2        # trains each on under its masks
 
 Every dense model is pruned once for each criterion and sparsity, scores being made once for all sparsities. With
 --epochs, pruning is the first step of a training run from the dense model, whose settings (learning rates, batch size)
-are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped. At
-the end a table (sweep.md) and, where matplotlib is installed (extra `report`), a plot (sweep.png, sweep.svg) of means
-over the models with their range.
+are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped; a
+workdir is of one config. At the end a table (sweep.md) and, where matplotlib is installed (extra `report`), a plot
+(sweep.png, sweep.svg) of means over the models with their range.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 import typing
 from pathlib import Path
 
@@ -62,7 +63,12 @@ def main() -> None:
         raise ValueError(f"--sparsities={','.join(FLAGS.sparsities)}: expected numbers with commas") from None
     wanted = {criterion: _run_of(run, criterion, sparsities[-1]) for criterion in FLAGS.criteria}
     workdir = Path(FLAGS.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+
+    from sparsecbm_jax.checkpoint import check_same_run
+    from sparsecbm_jax.config import to_dict
+
+    # What the flags vary apart, results of one folder are of one config.
+    check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
     path = workdir / "results.jsonl"
     results = read_results(path)
     for folder in FLAGS.models:
@@ -102,6 +108,13 @@ def _run_of(run: RunConfig, criterion: str, sparsity: float) -> RunConfig:
     return dataclasses.replace(run, strategy="sparse", pruner=pruner, sparsity=cut)
 
 
+def _read(folder: str, run: RunConfig) -> saved.Saved:
+    found = saved.read(folder, run)
+    if found.model.strategy != "joint":
+        raise ValueError(f"{folder} was trained by strategy {found.model.strategy!r}; expected a dense model, 'joint'")
+    return found
+
+
 def _dense(folder: str, found: saved.Saved, run: RunConfig) -> Result:
     report = found.scores(run, "test", None)
     return Result(folder, "dense", 0.0, 0, *(report[name]["accuracy"] for name in _SCORES))
@@ -114,24 +127,20 @@ def _pruned(
     from sparsecbm_jax import checkpoint, pruning
     from sparsecbm_jax.logs import progress
 
-    found = saved.read(folder, next(iter(runs.values())))
-    if found.model.strategy != "joint":
-        raise ValueError(f"{folder} was trained by strategy {found.model.strategy!r}; expected a dense model, 'joint'")
+    found = _read(folder, next(iter(runs.values())))
     yield _dense(folder, found, next(iter(runs.values())))
     num_concepts = found.model.config.num_concepts
     for criterion in dict.fromkeys(criterion for criterion, _ in rows):
         with checkpoint.Checkpointer(workdir / "scores", num_concepts) as kept:
-            about = {"model": folder, "pruner": dataclasses.asdict(runs[criterion].pruner)}
-            if kept.steps() and kept.read_meta(kept.steps()[0]) != about:
-                kept.clear()
-            store = pruning.StoredScores(kept, num_concepts, about)
+            about = {"model": saved.fingerprint(folder), "criterion": criterion}
+            store = pruning.StoredScores(kept, num_concepts, about, discards_others=True)
             bar = functools.partial(progress, description=f"{folder}: {criterion}", unit="gradient")
             for sparsity in (s for of_row, s in rows if of_row == criterion):
                 run = _run_of(runs[criterion], criterion, sparsity)
                 masks = pruning.prune_model(found.model, found.splits["train"], run, make_bar=bar, store=store)
                 report = found.scores(run, "test", masks)
                 yield Result(folder, criterion, sparsity, 0, *(report[name]["accuracy"] for name in _SCORES))
-            kept.clear()
+            store.clear()
 
 
 def _tuned(
@@ -140,7 +149,7 @@ def _tuned(
     """The results of pruning before the first step of a training run."""
     from sparsecbm_jax import artifact, training
 
-    found = saved.read(folder, next(iter(runs.values())))
+    found = _read(folder, next(iter(runs.values())))
     yield _dense(folder, found, next(iter(runs.values())))
     start = artifact.load(folder)
     for criterion, sparsity in rows:
@@ -149,7 +158,7 @@ def _tuned(
         run = dataclasses.replace(
             run, sparsity=once, training=dataclasses.replace(run.training, num_epochs=FLAGS.epochs)
         )
-        name = f"{Path(folder).parent.name}-{criterion}-{sparsity:g}"
+        name = f"{'-'.join(Path(folder).parts).strip('-/')}-{criterion}-{sparsity:g}-{FLAGS.epochs}epochs"
         metrics = training.train(run, workdir / name, start=start).metrics["test"]
         yield Result(folder, criterion, sparsity, FLAGS.epochs, *(metrics[name]["accuracy"] for name in _SCORES))
 
@@ -219,4 +228,5 @@ def plot(results: list[Result], workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    # Training repeats one program, pruning alone does not.
+    command_line.run(main, keeps_memory=any(argument.startswith("--epochs") for argument in sys.argv))

@@ -285,6 +285,14 @@ class SparsityConfig:
                 f"config.sparsity.end_epoch is {self.end_epoch}, but must be above config.sparsity.start_epoch, "
                 f"which is {self.start_epoch}"
             )
+        for name, setting_of, excluded in (
+            ("shared_fraction", self.shared_fraction > 0, self.scope != "global" and f"scope={self.scope!r}"),
+            ("allotment='loss'", self.allotment == "loss", self.scope != "global" and f"scope={self.scope!r}"),
+            ("allotment='loss'", self.allotment == "loss", self.pinned and "pinned kernels"),
+            ("reestimations > 1", self.reestimations > 1, self.regrow and "regrow, which scores the same each time"),
+        ):
+            if setting_of and excluded:
+                raise ValueError(f"config.sparsity.{name} does not go with {excluded}")
         finals = {"final": self.final} if self.final is not None else {}
         finals |= {f"per_concept[{k}]": value for k, value in enumerate(self.per_concept)}
         for name, value in finals.items():

@@ -143,8 +143,13 @@ def woodfisher_scores(
                 which = _rounded_up(which)
                 own = [fisher.blocks_of(gradient, which, size) for gradient in state]
                 scores[piece] = _repaired(scores[piece], kernel, own, which, zeta, size, pattern)
+                del own
+        # Before the next pass takes its memory.
+        del states, state, kernel, error
+        num_grads = found.num_grads
+        del found
     if form == "gram":
-        for some in _portions(doubtful, found.num_grads * size, config):
+        for some in _portions(doubtful, num_grads * size, config):
             for piece, rows in fisher.rows_of(gradients, some, size).items():
                 kernel, zeta = piece.of(kernels[piece.path]), zetas[piece.path]
                 scores[piece] = _repaired(scores[piece], kernel, rows, some[piece], zeta, size, pattern)
@@ -153,7 +158,7 @@ def woodfisher_scores(
     if report is not None:
         report |= {
             "form": form,
-            "num_grads": found.num_grads,
+            "num_grads": num_grads,
             "passes": len(passes),
             "qr_blocks": _count_by_path(doubtful),
             "mean_square_over_damping": ratios,
@@ -175,7 +180,7 @@ def _move(
     num_grads: Float[Array, ""],
     zeta: Float[Array, ""],
     block_size: int,
-) -> Float[Array, "N b"]:
+) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
     blocks, stays = woodfisher.to_blocks(kernel, block_size), woodfisher.to_blocks(kept, block_size)
     return woodfisher.joint_update(blocks, stays, grams, num_grads, zeta)
 
@@ -190,7 +195,7 @@ def updated_kernels(
       kept: the mask after it.
 
     Raises:
-      FloatingPointError: as `woodfisher_scores`.
+      FloatingPointError: if a gradient is NaN or Inf, or float32 cannot invert a block well.
     """
     # The sums of outer products, also where there are fewer gradients than a block has weights.
     as_gram = dataclasses.replace(config, num_grads=max(config.num_grads, config.block_size))
@@ -202,7 +207,13 @@ def updated_kernels(
             zetas, _ = _dampings(kernels, gradients, found, config)
         for piece in pieces:
             leaves = piece.of(kernels[piece.path]), piece.of(kept[piece.path]), found.states.pop(0)
-            moved[piece] = _move(*leaves, jnp.float32(found.num_grads), zetas[piece.path], config.block_size)
+            count, zeta = jnp.float32(found.num_grads), zetas[piece.path]
+            moved[piece], error = _move(*leaves, count, zeta, config.block_size)
+            if not (sharding.to_host(error) <= woodfisher.LARGEST_ERROR).all():
+                raise FloatingPointError(
+                    f"{piece.path}: float32 cannot invert its Fisher well enough to move weights by; damping "
+                    f"({config.damping_mode} {config.damping:g}) is too small"
+                )
     whole = {path: _assemble(path, kernel.shape, moved) for path, kernel in kernels.items()}
     return {path: leaf for path, (leaf, _) in whole.items()}
 

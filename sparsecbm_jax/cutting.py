@@ -6,6 +6,7 @@ Reference: Tan et al. 2024, 'Concept-Induced Sparsity Mining', which leaves open
 
 import fnmatch
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -108,16 +109,18 @@ def prune_concept(
     """
     whole = pinned_paths(mask, pinned)
     everything = {path: jnp.ones_like(kept) for path, kept in mask.items()}
-    start = {path: everything[path] if regrow or path in whole else kept for path, kept in mask.items()}
+    start = everything if regrow else dict(mask)
     free = {path: kept for path, kept in start.items() if path not in whole}
     free_scores = {path: scores[path] for path in free}
     if scope == "per_kernel":
         cut = {path: _prune_kernels(path, free[path], scores[path], sparsity, unit) for path in free}
     elif scope == "per_row":
         _check_pattern(sparsity, sparsity, 1, unit)
+        _check_rows(free, unit)
         cut = _prune_lowest_in_rows(free, free_scores, jnp.float32(sparsity * unit.group / unit.pruned), free, unit)
     else:
-        cut = _prune_tree(free, free_scores, sparsity, sum(kept.size for kept in mask.values()), unit)
+        total = sum(kept.size for kept in mask.values())
+        cut = _prune_tree(free, free_scores, sparsity, total, unit, sum(_num_pruned(start[path]) for path in whole))
     return {**start, **cut}
 
 
@@ -128,10 +131,21 @@ def _check_pattern(sparsity: float, target: float, total: int, unit: Unit) -> No
         )
 
 
+def _check_rows(mask: ConceptMask, unit: Unit) -> None:
+    for path, kept in mask.items():
+        parts = patterns.to_groups(path, kept, unit.group).sum(axis=-2)
+        if bool(((parts != unit.group) & (parts != unit.group - unit.pruned)).any()):
+            raise ValueError(f"{path}: the mask was made with another pattern; regrow, or start from a dense model")
+
+
+def _num_pruned(mask: Bool[Array, "..."]) -> int:
+    return mask.size - int(jnp.sum(mask, dtype=jnp.uint32))
+
+
 def _prune_tree(
-    mask: ConceptMask, scores: Kernels, sparsity: float, total: int, unit: Unit
+    mask: ConceptMask, scores: Kernels, sparsity: float, total: int, unit: Unit, elsewhere: int = 0
 ) -> dict[str, Bool[Array, "..."]]:
-    """Prunes round(s · total) weights of a tree, of which some may be pruned already."""
+    """Prunes round(s · total) weights of a tree, of which some may be pruned already, and `elsewhere` others are."""
     target = round(sparsity * total / unit.pruned) * unit.pruned
     free = sum(kept.size for kept in mask.values())
     _check_pattern(sparsity, target, total, unit)
@@ -139,10 +153,17 @@ def _prune_tree(
         raise ValueError(
             f"a sparsity of {sparsity:g} prunes {target} weights, but only {free} of {total} are not pinned"
         )
-    pruned = free - sum(int(jnp.sum(kept, dtype=jnp.uint32)) for kept in mask.values())
+    pruned = elsewhere + sum(_num_pruned(kept) for kept in mask.values())
     if target <= pruned:
         return dict(mask)
-    return _prune_lowest(mask, scores, jnp.uint32(-(-(target - pruned) // unit.pruned)), mask, unit)
+    count = -(-(target - pruned) // unit.pruned)
+    left = sum(int(jnp.sum(groups, dtype=jnp.uint32)) for groups in _by_unit(scores, mask, unit)[1].values())
+    if left < count:
+        raise ValueError(
+            f"a sparsity of {sparsity:g} wants {count} more groups of {unit.group} weights cut, but only {left} are "
+            "whole: the mask was made with another pattern; regrow, or start from a dense model"
+        )
+    return _prune_lowest(mask, scores, jnp.uint32(count), mask, unit)
 
 
 def _prune_kernels(
@@ -178,8 +199,8 @@ def prune_in_common(
 def allot(scores: Sequence[Kernels], total: float) -> tuple[float, ...]:
     """A sparsity for each concept, `total` on average, at which the summed scores of what they prune are equal.
 
-    The summed score is the loss increase that is predicted, weights taken one by one. Read from a sample of at most a
-    million weights of each concept.
+    The summed score is the loss increase that is predicted, weights taken one by one; a negative one counts as none.
+    Read from a sample of some million weights of each concept.
 
     >>> import jax.numpy as jnp
     >>> cheap, dear = {"w": jnp.ones((4, 4))}, {"w": 3 * jnp.ones((4, 4))}
@@ -188,10 +209,10 @@ def allot(scores: Sequence[Kernels], total: float) -> tuple[float, ...]:
     """
     sums = []
     for of_concept in scores:
-        stride = max(1, sum(leaf.size for leaf in of_concept.values()) // _SAMPLED)
-        sampled = [sharding.to_host(leaf[..., ::stride]).ravel() for leaf in of_concept.values()]
+        stride = math.ceil(math.sqrt(sum(leaf.size for leaf in of_concept.values()) / _SAMPLED))
+        sampled = [sharding.to_host(leaf[..., ::stride, ::stride]).ravel() for leaf in of_concept.values()]
         # What a pattern keeps in any case scores infinity.
-        ordered = np.sort(np.concatenate(sampled).astype(np.float64))
+        ordered = np.sort(np.maximum(np.concatenate(sampled).astype(np.float64), 0))
         sums.append(np.cumsum(ordered / len(ordered)))
     low, high = 0.0, max(float(total[np.isfinite(total)][-1]) for total in sums)
     for _ in range(100):
@@ -199,5 +220,9 @@ def allot(scores: Sequence[Kernels], total: float) -> tuple[float, ...]:
         shares = [np.searchsorted(of_concept, level, side="right") / len(of_concept) for of_concept in sums]
         low, high = (level, high) if np.mean(shares) < total else (low, level)
     shares = [np.searchsorted(of_concept, high, side="right") / len(of_concept) for of_concept in sums]
-    # Ties move all at once: what is too much or too little goes to all concepts alike.
-    return tuple(float(min(max(share + total - np.mean(shares), 0.0), 1.0)) for share in shares)
+    # Ties move all at once: what is too much or too little goes to all concepts alike, as far as each can take it.
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        shift = (low + high) / 2
+        low, high = (shift, high) if np.clip(np.add(shares, shift), 0, 1).mean() < total else (low, shift)
+    return tuple(round(float(share), 9) for share in np.clip(np.add(shares, high), 0, 1))

@@ -29,6 +29,8 @@ Kernels = Mapping[str, Float[Array, "..."]]
 # Gradients buffered before one product: 32 take most of what batching the outer products gives, at 128 bytes a weight.
 BUFFER = 32
 _FLOAT = 4
+# Bytes a weight of the backbone that pruning takes in any case.
+_WHOLE = 4 * _FLOAT
 
 
 class Piece(NamedTuple):
@@ -153,11 +155,12 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
       ValueError: if that is too little for one output unit.
     """
     limit = math.inf if config.fisher_memory is None else config.fisher_memory
-    # Two gradients of the whole backbone are alive while they are cut to pieces.
-    budget = limit - 2 * _FLOAT * sum(kernel.size for kernel in kernels.values())
+    # Two gradients of the whole backbone are alive while they are cut to pieces, beside its kernels and their scores.
+    budget = limit - _WHOLE * sum(kernel.size for kernel in kernels.values())
     passes: list[tuple[Piece, ...]] = []
     for path, kernel in kernels.items():
         *layers, inputs, outputs = kernel.shape
+        inputs = _padded(inputs, config)
         units = outputs if math.isinf(budget) else int(min(outputs, budget // (inputs * sum(_bytes(config)))))
         if units < 1:
             raise ValueError(
@@ -174,6 +177,10 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
     return passes
 
 
+def _padded(inputs: int, config: PrunerConfig) -> int:
+    return inputs + -inputs % config.block_size
+
+
 def _bytes(config: PrunerConfig) -> tuple[int, int]:
     """Bytes a weight that a piece takes through a pass, and those that it takes while it is worked on."""
     if woodfisher.form(config.num_grads, config.block_size) == "dual":
@@ -183,7 +190,7 @@ def _bytes(config: PrunerConfig) -> tuple[int, int]:
 
 
 def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig) -> int:
-    sizes = [kernels[piece.path].shape[-2] * (piece.stop - piece.start) for piece in pieces]
+    sizes = [_padded(kernels[piece.path].shape[-2], config) * (piece.stop - piece.start) for piece in pieces]
     kept, working = _bytes(config)
     return kept * sum(sizes) + working * max(sizes)
 
@@ -191,7 +198,7 @@ def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig)
 def describe_plan(kernels: Kernels, config: PrunerConfig) -> str:
     """The plan of `plan_passes` in a sentence."""
     passes = plan_passes(kernels, config)
-    gradients = 2 * _FLOAT * sum(kernel.size for kernel in kernels.values())
+    gradients = _WHOLE * sum(kernel.size for kernel in kernels.values())
     peak = gradients + max(_pass_bytes(pieces, kernels, config) for pieces in passes)
     form = woodfisher.form(config.num_grads, config.block_size)
     kind = "single examples" if config.per_example else f"minibatches of {config.grad_batch_size}"

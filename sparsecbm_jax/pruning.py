@@ -56,17 +56,29 @@ class _NoBar:
 class StoredScores:
     """A `ScoreStore` on disk: a checkpoint for each cut and concept, at four bytes a weight."""
 
-    def __init__(self, checkpoints: Checkpointer, num_concepts: int, about: Mapping[str, Any], first: int = 0) -> None:
-        """Keeps scores in `checkpoints` from step `first` on.
+    def __init__(
+        self, checkpoints: Checkpointer, num_concepts: int, about: Mapping[str, Any], *, discards_others: bool = False
+    ) -> None:
+        """Keeps scores in `checkpoints`.
 
         Args:
-          about: JSON that says what the scores are of; others are refused.
+          about: JSON that says what the scores are of.
+          discards_others: scores of something else are deleted; else asking for them is an error.
         """
-        self._checkpoints, self._num_concepts, self._first = checkpoints, num_concepts, first
+        self._checkpoints, self._num_concepts = checkpoints, num_concepts
         self._about = json.loads(json.dumps(about))
+        if discards_others and any(checkpoints.read_meta(step) != self._about for step in checkpoints.steps()):
+            checkpoints.clear()
+
+    def __len__(self) -> int:
+        return len(self._checkpoints.steps())
+
+    def clear(self) -> None:
+        """Deletes all scores."""
+        self._checkpoints.clear()
 
     def _step(self, cut: int, concept: int) -> int:
-        return self._first + (cut - 1) * self._num_concepts + concept
+        return (cut - 1) * self._num_concepts + concept
 
     def get(self, cut: int, concept: int, like: Kernels) -> Kernels | None:
         """See `ScoreStore`.
@@ -197,7 +209,7 @@ def prune(
       New masks.
     """
     cutting = SparsityConfig() if cutting is None else cutting
-    finals = np.array(sparsity if isinstance(sparsity, Sequence) else [sparsity] * config.num_concepts)
+    finals = np.broadcast_to(np.asarray(sparsity, float), (config.num_concepts,))
     start, cuts = 1 - masks_lib.total_density(masks), cutting.reestimations
     per_cut = num_gradients(params, masks, pruner) if criterion is None else pruner.num_grads
     bar = _NoBar() if make_bar is None else make_bar(total=config.num_concepts * cuts * per_cut)
@@ -257,6 +269,8 @@ class _Cutter:
     """Cuts masks as `config.sparsity` says, by the scores of one concept or of all."""
 
     def __init__(self, config: SparsityConfig, unit: Unit) -> None:
+        if config.shared_fraction and unit.pruned < unit.group:
+            raise ValueError("config.sparsity.shared_fraction goes with no N:M pattern: concepts choose other weights")
         self._config, self.unit = config, unit
         self.needs_all = config.allotment == "loss" or config.shared_fraction > 0
 
@@ -279,6 +293,12 @@ class _Cutter:
         if self._config.shared_fraction:
             common = self._config.shared_fraction * float(np.min(sparsity))
             masks = prune_in_common(masks, scores, common, self.unit, self._config.pinned)
+            too_sparse = 1 - masks_lib.total_density(masks) > sparsity + 1e-6
+            if too_sparse.any():
+                raise ValueError(
+                    f"config.sparsity.shared_fraction is {self._config.shared_fraction:g}, but the masks differ too "
+                    f"much by now: concept {int(np.argmax(too_sparse))} would lose more than its sparsity asks for"
+                )
         for k, of_concept in enumerate(scores):
             mask = self.cut_one(masks_lib.concept(masks, k), of_concept, float(sparsity[k]), regrow=False)
             masks = masks_lib.replace_concept(masks, k, mask)
@@ -313,7 +333,7 @@ def optimal_update(
     )
     moved = updated_kernels(kernels, gradients, kept, pruner)
     for path, leaf in moved.items():
-        new = jnp.where(kept[path], leaf, masks_lib.leaf_at(params, path))
+        new = jnp.where(mask[path] & kept[path], leaf, masks_lib.leaf_at(params, path))
         params = masks_lib.with_leaf(params, path, new)
     return params
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -91,7 +92,8 @@ def train(
     own = {"loss_fn": loss_fn, "criterion": criterion}
     described = {**to_dict(run), **{name: _name_of(function) for name, function in own.items() if function is not None}}
     if start is not None:
-        described["start"] = {name: float(np.asarray(leaf, np.float64).sum()) for name, leaf in _leaves(start.heads)}
+        leaves = _leaves({"params": start.params, "heads": start.heads})
+        described["start"] = {name: float(jnp.sum(jnp.abs(leaf))) for name, leaf in leaves}
     if read_run(workdir) is not None:
         check_same_run(workdir, described, ignore=_UNRELATED)
     if (workdir / "metrics.json").is_file() and (workdir / "model").is_dir():
@@ -293,8 +295,10 @@ class _Loop:
         started, reports = time.monotonic(), list[Report]()
         if number == 0 and self.criterion is None:
             _say(pruning.describe_plan(state.params, masks, run.pruner))
-        if self.scores.steps():
-            _say(f"scores of {len(self.scores.steps())} concepts are there already, from before the run was stopped")
+        about = {"event": number, "step": self.step}
+        store = pruning.StoredScores(self.scores, config.num_concepts, about, discards_others=True)
+        if len(store):
+            _say(f"scores of {len(store)} concepts are there already, from before the run was stopped")
         masks = pruning.prune(
             config,
             state.params,
@@ -308,9 +312,9 @@ class _Loop:
             seed=run.seed + number,
             reports=reports,
             make_bar=functools.partial(progress, description=f"pruning to {event}", unit="gradient"),
-            store=pruning.StoredScores(self.scores, config.num_concepts, {"event": number, "step": self.step}),
+            store=store,
         )
-        self.scores.clear()
+        store.clear()
         self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
         record = {"epoch": epoch, "sparsity": event.sparsity, "density": masks_lib.total_density(masks).tolist()}
         record |= {"concepts": reports, "peak_bytes": pruning.peak_memory()}

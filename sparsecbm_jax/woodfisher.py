@@ -447,18 +447,24 @@ def joint_update(
     grams: Float[Array, "N b b"],
     num_grads: int | Float[Array, ""],
     damping: float | Float[Array, ""],
-) -> Float[Array, "N b"]:
+) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
     """Blocks with Q, all that is not kept, at zero and the others at their optimum: Eq. 10 for any number of weights.
 
     With P the weights that stay, Eq. 10 is δ_P = F_PP⁻¹ F_PQ w_Q, which takes one inverse a block whatever Q is.
+
+    Returns:
+      The blocks, and an estimate of each inverse's relative error, as in `saliency`.
     """
 
     def moved(weight: Float[Array, "S b"], stays: Bool[Array, "S b"], gram_slice: Float[Array, "S b b"]) -> Array:
         fisher = dampened(gram_slice, num_grads, damping)
         both = stays[:, :, None] & stays[:, None, :]
         alone = jnp.eye(weight.shape[1], dtype=weight.dtype)[None] * ~stays[:, None, :]
-        inverses = _invert_slice(jnp.where(both, fisher, 0) + alone)
+        remaining = jnp.where(both, fisher, 0) + alone
+        inverses = _invert_slice(remaining)
+        diagonals = [jnp.diagonal(leaf, axis1=1, axis2=2) for leaf in (remaining, inverses)]
+        error = _error(diagonals[1], GRAM_ERROR * jnp.max(diagonals[0] * diagonals[1], axis=1))
         pull = jnp.where(stays, _product("sij,sj->si", fisher, jnp.where(stays, 0, weight)), 0)
-        return jnp.where(stays, weight + _product("sij,sj->si", inverses, pull), 0)
+        return _beside(jnp.where(stays, weight + _product("sij,sj->si", inverses, pull), 0), error)
 
-    return _map_slices(moved, weights, kept, grams)
+    return _apart(_map_slices(moved, weights, kept, grams))

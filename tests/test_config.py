@@ -73,6 +73,11 @@ def test_config_cannot_be_changed() -> None:
         ({"sparsity": {"final": 1.0}}, r"config.sparsity.final is 1.0; expected a fraction in \[0, 1\)"),
         ({"sparsity": {"initial": -0.1}}, "config.sparsity.initial is -0.1"),
         ({"sparsity": {"initial": 0.5, "final": 0.4}}, "config.sparsity.final is 0.4, but must be at least"),
+        (
+            {"sparsity": {"scope": "per_row", "shared_fraction": 0.5}},
+            "shared_fraction does not go with scope='per_row'",
+        ),
+        ({"sparsity": {"regrow": True, "reestimations": 2}}, "reestimations > 1 does not go with regrow"),
         ({"sparsity": {"start_epoch": 6, "end_epoch": 6}}, "config.sparsity.end_epoch is 6, but must be above"),
         (
             {"training": {"num_epochs": 12}},

@@ -74,3 +74,25 @@ def test_allotted_sparsities_cost_the_same_and_have_the_mean_asked_for() -> None
         np.sort(np.ravel(of[A]))[: round(share * 4000)].sum() for of, share in zip(of_concepts, shares, strict=True)
     ]
     np.testing.assert_allclose(losses, losses[0], rtol=0.01)
+
+
+def test_signed_and_lopsided_scores_are_allotted_to_the_mean_asked_for() -> None:
+    rng = np.random.default_rng(3)
+    signed = [{A: jnp.asarray(scale * rng.normal(size=(2, 50, 40)), jnp.float32)} for scale in (1.0, 5.0)]
+    assert np.mean(cutting.allot(signed, 0.7)) == pytest.approx(0.7)
+    free = {A: jnp.asarray(np.where(rng.random((2, 50, 40)) < 0.8, 0, 1), jnp.float32)}
+    assert np.mean(cutting.allot([free, {A: jnp.ones((2, 50, 40))}], 0.2)) == pytest.approx(0.2)
+
+
+def test_what_was_pruned_stays_so_in_a_pinned_kernel_and_counts() -> None:
+    before = cutting.prune_concept(whole(), scores(), 0.25)
+    cut = cutting.prune_concept(before, scores(), 0.5, pinned=[B])
+    np.testing.assert_array_equal(cut[B], before[B])
+    assert sum(int((~mask).sum()) for mask in cut.values()) == 72
+
+
+@pytest.mark.parametrize("scope", ["global", "per_row"])
+def test_groups_cannot_go_where_a_mask_has_holes(scope: str) -> None:
+    holes = cutting.prune_concept(whole(), scores(), 0.5)
+    with pytest.raises(ValueError, match="made with another pattern"):
+        cutting.prune_concept(holes, scores(), 0.75, scope=scope, unit=patterns.unit_of("4", 4))

@@ -125,6 +125,43 @@ def test_regrow_lets_weights_come_back(tiny_backbone_config: BackboneConfig) -> 
     assert masks_lib.num_kept(pruned).tolist() == [round(0.5 * masks_lib.num_weights(masks))] * 3
 
 
+def test_concepts_have_weights_in_common_or_lose_alike(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
+    batches, total = [random_batch(seed) for seed in range(3)], masks_lib.num_weights(full)
+
+    def prune(**cut: object) -> masks_lib.Masks:
+        pruner = PrunerConfig(block_size=8)
+        return pruning.prune(
+            config,
+            params,
+            full,
+            heads,
+            batches,
+            0.5,
+            pruner=pruner,
+            cutting=SparsityConfig(**cut),  # type: ignore[arg-type]
+        )
+
+    shared = prune(shared_fraction=0.6)
+    assert masks_lib.num_kept(shared).tolist() == [total - round(0.5 * total)] * 3
+    gone_everywhere = sum(int((~mask).all(axis=0).sum()) for mask in shared.values())
+    assert gone_everywhere >= round(0.3 * total)
+    allotted = masks_lib.total_density(prune(allotment="loss"))
+    assert np.mean(allotted) == pytest.approx(0.5, abs=1e-3) and len(set(allotted.tolist())) == 3
+    with pytest.raises(ValueError, match="goes with no N:M pattern"):
+        pruning.prune(
+            config,
+            params,
+            full,
+            heads,
+            batches,
+            0.5,
+            pruner=PrunerConfig(block_size=8, pattern="2:4"),
+            cutting=SparsityConfig(shared_fraction=0.5),
+        )
+
+
 def test_weights_move_where_there_is_one_mask_only(tiny_backbone_config: BackboneConfig) -> None:
     pruner, batches = PrunerConfig(block_size=8), [random_batch(seed) for seed in range(3)]
     config, params, masks, heads = build(tiny_backbone_config)

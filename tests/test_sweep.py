@@ -56,12 +56,15 @@ def test_a_sweep_goes_on_where_it_was_stopped(dense: Path, tmp_path: Path) -> No
     assert again.returncode == 0, again.stderr
     assert "taylor at" not in again.stdout and "magnitude at 0.9" in again.stdout
     assert (tmp_path / "sweep.md").read_text() == table
+    other = sweep(dense, tmp_path, "--config.pruner.damping=0.5")
+    assert other.returncode == 2 and "pruner.damping: saved 0.1, current 0.5" in other.stderr
 
 
 def test_a_sweep_trains_on_under_its_masks(dense: Path, tmp_path: Path) -> None:
     result = sweep(dense, tmp_path, "--criteria=magnitude", "--sparsities=0.8", "--epochs=2")
     assert result.returncode == 0, result.stderr
-    model = artifact.load(tmp_path / "seed0-magnitude-0.8" / "model")
+    (folder,) = tmp_path.glob("*seed0-model-magnitude-0.8-2epochs")
+    model = artifact.load(folder / "model")
     assert masks_lib.total_density(model.masks).round(3).tolist() == [0.2] * 4
     refused = sweep(dense, tmp_path, "--epochs=1")
     assert refused.returncode == 2 and "expected 0, for pruning alone, or at least 2" in refused.stderr

@@ -165,29 +165,46 @@ def test_resuming_mid_epoch_continues_to_the_bit(
     assert [json.loads(line)["step"] for line in log] == [json.loads(line)["step"] for line in whole]
 
 
+@pytest.mark.parametrize("of_event", [0, 1])
 def test_resuming_within_a_pruning_event_keeps_what_was_scored(
+    of_event: int,
     finished: training.TrainResult,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real, kept = pruning.StoredScores.put, list[int]()
+    real, kept, is_stopped = pruning.StoredScores.put, list[int](), list[bool]()
+    run = tiny_run()
 
     def put(store: pruning.StoredScores, cut: int, concept: int, scores: Any) -> None:
         kept.append(concept)
-        if kept.count(2) == 1 and concept == 2:
+        if kept.count(2) == 1 + of_event and concept == 2 and not is_stopped:
+            is_stopped.append(True)
             raise Stop
         real(store, cut, concept, scores)
 
     monkeypatch.setattr(pruning.StoredScores, "put", put)
     with pytest.raises(Stop):
-        training.train(tiny_run(), tmp_path)
-    resumed = training.train(tiny_run(), tmp_path)
+        training.train(run, tmp_path)
+    resumed = training.train(run, tmp_path)
     assert "scores of 2 concepts are there already" in capsys.readouterr().out
-    assert kept == [0, 1, 2, 2, 3, 0, 1, 2, 3], "two of the first event's are not made again"
+    expected = [0, 1, 2, 2, 3, 0, 1, 2, 3] if of_event == 0 else [0, 1, 2, 3, 0, 1, 2, 2, 3]
+    assert kept == expected, "two are not made again"
     chex.assert_trees_all_equal(resumed.model.masks, finished.model.masks)
     chex.assert_trees_all_equal(resumed.model.params, finished.model.params)
     assert not (tmp_path / "scores").exists()
+
+
+def test_scores_of_another_event_are_discarded(tmp_path: Path) -> None:
+    scores = {"layers/ffn_in/kernel": jnp.ones((2, 4, 4))}
+    with checkpoint.Checkpointer(tmp_path, 4) as kept:
+        pruning.StoredScores(kept, 4, {"event": 1}).put(1, 0, scores)
+        other = pruning.StoredScores(kept, 4, {"event": 0})
+        with pytest.raises(ValueError, match="event: saved 1, current 0"):
+            other.get(1, 0, scores)
+        assert other.get(1, 1, scores) is None
+        fresh = pruning.StoredScores(kept, 4, {"event": 0}, discards_others=True)
+        assert len(fresh) == 0 and fresh.get(1, 0, scores) is None
 
 
 @pytest.mark.parametrize("strategy", ["standard", "independent", "sequential", "joint"])

@@ -80,7 +80,7 @@ def test_any_number_of_weights_moves_as_one_group_does() -> None:
         kept = rng.random((num, size)) < 0.5
         kept[0], kept[1] = True, False
         grams = woodfisher.gram(jnp.asarray(gradients))
-        got = woodfisher.joint_update(jnp.asarray(weights), jnp.asarray(kept), grams, num_grads, damping)
+        got, _ = woodfisher.joint_update(jnp.asarray(weights), jnp.asarray(kept), grams, num_grads, damping)
         for block in range(num):
             fisher = damping * np.eye(size) + gradients[block].T @ gradients[block] / num_grads
             inverse, gone = jnp.asarray(np.linalg.inv(fisher)), np.flatnonzero(~kept[block])
