@@ -223,7 +223,7 @@ def prune(
             mask = masks_lib.concept(before, k)
             candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if cutting.regrow else mask
             kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in candidates.items()}
-            scores = store.get(cut, k, kernels) if store else None
+            scores = None if store is None else store.get(cut, k, kernels)
             report: Report = {"is_stored": scores is not None}
             if scores is None:
                 pairs = pairs or _with_activations(config, params, before, heads, batches)
@@ -242,7 +242,7 @@ def prune(
                     scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients)
                 else:
                     scores = patterns.spread(criterion(kernels, gradients), cutter.unit)
-                if store:
+                if store is not None:
                     store.put(cut, k, scores)
             if reports is not None:
                 reports.append(report)
