@@ -1,5 +1,7 @@
 """Gradients of L_k and their Gram against a loop written out."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -130,7 +132,7 @@ def test_concepts_have_weights_in_common_or_lose_alike(tiny_backbone_config: Bac
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     batches, total = [random_batch(seed) for seed in range(3)], masks_lib.num_weights(full)
 
-    def prune(**cut: object) -> masks_lib.Masks:
+    def prune(**cut: Any) -> masks_lib.Masks:
         pruner = PrunerConfig(block_size=8)
         return pruning.prune(
             config,
@@ -140,7 +142,7 @@ def test_concepts_have_weights_in_common_or_lose_alike(tiny_backbone_config: Bac
             batches,
             0.5,
             pruner=pruner,
-            cutting=SparsityConfig(**cut),  # type: ignore[arg-type]
+            cutting=SparsityConfig(**cut),
         )
 
     shared = prune(shared_fraction=0.6)
