@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsecbm_jax import fisher, patterns, sharding, woodfisher
+from sparsecbm_jax import cholesky, fisher, patterns, sharding, woodfisher
 from sparsecbm_jax.config import PrunerConfig
 from sparsecbm_jax.fisher import Piece
 
@@ -73,19 +73,25 @@ def _score_rows(
     return woodfisher.dual_saliency(kernel, gradients, zeta, block_size, _score_fn(pattern, block_size))
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _repaired(
-    scores: Float[Array, "N b"],
-    kernel: Float[Array, "inputs units"],
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _score_blocks(
+    weights: Float[Array, "F b"],
     gradients: list[Float[Array, "F b"]],
-    which: Int[Array, " F"],
     zeta: Float[Array, ""],
+    form: str,
     block_size: int,
     pattern: str,
-) -> Float[Array, "N b"]:
-    """`scores` with those of some blocks made anew from their gradients."""
-    blocks, rows = woodfisher.to_blocks(kernel, block_size)[which], jnp.stack(gradients, axis=1)
-    return scores.at[which].set(woodfisher.qr_saliency(blocks, rows, zeta, _score_fn(pattern, block_size)))
+) -> tuple[Float[Array, "F b"], Float[Array, " F"]]:
+    """The scores of some blocks by another form, and their estimated errors."""
+    rows, score = jnp.stack(gradients, axis=1), _score_fn(pattern, block_size)
+    if form == "gram":
+        return woodfisher.saliency(weights, woodfisher.gram(rows), rows.shape[1], zeta, score)
+    return woodfisher.qr_saliency(weights, rows, zeta, score), jnp.zeros(rows.shape[0])
+
+
+@jax.jit
+def _replaced(scores: Float[Array, "N b"], which: Int[Array, " F"], new: Float[Array, "F b"]) -> Float[Array, "N b"]:
+    return scores.at[which].set(new)
 
 
 def _score_fn(pattern: str, block_size: int) -> woodfisher.ScoreFn | None:
@@ -100,14 +106,15 @@ def woodfisher_scores(
     ζ is relative to the mean over all layers of a kernel. With fewer gradients than a block has weights (m < b) the
     gradients are kept and m × m systems solved, at 4·m bytes a weight; else their outer products are summed, at 4·b.
     What `config.fisher_memory` does not hold at once is done in several passes over the gradients, with the same
-    result. Blocks that float32 cannot invert either way are done again by QR, from one more pass.
+    result. Blocks that float32 does not invert well are done again: of kept gradients by their outer products, and
+    what is left by QR, for which sums of outer products take one more pass.
 
     Args:
       kernels: θ_k on the maskable kernels.
       gradients: ∇L_k, in the same order each time; how many there really are is the m that divides.
       config: block size, damping, pattern and memory.
-      report: gets 'form', 'num_grads', 'passes', 'qr_blocks' (how many, of which kernel) and
-        'mean_square_over_damping' of every kernel.
+      report: gets 'form', 'num_grads', 'passes', 'gram_blocks' and 'qr_blocks' (how many of which kernel were done
+        again so) and 'mean_square_over_damping' of every kernel.
 
     Raises:
       FloatingPointError: naming the kernel and the gradient, if a gradient is NaN or Inf.
@@ -122,6 +129,7 @@ def woodfisher_scores(
     ratios: dict[str, float] = {}
     scores: dict[Piece, Float[Array, "N b"]] = {}
     doubtful: dict[Piece, Int[np.ndarray, " F"]] = {}
+    num_redone = {"gram": Counter[str](), "qr": Counter[str]()}
     for pieces in passes:
         is_dual = form == "dual"
         found = fisher.keep(gradients, pieces) if is_dual else fisher.accumulate(gradients, pieces, size)
@@ -135,24 +143,29 @@ def woodfisher_scores(
             else:
                 count = jnp.float32(found.num_grads)
                 scores[piece], error = _score_grams(kernel, state, count, zeta, size, pattern)
-            which = np.flatnonzero(~(sharding.to_host(error) <= woodfisher.LARGEST_ERROR))
-            if not len(which):
-                continue
-            doubtful[piece] = which
-            if is_dual:
-                which = _rounded_up(which)
-                own = [fisher.blocks_of(gradient, which, size) for gradient in state]
-                scores[piece] = _repaired(scores[piece], kernel, own, which, zeta, size, pattern)
-                del own
+            which = _doubtful(error)
+            # A form that float32 does better with, of the gradients that are at hand.
+            for other in ("gram", "qr") if is_dual else ():
+                if len(which):
+                    num_redone[other][piece.path] += len(which)
+                    some = _rounded_up(which)
+                    own = [fisher.blocks_of(leaf, some, size) for leaf in (kernel, *state)]
+                    new, error = _score_blocks(own[0], own[1:], zeta, other, size, pattern)
+                    scores[piece], which = _replaced(scores[piece], some, new), which[_doubtful(error[: len(which)])]
+                    del own, new
+            if len(which):
+                doubtful[piece] = which
         # Before the next pass takes its memory.
         del states, state, kernel, error
         num_grads = found.num_grads
         del found
-    if form == "gram":
-        for some in _portions(doubtful, num_grads * size, config):
-            for piece, rows in fisher.rows_of(gradients, some, size).items():
-                kernel, zeta = piece.of(kernels[piece.path]), zetas[piece.path]
-                scores[piece] = _repaired(scores[piece], kernel, rows, some[piece], zeta, size, pattern)
+    for portion in _portions(doubtful, num_grads * size, config):
+        some = {piece: _rounded_up(which) for piece, which in portion.items()}
+        for piece, rows in fisher.rows_of(gradients, some, size).items():
+            num_redone["qr"][piece.path] += len(portion[piece])
+            blocks = fisher.blocks_of(piece.of(kernels[piece.path]), some[piece], size)
+            new, _ = _score_blocks(blocks, rows, zetas[piece.path], "qr", size, pattern)
+            scores[piece] = _replaced(scores[piece], some[piece], new)
     if config.damping_mode == "absolute":
         _warn_where_degenerate(ratios, config.damping)
     if report is not None:
@@ -160,7 +173,8 @@ def woodfisher_scores(
             "form": form,
             "num_grads": num_grads,
             "passes": len(passes),
-            "qr_blocks": _count_by_path(doubtful),
+            "gram_blocks": dict(num_redone["gram"]),
+            "qr_blocks": dict(num_redone["qr"]),
             "mean_square_over_damping": ratios,
         }
     whole = {path: _assemble(path, kernel.shape, scores) for path, kernel in kernels.items()}
@@ -209,7 +223,7 @@ def updated_kernels(
             leaves = piece.of(kernels[piece.path]), piece.of(kept[piece.path]), found.states.pop(0)
             count, zeta = jnp.float32(found.num_grads), zetas[piece.path]
             moved[piece], error = _move(*leaves, count, zeta, config.block_size)
-            if not (sharding.to_host(error) <= woodfisher.LARGEST_ERROR).all():
+            if len(_doubtful(error)):
                 raise FloatingPointError(
                     f"{piece.path}: float32 cannot invert its Fisher well enough to move weights by; damping "
                     f"({config.damping_mode} {config.damping:g}) is too small"
@@ -251,8 +265,8 @@ def _portions(
     doubtful: Mapping[Piece, Int[np.ndarray, " F"]], floats_a_block: int, config: PrunerConfig
 ) -> Iterator[dict[Piece, Int[np.ndarray, " F"]]]:
     """Blocks to be done again, as many at a time as memory allows."""
-    # Their gradients, stacked, which `_rounded_up` may double.
-    most = max(1, (config.fisher_memory or _REPAIR_MEMORY) // (16 * floats_a_block))
+    # Their gradients, stacked, which `_rounded_up` may quadruple.
+    most = max(1, (config.fisher_memory or _REPAIR_MEMORY) // (32 * floats_a_block))
     portion: dict[Piece, Int[np.ndarray, " F"]] = {}
     for piece, which in doubtful.items():
         for start in range(0, len(which), most):
@@ -260,22 +274,22 @@ def _portions(
             if (portion and sum(map(len, portion.values())) + len(part) > most) or piece in portion:
                 yield portion
                 portion = {}
-            portion[piece] = _rounded_up(part)
+            portion[piece] = part
     if portion:
         yield portion
 
 
 def _rounded_up(which: Int[np.ndarray, " F"]) -> Int[np.ndarray, " G"]:
-    """The same blocks, the first of them repeated up to a power of two: so that few programs are compiled."""
-    size = max(woodfisher.SLICE, 1 << (len(which) - 1).bit_length())
+    """The same blocks, the first of them repeated up to few sizes, so that few programs are compiled."""
+    size = 4 * cholesky.SLICE
+    while size < len(which):
+        size *= 4
     return np.concatenate([which, np.full(size - len(which), which[0])])
 
 
-def _count_by_path(doubtful: Mapping[Piece, Int[np.ndarray, " F"]]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for piece, which in doubtful.items():
-        counts[piece.path] += len(which)
-    return dict(counts)
+def _doubtful(error: Float[Array, " N"]) -> Int[np.ndarray, " F"]:
+    """Which blocks' scores are not to be trusted."""
+    return np.flatnonzero(~(sharding.to_host(error) <= woodfisher.LARGEST_ERROR))
 
 
 def _assemble(
@@ -387,7 +401,7 @@ def m_fac_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
     outer = functools.reduce(jnp.add, (_outer(leaves) for leaves in stacks.values()))
     size = sum(kernel.size for kernel in kernels.values())
     zeta = woodfisher.relative_damping(jnp.trace(outer), len(rows), 0.1, size)
-    solver = woodfisher.inverse((outer + len(rows) * zeta * jnp.eye(len(rows)))[None])[0]
+    solver = cholesky.inverse((outer + len(rows) * zeta * jnp.eye(len(rows)))[None])[0]
     return {path: _one_block(kernel, stacks[path], solver, zeta) for path, kernel in kernels.items()}
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparsecbm_jax import woodfisher
+from sparsecbm_jax import cholesky, woodfisher
 
 SINGLE = "1"
 
@@ -66,7 +66,7 @@ def group_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"], 
     num, block = weights.shape
     grouped = weights.reshape(num * (block // size), size)
     corners = [inverses[:, i : i + size, i : i + size] for i in range(0, block, size)]
-    schur = woodfisher.inverse(jnp.stack(corners, axis=1).reshape(-1, size, size))
+    schur = cholesky.inverse(jnp.stack(corners, axis=1).reshape(-1, size, size))
     losses = 0.5 * jnp.einsum("ni,nij,nj->n", grouped, schur, grouped, precision=jax.lax.Precision.HIGHEST)
     return jnp.repeat(losses / size, size).reshape(num, block)
 
@@ -79,7 +79,7 @@ def n_of_m_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"],
     for start in range(0, block, unit.group):
         for chosen in sets:
             at = jnp.asarray([start + i for i in chosen])
-            schur = woodfisher.inverse(inverses[:, at[:, None], at[None, :]])
+            schur = cholesky.inverse(inverses[:, at[:, None], at[None, :]])
             losses.append(0.5 * jnp.einsum("si,sij,sj->s", weights[:, at], schur, weights[:, at]))
     table = jnp.stack(losses, axis=1).reshape(num, block // unit.group, len(sets))
     member = jnp.asarray([[i in chosen for i in range(unit.group)] for chosen in sets])[jnp.argmin(table, axis=-1)]

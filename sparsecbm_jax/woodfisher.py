@@ -10,8 +10,8 @@ and the loss increase of removing the weights Q of one block, the others moving 
 
 Three forms of F⁻¹, which agree wherever float32 allows all three:
 
-    gram   sums outer products (4 b bytes a weight, whatever m) and sweeps b × b blocks;
-    dual   keeps the gradients (4 m bytes a weight) and sweeps m × m systems: for m < b;
+    gram   sums outer products (4 b bytes a weight, whatever m) and factors b × b blocks;
+    dual   keeps the gradients (4 m bytes a weight) and factors m × m systems: for m < b;
     qr     triangularises [G/√m; √ζ I], never squaring the gradients: for blocks whose Fisher float32 cannot invert.
 
 Reference: Tan et al. 2024, Appendix C; Kurtic et al. 2022 (oBERT).
@@ -24,17 +24,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Blocks inverted at a time on CPU (at b = 64 in float32 a megabyte, which stays in a core's cache) and elsewhere.
-SLICE, _WIDE_SLICE = 64, 4096
+from sparsecbm_jax import cholesky
+
 # Output units whose gradients are brought into blocks at a time on CPU: a cache line of each row.
 _TILE = 16
-# Blocks up to this size are swept, so many pivots at a time.
-_SWEPT, _PIVOTS = 32, 4
 # The relative error of diag F⁻¹ is at most so many times the condition that a form sees (`saliency`, `dual_saliency`),
 # and beyond LARGEST_ERROR a block is not to be trusted: found by experiment over gradients of rms 1e-6 to 1,
-# independent and of rank 5, at ζ = 1e-7, with m from 20 to 1024.
-GRAM_ERROR, DUAL_ERROR, LARGEST_ERROR = 1e-6, 2e-7, 1e-3
-_HIGHEST = jax.lax.Precision.HIGHEST
+# independent and of rank 5, at ζ = 1e-7, with m from 20 to 1024, and over those of a fine-tuned MiniLM.
+GRAM_ERROR, DUAL_ERROR, LARGEST_ERROR = 1.5e-6, 4e-7, 1e-3
 
 # (weights [S, b], inverse Fisher [S, b, b]) → scores [S, b]
 ScoreFn = Callable[[Float[Array, "S b"], Float[Array, "S b b"]], Float[Array, "S b"]]
@@ -87,7 +84,7 @@ def _tiles(
       how many of its first units belong to the tile before it (since T need not divide them), and it of every leaf.
     """
     inputs, units = leaves[0].shape
-    width = min(_TILE if jax.default_backend() == "cpu" else _WIDE_SLICE, units)
+    width = min(_TILE if jax.default_backend() == "cpu" else cholesky.WIDE_SLICE, units)
     per_row, padding = -(-units // width), -inputs % block_size
     padded = [jnp.pad(leaf, ((0, padding), (0, 0))) for leaf in leaves] if padding else leaves
 
@@ -127,95 +124,7 @@ def gram(gradients: Float[Array, "N u b"]) -> Float[Array, "N b b"]:
     >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]]))[0].tolist()
     [[1.0, 2.0], [2.0, 5.0]]
     """
-    return _product("nub,nuc->nbc", gradients, gradients)
-
-
-def _invert_slice(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
-    """Inverts a slice of symmetric positive-definite blocks; see `inverse`."""
-    scale = jax.lax.rsqrt(jnp.diagonal(blocks, axis1=1, axis2=2))
-    scales = scale[:, :, None] * scale[:, None, :]
-    return _by_halves(blocks * scales) * scales
-
-
-def _by_halves(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
-    """Schur complements down to blocks of `_SWEPT`, which are swept."""
-    size = blocks.shape[-1]
-    if size <= _SWEPT:
-        # Blocks on the last axis, so that every step is a long vector operation.
-        return jnp.moveaxis(_sweep(jnp.moveaxis(blocks, 0, -1)), -1, 0)
-    half = size // 2
-    head, corner, tail = blocks[:, :half, :half], blocks[:, :half, half:], blocks[:, half:, half:]
-    head_inverse = _by_halves(head)
-    solved = _product("sij,sjk->sik", head_inverse, corner)
-    tail_inverse = _by_halves(tail - _product("sji,sjk->sik", corner, solved))
-    upper = _product("sij,sjk->sik", solved, tail_inverse)
-    top = jnp.concatenate([head_inverse + _product("sij,skj->sik", upper, solved), -upper], axis=2)
-    return jnp.concatenate([top, jnp.concatenate([-jnp.swapaxes(upper, 1, 2), tail_inverse], axis=2)], axis=1)
-
-
-def _sweep(work: Float[Array, "n n S"]) -> Float[Array, "n n S"]:
-    """The sweep operator, `_PIVOTS` at a time; see `inverse`."""
-    size = work.shape[0]
-    # Static pivots, since a traced one costs ten times as much on CPU.
-    for start in range(0, size, _PIVOTS):
-        own = slice(start, min(start + _PIVOTS, size))
-        rows = work[own]
-        square = rows[:, own]
-        inverted = square
-        for pivot in range(square.shape[0]):
-            row = inverted[pivot]
-            d = row[pivot]
-            left, right = row.at[pivot].set(d - 1), (row / d[None]).at[pivot].set(1 - 1 / d)
-            inverted = (inverted - left[:, None] * right[None]).at[pivot, pivot].set(-1 / d)
-        inverted, rows = jax.lax.optimization_barrier((-inverted, rows))
-        one = jnp.eye(square.shape[0], dtype=work.dtype)[:, :, None]
-        solved = sum(inverted[:, k, None] * rows[k][None] for k in range(square.shape[0]))
-        lefts, rights = jax.lax.optimization_barrier(
-            (rows.at[:, own].set(square - one), solved.at[:, own].set(one - inverted))
-        )
-        for left, right in zip(lefts, rights, strict=True):
-            work = work - left[:, None] * right[None]
-        work = work.at[own, own].set(-inverted)
-    return -work
-
-
-def _product(subscripts: str, *leaves: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(subscripts, *leaves, precision=_HIGHEST)
-
-
-def _map_slices(
-    function: Callable[..., Float[Array, "S ..."]], *leaves: Float[Array, "N ..."]
-) -> Float[Array, "N ..."]:
-    """Applies `function` to cache-sized slices of blocks, all of one size."""
-    num = leaves[0].shape[0]
-    width = min(SLICE if jax.default_backend() == "cpu" else _WIDE_SLICE, num)
-    count = -(-num // width)
-
-    def of_slice(number: Int[Array, ""]) -> Float[Array, "S ..."]:
-        first = jnp.minimum(number * width, num - width)
-        return function(*(jax.lax.dynamic_slice_in_dim(leaf, first, width) for leaf in leaves))
-
-    mapped = jax.lax.map(of_slice, jnp.arange(count))
-    # The last slice begins where it still is a whole one.
-    rest = mapped[-1, count * width - num :]
-    return jnp.concatenate([mapped[:-1].reshape(-1, *mapped.shape[2:]), rest])
-
-
-def inverse(matrices: Float[Array, "N b b"]) -> Float[Array, "N b b"]:
-    """Inverts symmetric positive-definite blocks in plain XLA, in cache-sized slices.
-
-    Halves are eliminated by products of small matrices, down to blocks that are swept. Sweeping the pivots P turns A
-    into −A⁻¹: A_ij ← A_ij − A_iP A_PP⁻¹ A_Pj for i, j outside P, rows and columns P ← A_PP⁻¹ A_P and
-    A_PP ← −A_PP⁻¹. With I subtracted from A_PP in the left factor and A_PP⁻¹ from I in the right one, rows and columns
-    P come out of the same update, so that a step is a single fused pass. The diagonal is one to start with; no
-    pivoting is needed for a positive-definite matrix. A library call would run multi-threaded BLAS on each small block,
-    whose speed depends on what else the machine does.
-
-    >>> import jax.numpy as jnp
-    >>> inverse(jnp.array([[[2.0, 0.0], [0.0, 4.0]]]))[0].round(6).tolist()
-    [[0.5, 0.0], [0.0, 0.25]]
-    """
-    return _map_slices(_invert_slice, matrices)
+    return cholesky.product("nub,nuc->nbc", gradients, gradients)
 
 
 def saliency(
@@ -240,12 +149,20 @@ def saliency(
 
     def scored(weight_slice: Float[Array, "S b"], gram_slice: Float[Array, "S b b"]) -> Float[Array, "S b+1"]:
         fisher = dampened(gram_slice, num_grads, damping)
-        inverses = _invert_slice(fisher)
-        diagonals = [jnp.diagonal(leaf, axis1=1, axis2=2) for leaf in (fisher, inverses)]
-        error = _error(diagonals[1], GRAM_ERROR * jnp.max(diagonals[0] * diagonals[1], axis=1))
-        return _beside((score or single_scores)(weight_slice, inverses), error)
+        if score is None:
+            of_inverse = cholesky.inverse_diagonal(fisher)
+            scores = weight_slice**2 / (2 * of_inverse)
+        else:
+            inverses = cholesky.invert(fisher)
+            of_inverse, scores = jnp.diagonal(inverses, axis1=1, axis2=2), score(weight_slice, inverses)
+        return _beside(scores, _gram_error(fisher, of_inverse))
 
-    return _apart(_map_slices(scored, weights, grams))
+    return _apart(cholesky.map_slices(scored, weights, grams))
+
+
+def _gram_error(fisher: Float[Array, "S b b"], of_inverse: Float[Array, "S b"]) -> Float[Array, " S"]:
+    condition = jnp.max(jnp.diagonal(fisher, axis1=1, axis2=2) * of_inverse, axis=1)
+    return _error(of_inverse, GRAM_ERROR * condition)
 
 
 def _error(diagonal: Float[Array, "S b"], estimate: Float[Array, " S"]) -> Float[Array, " S"]:
@@ -270,8 +187,8 @@ def dual_saliency(
 ) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
     """The same from the gradients themselves: m × m systems instead of b × b, for m < b.
 
-    With G the m gradients of a block as rows, F⁻¹ = (I − Gᵀ (m ζ I + G Gᵀ)⁻¹ G) / ζ (Woodbury), of which single
-    weights need the diagonal only. What the difference loses is part of the estimated error.
+    With G the m gradients of a block as rows and m ζ I + G Gᵀ = L Lᵀ, F⁻¹ = (I − (L⁻¹ G)ᵀ L⁻¹ G) / ζ (Woodbury), of
+    which single weights need the diagonal only. What the difference loses is part of the estimated error.
     """
     units = kernel.shape[1]
     count, width, cut = _tiles([kernel, *gradients], block_size)
@@ -280,15 +197,14 @@ def dual_saliency(
         _, _, (weights, *tile) = cut(number)
         rows, weights = _rows(tile), weights.T
         system = _dual_system(rows, damping)
-        solver = _invert_slice(system)
-        solved = _product("smn,snb->smb", solver, rows)
-        left = 1 - jnp.sum(rows * solved, axis=1)
-        diagonals = [jnp.diagonal(leaf, axis1=1, axis2=2) for leaf in (system, solver)]
-        condition = jnp.max(diagonals[0] * diagonals[1], axis=1) / jnp.min(left, axis=1)
-        error = _error(jnp.concatenate([left, diagonals[1]], axis=1), DUAL_ERROR * condition)
+        root = cholesky.root(system)
+        solved = cholesky.product("smn,snb->smb", root, rows)
+        left = 1 - jnp.sum(solved**2, axis=1)
+        spread = jnp.diagonal(system, axis1=1, axis2=2) * jnp.sum(root**2, axis=1)
+        error = _error(left, DUAL_ERROR * jnp.max(spread, axis=1) / jnp.min(left, axis=1))
         if score is None:
             return _beside(weights**2 * damping / (2 * left), error)
-        return _beside(score(weights, _dual_inverse_slice(rows, solved, damping)), error)
+        return _beside(score(weights, _dual_inverse_slice(solved, damping)), error)
 
     mapped = jax.lax.map(scored, jnp.arange(count))
     by_row = mapped.reshape(-1, -(-units // width), width, mapped.shape[-1])
@@ -300,25 +216,24 @@ def dual_saliency(
 
 def _dual_system(rows: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S m m"]:
     """m ζ I + G Gᵀ."""
-    outer = _product("smb,snb->smn", rows, rows)
+    outer = cholesky.product("smb,snb->smn", rows, rows)
     return outer + rows.shape[1] * damping * jnp.eye(rows.shape[1], dtype=rows.dtype)[None]
 
 
-def _dual_inverse_slice(
-    rows: Float[Array, "S m b"], solved: Float[Array, "S m b"], damping: float | Float[Array, ""]
-) -> Float[Array, "S b b"]:
-    projected = _product("smb,smc->sbc", rows, solved)
-    return (jnp.eye(rows.shape[-1], dtype=rows.dtype)[None] - projected) / damping
+def _dual_inverse_slice(solved: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S b b"]:
+    """F⁻¹ from L⁻¹ G."""
+    projected = cholesky.product("smb,smc->sbc", solved, solved)
+    return (jnp.eye(solved.shape[-1], dtype=solved.dtype)[None] - projected) / damping
 
 
 def dual_inverse(gradients: Float[Array, "N m b"], damping: float | Float[Array, ""]) -> Float[Array, "N b b"]:
     """F⁻¹ of every block by the dual form; see `dual_saliency`."""
 
     def invert(rows: Float[Array, "S m b"]) -> Float[Array, "S b b"]:
-        solver = _invert_slice(_dual_system(rows, damping))
-        return _dual_inverse_slice(rows, _product("smn,snb->smb", solver, rows), damping)
+        root = cholesky.root(_dual_system(rows, damping))
+        return _dual_inverse_slice(cholesky.product("smn,snb->smb", root, rows), damping)
 
-    return _map_slices(invert, gradients)
+    return cholesky.map_slices(invert, gradients)
 
 
 def qr_saliency(
@@ -332,7 +247,7 @@ def qr_saliency(
     def scored(weight_slice: Float[Array, "S b"], rows: Float[Array, "S m b"]) -> Float[Array, "S b"]:
         return (score or single_scores)(weight_slice, _qr_invert_slice(rows, damping))
 
-    return _map_slices(scored, weights, gradients)
+    return cholesky.map_slices(scored, weights, gradients)
 
 
 def qr_inverse(gradients: Float[Array, "N m b"], damping: float | Float[Array, ""]) -> Float[Array, "N b b"]:
@@ -340,9 +255,9 @@ def qr_inverse(gradients: Float[Array, "N m b"], damping: float | Float[Array, "
 
     The gradients are never squared. √ζ may be ten thousand times smaller than a gradient and yet decide the result,
     so the small rows must keep their digits: Householder reflections with the largest remaining column and, in it, the
-    largest entry as pivot are stable row by row (Cox & Higham 1998). Plain XLA; some ten times the work of `inverse`.
+    largest entry as pivot are stable row by row (Cox & Higham 1998). Plain XLA; some ten times the work of the others.
     """
-    return _map_slices(lambda rows: _qr_invert_slice(rows, damping), gradients)
+    return cholesky.map_slices(lambda rows: _qr_invert_slice(rows, damping), gradients)
 
 
 def _qr_invert_slice(rows: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S b b"]:
@@ -385,7 +300,7 @@ def _qr_invert_slice(rows: Float[Array, "S m b"], damping: float | Float[Array, 
         return solved + pivots[j][:, None] * found[None]
 
     inverted = jnp.moveaxis(jax.lax.fori_loop(0, size, solve, empty), -1, 0)
-    return _product("sij,skj->sik", inverted, inverted)
+    return cholesky.product("sij,skj->sik", inverted, inverted)
 
 
 def form(num_grads: int, block_size: int) -> str:
@@ -461,10 +376,9 @@ def joint_update(
         both = stays[:, :, None] & stays[:, None, :]
         alone = jnp.eye(weight.shape[1], dtype=weight.dtype)[None] * ~stays[:, None, :]
         remaining = jnp.where(both, fisher, 0) + alone
-        inverses = _invert_slice(remaining)
-        diagonals = [jnp.diagonal(leaf, axis1=1, axis2=2) for leaf in (remaining, inverses)]
-        error = _error(diagonals[1], GRAM_ERROR * jnp.max(diagonals[0] * diagonals[1], axis=1))
-        pull = jnp.where(stays, _product("sij,sj->si", fisher, jnp.where(stays, 0, weight)), 0)
-        return _beside(jnp.where(stays, weight + _product("sij,sj->si", inverses, pull), 0), error)
+        inverses = cholesky.invert(remaining)
+        error = _gram_error(remaining, jnp.diagonal(inverses, axis1=1, axis2=2))
+        pull = jnp.where(stays, cholesky.product("sij,sj->si", fisher, jnp.where(stays, 0, weight)), 0)
+        return _beside(jnp.where(stays, weight + cholesky.product("sij,sj->si", inverses, pull), 0), error)
 
-    return _apart(_map_slices(moved, weights, kept, grams))
+    return _apart(cholesky.map_slices(moved, weights, kept, grams))

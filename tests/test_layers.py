@@ -17,7 +17,7 @@ MAX_LINES = 500
 
 # Within a floor the order counts too.
 FLOORS = (
-    ("config", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
+    ("config", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
     ("backbones", "data", "checkpoint"),
     ("cbm", "fisher"),
     ("model_card", "artifact", "criteria", "cutting", "pruning", "intervention", "explanation"),
