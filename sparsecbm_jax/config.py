@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 DTYPES = ("float32", "bfloat16")
-CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher", "m_fac")
+CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher", "wanda", "m_fac")
 PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
 

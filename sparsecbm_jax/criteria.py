@@ -160,12 +160,12 @@ def woodfisher_scores(
         num_grads = found.num_grads
         del found
     for portion in _portions(doubtful, num_grads * size, config):
-        some = {piece: _rounded_up(which) for piece, which in portion.items()}
-        for piece, rows in fisher.rows_of(gradients, some, size).items():
+        padded = {piece: _rounded_up(which) for piece, which in portion.items()}
+        for piece, rows in fisher.rows_of(gradients, padded, size).items():
             num_redone["qr"][piece.path] += len(portion[piece])
-            blocks = fisher.blocks_of(piece.of(kernels[piece.path]), some[piece], size)
+            blocks = fisher.blocks_of(piece.of(kernels[piece.path]), padded[piece], size)
             new, _ = _score_blocks(blocks, rows, zetas[piece.path], "qr", size, pattern)
-            scores[piece] = _replaced(scores[piece], some[piece], new)
+            scores[piece] = _replaced(scores[piece], padded[piece], new)
     if config.damping_mode == "absolute":
         _warn_where_degenerate(ratios, config.damping)
     if report is not None:
@@ -389,6 +389,18 @@ def diagonal_fisher_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Ke
     return {path: 0.5 * kernel**2 * (mean[path] + 0.1 * mean[path].mean()) for path, kernel in kernels.items()}
 
 
+def wanda_scores(kernels: Kernels, gradients: Any) -> Kernels:
+    """|w_ij| ‖x_i‖₂, with the inputs x of the subnetwork; no gradient is taken. Reference: Sun et al. 2023 (Wanda).
+
+    They compare within an output unit: config.sparsity.scope = 'per_row'.
+
+    Args:
+      gradients: a `fisher.SubnetworkGradients`, of which `input_norms` alone is asked.
+    """
+    norms = gradients.input_norms()
+    return {path: jnp.abs(kernel) * norms[path][..., None] for path, kernel in kernels.items()}
+
+
 def m_fac_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
     """ρ of single weights with all kernels as one block, by m × m algebra; ζ is a tenth of mean g².
 
@@ -429,5 +441,6 @@ SCORES: dict[str, Criterion] = {
     "movement": movement_scores,
     "taylor": taylor_scores,
     "diagonal_fisher": diagonal_fisher_scores,
+    "wanda": wanda_scores,
     "m_fac": m_fac_scores,
 }

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax import woodfisher
+from sparsecbm_jax.backbones import input_squares
 from sparsecbm_jax.cbm import CBMConfig, Heads, subnetwork_loss
 from sparsecbm_jax.config import PrunerConfig
 from sparsecbm_jax.data.batches import Batch
@@ -100,6 +101,16 @@ def subnetwork_gradient(
     return {path: jnp.where(mask[path], grad, 0) for path, grad in grads.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _input_squares(
+    config: CBMConfig, params: Params, mask: Mapping[str, Bool[Array, "..."]], batch: Batch
+) -> dict[str, Float[Array, "*layers inputs"]]:
+    own = dict(params)
+    for path, kept in mask.items():
+        own = masks_lib.with_leaf(own, path, jnp.where(kept, masks_lib.leaf_at(params, path), 0))
+    return input_squares(config.backbone, own, batch.input_ids, batch.attention_mask)
+
+
 class SubnetworkGradients:
     """∇L_k of each minibatch, or of each of its rows: a stream that may be gone through more than once.
 
@@ -130,11 +141,21 @@ class SubnetworkGradients:
         self.concept, self._batches, self._per_example, self._limit = concept, batches, per_example, limit
         self._on_gradient = on_gradient
         self._gradient = functools.partial(subnetwork_gradient, config, params, mask, heads)
+        self._input_squares = functools.partial(_input_squares, config, params, mask)
 
     def __iter__(self) -> Iterator[Kernels]:
         for gradient in itertools.islice(self._all(), self._limit):
             yield gradient
             self._on_gradient()
+
+    def input_norms(self) -> dict[str, Float[Array, "*layers inputs"]]:
+        """‖x_i‖₂ of every input of every kernel of the subnetwork, over the real tokens of all batches."""
+        total: dict[str, Array] = {}
+        for batch, _ in self._batches:
+            squares = self._input_squares(batch)
+            total = {path: total[path] + leaf if total else leaf for path, leaf in squares.items()}
+            self._on_gradient()
+        return {path: jnp.sqrt(leaf) for path, leaf in total.items()}
 
     def _all(self) -> Iterator[Kernels]:
         k = jnp.asarray(self.concept)

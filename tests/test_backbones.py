@@ -23,11 +23,13 @@ from sparsecbm_jax.backbones import (
     find_minilm,
     fold_keys,
     init_params,
+    input_squares,
     load_pretrained,
     make_backbone,
     maskable_paths,
 )
 from sparsecbm_jax.backbones.dropout import _threefry
+from sparsecbm_jax.backbones.names import tensor_names
 
 HIDDEN_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -100,6 +102,35 @@ def test_parity_with_transformers(name):
         atol=ADAM_TOLERANCE,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("name", sorted(cases.HF_CONFIGS))
+def test_input_squares_are_those_of_transformers(name):
+    torch = pytest.importorskip("torch")
+    config = config_from_hf(cases.HF_CONFIGS[name])
+    model = cases.torch_model(cases.HF_CONFIGS[name])
+    batch = cases.token_batch(config.pad_token_id)
+    seen = {}
+
+    def watch(module_name):
+        def hook(module, inputs):
+            x = inputs[0].detach().numpy().reshape(*batch.input_ids.shape, -1)
+            seen[module_name] = (x.astype(np.float64) ** 2 * batch.attention_mask[..., None]).sum((0, 1))
+
+        return hook
+
+    for module_name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "pooler" not in module_name:
+            module.register_forward_pre_hook(watch(module_name))
+    model(*(torch.tensor(x, dtype=torch.long) for x in batch))
+    got = jax.jit(input_squares, static_argnums=0)(config, cases.torch_params(config, model), *batch)
+    assert set(got) == set(maskable_paths(config))
+    for tensor in tensor_names(config):
+        if tensor.path in got:
+            modules = [cases.torch_prefix(config) + source.removesuffix(".weight") for source in tensor.names]
+            expected = np.stack([seen[module] for module in modules])
+            expected = expected if tensor.is_stacked else expected[0]
+            np.testing.assert_allclose(got[tensor.path], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_minilm_parity_with_transformers():

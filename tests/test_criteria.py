@@ -26,6 +26,9 @@ class Stream:
         self.passes += 1
         return iter([{PATH: jnp.asarray(gradient, jnp.float32)} for gradient in self.gradients])
 
+    def input_norms(self) -> Kernels:
+        return {PATH: jnp.arange(32.0).reshape(2, 16)}
+
 
 def kernels(seed: int = 0) -> Kernels:
     return {PATH: jnp.asarray(np.random.default_rng(seed).normal(size=SHAPE), jnp.float32)}
@@ -131,6 +134,7 @@ def test_every_criterion_has_its_definition(name: str) -> None:
         "movement": -w * mean,
         "taylor": w**2 * square,
         "diagonal_fisher": 0.5 * w**2 * (square + 0.1 * square.mean()),
+        "wanda": np.abs(w) * np.arange(32.0).reshape(2, 16, 1),
         "m_fac": whole_scores(w, grads),
     }
     if name != "random":

@@ -1,5 +1,6 @@
 """Gradients of L_k and their Gram against a loop written out."""
 
+import functools
 from typing import Any
 
 import chex
@@ -11,7 +12,7 @@ from test_cbm import build, random_batch
 
 from sparsecbm_jax import cbm, criteria, fisher, pruning, woodfisher
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.backbones import BackboneConfig
+from sparsecbm_jax.backbones import BackboneConfig, input_squares
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
 from sparsecbm_jax.data.batches import Batch
 
@@ -47,6 +48,21 @@ def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbo
     chex.assert_trees_all_close(together, mean, atol=TOLERANCE)
     for path in mask:
         assert not jnp.where(mask[path], 0, together[path]).any()
+
+
+def test_wanda_takes_the_norms_of_the_subnetworks_own_inputs(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    batches = [random_batch(seed) for seed in range(2)]
+    mask = masks_lib.concept(masks, 1)
+    kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
+    pairs = [(batch, jnp.zeros(())) for batch in batches]
+    scores = criteria.wanda_scores(kernels, fisher.SubnetworkGradients(config, params, mask, heads, pairs, 1))
+    masked = functools.reduce(lambda tree, path: masks_lib.with_leaf(tree, path, kernels[path]), mask, params)
+    squares = [input_squares(config.backbone, masked, batch.input_ids, batch.attention_mask) for batch in batches]
+    for path, kernel in kernels.items():
+        norms = np.sqrt(np.asarray(squares[0][path] + squares[1][path]))
+        np.testing.assert_allclose(scores[path], np.abs(kernel) * norms[..., None], rtol=1e-5)
+        assert scores[path].any()
 
 
 @pytest.mark.parametrize("num_grads", [5, 128], ids=["dual form", "gram form"])

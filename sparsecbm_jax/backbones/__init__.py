@@ -5,6 +5,7 @@ from sparsecbm_jax.backbones.backbone import (
     Params,
     encode_dense,
     init_params,
+    input_squares,
     make_backbone,
     maskable_paths,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "find_minilm",
     "fold_keys",
     "init_params",
+    "input_squares",
     "load_pretrained",
     "make_backbone",
     "maskable_paths",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Num
 
@@ -146,3 +147,32 @@ def encode_dense(
 
     h, _ = jax.lax.scan(step, h, (params["layers"], jnp.arange(backbone.config.num_layers)))
     return backbone.finish(params["finish"], h)
+
+
+def input_squares(
+    config: BackboneConfig, params: Params, input_ids: Int[Array, "B T"], attention_mask: Num[Array, "B T"]
+) -> dict[str, Float[Array, "*layers inputs"]]:
+    """Σ x² over the real tokens of a batch, of every input of every maskable kernel.
+
+    Args:
+        config: The backbone's shape.
+        params: As for `encode_dense`.
+        input_ids: Token ids.
+        attention_mask: 1 at real tokens, 0 at padding.
+
+    Returns:
+        {path of the kernel: sums}, in float32.
+    """
+    embed, layer, finish = _modules(config, None, 1, jnp.float32)
+    weight = attention_mask.astype(jnp.float32)
+
+    def run(module: nn.Module, own: Params, *args: Any) -> tuple[Array, Params]:
+        out, seen = module.apply({"params": own}, *args, mutable=["inputs"])
+        squares = jax.tree.map(lambda x: jnp.einsum("bti,bt->i", x**2, weight), seen.get("inputs", {}))
+        return out, squares
+
+    h, of_embed = run(embed, params["embed"], input_ids, attention_mask)
+    h, of_layers = jax.lax.scan(lambda h, own: run(layer, own, h, attention_mask), h, params["layers"])
+    _, of_finish = run(finish, params["finish"], h)
+    found = flatten_dict({"embed": of_embed, "layers": of_layers, "finish": of_finish}, sep="/")
+    return {path: found[path][0] for path in maskable_paths(config)}

@@ -59,6 +59,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:
         kernel = self.param("kernel", _init, (x.shape[-1], self.features))
+        # Kept only where a caller makes the collection mutable.
+        self.sow("inputs", "kernel", x)
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.reduce_axis is not None:
             y = jax.lax.psum(y, self.reduce_axis)
