@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import cholesky, fisher, patterns, sharding, woodfisher
@@ -29,6 +30,9 @@ Report = dict[str, Any]
 
 # Where no weight's mean g² reaches a tenth of ζ, F is ζ I but for little, and ρ is ½ ζ w² but for little.
 _DEGENERATE = 0.1
+# Another pass over the gradients is for blocks whose estimated error is beyond this: the true ones are a third of it,
+# and with m gradients the Fisher itself is uncertain by √(2/m). Where the gradients are at hand, LARGEST_ERROR counts.
+_WORTH_A_PASS = 1e-2
 # What the gradients of blocks that are done again may take, where no limit is set.
 _REPAIR_MEMORY = 2**30
 
@@ -49,28 +53,47 @@ def make_criterion(config: PrunerConfig, *, seed: int = 0, report: Report | None
     return lambda kernels, gradients: patterns.spread(single(kernels, gradients), unit)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _score_grams(
-    kernel: Float[Array, "inputs units"],
-    grams: Float[Array, "N b b"],
+    kernel: Float[Array, "inputs U"],
+    grams: Float[Array, "I U b b"],
     num_grads: Float[Array, ""],
     zeta: Float[Array, ""],
     block_size: int,
     pattern: str,
-) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    blocks, score = woodfisher.to_blocks(kernel, block_size), _score_fn(pattern, block_size)
-    return woodfisher.saliency(blocks, grams, num_grads, zeta, score)
+    mesh: Mesh | None,
+) -> tuple[Float[Array, "I U b"], Float[Array, "I U"]]:
+    def score(kernel: Array, grams: Array, num_grads: Array, zeta: Array) -> tuple[Array, Array]:
+        blocks = woodfisher.to_blocks(kernel, block_size)
+        by_block = grams.reshape(-1, *grams.shape[2:])
+        found = woodfisher.saliency(blocks, by_block, num_grads, zeta, _score_fn(pattern, block_size))
+        return _by_unit(found, kernel.shape[1])
+
+    return sharding.by_units(score, mesh)(kernel, grams, num_grads, zeta)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _score_rows(
-    kernel: Float[Array, "inputs units"],
-    gradients: list[Float[Array, "inputs units"]],
+    kernel: Float[Array, "inputs U"],
+    gradients: list[Float[Array, "inputs U"]],
     zeta: Float[Array, ""],
     block_size: int,
     pattern: str,
-) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    return woodfisher.dual_saliency(kernel, gradients, zeta, block_size, _score_fn(pattern, block_size))
+    mesh: Mesh | None,
+) -> tuple[Float[Array, "I U b"], Float[Array, "I U"]]:
+    def score(kernel: Array, gradients: list[Array], zeta: Array) -> tuple[Array, Array]:
+        found = woodfisher.dual_saliency(kernel, gradients, zeta, block_size, _score_fn(pattern, block_size))
+        return _by_unit(found, kernel.shape[1])
+
+    return sharding.by_units(score, mesh)(kernel, gradients, zeta)
+
+
+def _by_unit(
+    found: tuple[Float[Array, "N b"], Float[Array, " N"]], units: int
+) -> tuple[Float[Array, "I u b"], Float[Array, "I u"]]:
+    """Blocks in the order of `woodfisher.to_blocks`, by blocks of inputs and units."""
+    scores, error = found
+    return scores.reshape(-1, units, scores.shape[1]), error.reshape(-1, units)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -90,8 +113,11 @@ def _score_blocks(
 
 
 @jax.jit
-def _replaced(scores: Float[Array, "N b"], which: Int[Array, " F"], new: Float[Array, "F b"]) -> Float[Array, "N b"]:
-    return scores.at[which].set(new)
+def _replaced(
+    scores: Float[Array, "I U b"], which: Int[Array, " F"], new: Float[Array, "F b"]
+) -> Float[Array, "I U b"]:
+    units = scores.shape[1]
+    return scores.at[which // units, which % units].set(new)
 
 
 def _score_fn(pattern: str, block_size: int) -> woodfisher.ScoreFn | None:
@@ -125,25 +151,26 @@ def woodfisher_scores(
     for path, kernel in kernels.items():
         patterns.to_groups(path, kernel, patterns.unit_of(pattern, size).group)
     form, passes = woodfisher.form(config.num_grads, size), fisher.plan_passes(kernels, config)
+    mesh = sharding.mesh_of(next(iter(kernels.values())))
     zetas: dict[str, Float[Array, ""]] = {}
     ratios: dict[str, float] = {}
-    scores: dict[Piece, Float[Array, "N b"]] = {}
+    scores: dict[Piece, Float[Array, "I U b"]] = {}
     doubtful: dict[Piece, Int[np.ndarray, " F"]] = {}
     num_redone = {"gram": Counter[str](), "qr": Counter[str]()}
     for pieces in passes:
         is_dual = form == "dual"
-        found = fisher.keep(gradients, pieces) if is_dual else fisher.accumulate(gradients, pieces, size)
+        found = fisher.keep(gradients, pieces, mesh) if is_dual else fisher.accumulate(gradients, pieces, size, mesh)
         if not zetas:
             zetas, ratios = _dampings(kernels, gradients, found, config)
         states = found.states
         for piece in pieces:
-            kernel, state, zeta = piece.of(kernels[piece.path]), states.pop(0), zetas[piece.path]
+            kernel, state, zeta = piece.of(kernels[piece.path], mesh), states.pop(0), zetas[piece.path]
             if is_dual:
-                scores[piece], error = _score_rows(kernel, state, zeta, size, pattern)
+                scores[piece], error = _score_rows(kernel, state, zeta, size, pattern, mesh)
             else:
                 count = jnp.float32(found.num_grads)
-                scores[piece], error = _score_grams(kernel, state, count, zeta, size, pattern)
-            which = _doubtful(error)
+                scores[piece], error = _score_grams(kernel, state, count, zeta, size, pattern, mesh)
+            which = _doubtful(error, woodfisher.LARGEST_ERROR if is_dual else _WORTH_A_PASS)
             # A form that float32 does better with, of the gradients that are at hand.
             for other in ("gram", "qr") if is_dual else ():
                 if len(which):
@@ -151,7 +178,10 @@ def woodfisher_scores(
                     some = _rounded_up(which)
                     own = [fisher.blocks_of(leaf, some, size) for leaf in (kernel, *state)]
                     new, error = _score_blocks(own[0], own[1:], zeta, other, size, pattern)
-                    scores[piece], which = _replaced(scores[piece], some, new), which[_doubtful(error[: len(which)])]
+                    scores[piece], which = (
+                        _replaced(scores[piece], some, new),
+                        which[_doubtful(error[: len(which)], woodfisher.LARGEST_ERROR)],
+                    )
                     del own, new
             if len(which):
                 doubtful[piece] = which
@@ -161,9 +191,9 @@ def woodfisher_scores(
         del found
     for portion in _portions(doubtful, num_grads * size, config):
         padded = {piece: _rounded_up(which) for piece, which in portion.items()}
-        for piece, rows in fisher.rows_of(gradients, padded, size).items():
+        for piece, rows in fisher.rows_of(gradients, padded, size, mesh).items():
             num_redone["qr"][piece.path] += len(portion[piece])
-            blocks = fisher.blocks_of(piece.of(kernels[piece.path]), padded[piece], size)
+            blocks = fisher.blocks_of(piece.of(kernels[piece.path], mesh), padded[piece], size)
             new, _ = _score_blocks(blocks, rows, zetas[piece.path], "qr", size, pattern)
             scores[piece] = _replaced(scores[piece], padded[piece], new)
     if config.damping_mode == "absolute":
@@ -177,7 +207,7 @@ def woodfisher_scores(
             "qr_blocks": dict(num_redone["qr"]),
             "mean_square_over_damping": ratios,
         }
-    whole = {path: _assemble(path, kernel.shape, scores) for path, kernel in kernels.items()}
+    whole = {path: _assemble(path, kernel, scores) for path, kernel in kernels.items()}
     for path, (_, is_nan) in whole.items():
         if bool(is_nan):
             raise FloatingPointError(
@@ -186,17 +216,22 @@ def woodfisher_scores(
     return {path: leaf for path, (leaf, _) in whole.items()}
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _move(
-    kernel: Float[Array, "inputs units"],
-    kept: Bool[Array, "inputs units"],
-    grams: Float[Array, "N b b"],
+    kernel: Float[Array, "inputs U"],
+    kept: Bool[Array, "inputs U"],
+    grams: Float[Array, "I U b b"],
     num_grads: Float[Array, ""],
     zeta: Float[Array, ""],
     block_size: int,
-) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    blocks, stays = woodfisher.to_blocks(kernel, block_size), woodfisher.to_blocks(kept, block_size)
-    return woodfisher.joint_update(blocks, stays, grams, num_grads, zeta)
+    mesh: Mesh | None,
+) -> tuple[Float[Array, "I U b"], Float[Array, "I U"]]:
+    def move(kernel: Array, kept: Array, grams: Array, num_grads: Array, zeta: Array) -> tuple[Array, Array]:
+        blocks, stays = woodfisher.to_blocks(kernel, block_size), woodfisher.to_blocks(kept, block_size)
+        found = woodfisher.joint_update(blocks, stays, grams.reshape(-1, *grams.shape[2:]), num_grads, zeta)
+        return _by_unit(found, kernel.shape[1])
+
+    return sharding.by_units(move, mesh)(kernel, kept, grams, num_grads, zeta)
 
 
 def updated_kernels(
@@ -214,21 +249,22 @@ def updated_kernels(
     # The sums of outer products, also where there are fewer gradients than a block has weights.
     as_gram = dataclasses.replace(config, num_grads=max(config.num_grads, config.block_size))
     zetas: dict[str, Float[Array, ""]] = {}
-    moved: dict[Piece, Float[Array, "N b"]] = {}
+    moved: dict[Piece, Float[Array, "I U b"]] = {}
+    mesh = sharding.mesh_of(next(iter(kernels.values())))
     for pieces in fisher.plan_passes(kernels, as_gram):
-        found = fisher.accumulate(gradients, pieces, config.block_size)
+        found = fisher.accumulate(gradients, pieces, config.block_size, mesh)
         if not zetas:
             zetas, _ = _dampings(kernels, gradients, found, config)
         for piece in pieces:
-            leaves = piece.of(kernels[piece.path]), piece.of(kept[piece.path]), found.states.pop(0)
+            leaves = piece.of(kernels[piece.path], mesh), piece.of(kept[piece.path], mesh), found.states.pop(0)
             count, zeta = jnp.float32(found.num_grads), zetas[piece.path]
-            moved[piece], error = _move(*leaves, count, zeta, config.block_size)
-            if len(_doubtful(error)):
+            moved[piece], error = _move(*leaves, count, zeta, config.block_size, mesh)
+            if len(_doubtful(error, _WORTH_A_PASS)):
                 raise FloatingPointError(
                     f"{piece.path}: float32 cannot invert its Fisher well enough to move weights by; damping "
                     f"({config.damping_mode} {config.damping:g}) is too small"
                 )
-    whole = {path: _assemble(path, kernel.shape, moved) for path, kernel in kernels.items()}
+    whole = {path: _assemble(path, kernel, moved) for path, kernel in kernels.items()}
     return {path: leaf for path, (leaf, _) in whole.items()}
 
 
@@ -287,38 +323,44 @@ def _rounded_up(which: Int[np.ndarray, " F"]) -> Int[np.ndarray, " G"]:
     return np.concatenate([which, np.full(size - len(which), which[0])])
 
 
-def _doubtful(error: Float[Array, " N"]) -> Int[np.ndarray, " F"]:
-    """Which blocks' scores are not to be trusted."""
-    return np.flatnonzero(~(sharding.to_host(error) <= woodfisher.LARGEST_ERROR))
+def _doubtful(error: Float[Array, "..."], largest: float) -> Int[np.ndarray, " F"]:
+    """Numbers of the blocks whose estimated error is larger, or no number."""
+    return np.flatnonzero(~(sharding.to_host(error).ravel() <= largest))
 
 
 def _assemble(
-    path: str, shape: tuple[int, ...], scores: Mapping[Piece, Float[Array, "N b"]]
+    path: str, kernel: Float[Array, "*layers inputs outputs"], scores: Mapping[Piece, Float[Array, "I U b"]]
 ) -> tuple[Float[Array, "*layers inputs outputs"], Bool[Array, ""]]:
-    """The scores of a leaf from those of its pieces, which come in the order of layers and output units.
+    """The scores of a leaf, placed as it is, from those of its pieces: in the order of layers and output units.
 
     Returns:
       The scores, and whether one of them is NaN.
     """
-    layers: dict[int | None, list[Array]] = {}
+    layers: dict[int | None, list[tuple[Array, int]]] = {}
     for piece, blocks in scores.items():
         if piece.path == path:
-            layers.setdefault(piece.layer, []).append(blocks)
-    return _joined(list(layers.values()), shape)
+            layers.setdefault(piece.layer, []).append((blocks, piece.stop - piece.start))
+    parts = [[blocks for blocks, _ in layer] for layer in layers.values()]
+    units = tuple(tuple(count for _, count in layer) for layer in layers.values())
+    return _joined(parts, units, kernel.shape, None if sharding.mesh_of(kernel) is None else kernel.sharding)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _joined(
-    layers: list[list[Float[Array, "N b"]]], shape: tuple[int, ...]
+    layers: list[list[Float[Array, "I U b"]]],
+    units: tuple[tuple[int, ...], ...],
+    shape: tuple[int, ...],
+    place: NamedSharding | None,
 ) -> tuple[Float[Array, "*layers inputs outputs"], Bool[Array, ""]]:
-    inputs = shape[-2]
     kernels = []
-    for blocks in layers:
-        per_unit = -(-inputs // blocks[0].shape[1])
-        units = [woodfisher.from_blocks(part, (inputs, part.shape[0] // per_unit)) for part in blocks]
-        kernels.append(jnp.concatenate(units, axis=1))
+    for blocks, counts in zip(layers, units, strict=True):
+        columns = [jnp.swapaxes(part, 1, 2).reshape(-1, part.shape[1])[: shape[-2]] for part in blocks]
+        # Without the units that spreading added.
+        real = [part[:, :count] for part, count in zip(columns, counts, strict=True)]
+        kernels.append(jnp.concatenate(real, axis=1))
     whole = jnp.stack(kernels) if len(shape) == 3 else kernels[0]
-    return whole, jnp.isnan(whole).any()
+    is_nan = jnp.isnan(whole).any()
+    return whole if place is None else jax.lax.with_sharding_constraint(whole, place), is_nan
 
 
 def _warn_where_degenerate(ratios: Mapping[str, float], damping: float) -> None:

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax import woodfisher
+from sparsecbm_jax import sharding, woodfisher
 from sparsecbm_jax.backbones import input_squares
 from sparsecbm_jax.cbm import CBMConfig, Heads, subnetwork_loss
 from sparsecbm_jax.config import PrunerConfig
@@ -48,26 +49,29 @@ class Piece(NamedTuple):
     start: int
     stop: int
 
-    def of(self, leaf: Float[Array, "*layers inputs outputs"]) -> Float[Array, "inputs units"]:
-        """This piece of a leaf."""
+    def of(
+        self, leaf: Float[Array, "*layers inputs outputs"], mesh: Mesh | None = None
+    ) -> Float[Array, "inputs units"]:
+        """This piece of a leaf, its units over the devices of a mesh; see `sharding.spread_units`."""
         inputs, units = leaf.shape[-2], self.stop - self.start
         if self.layer is None:
-            return _slice(leaf, (0, self.start), (inputs, units))
-        return _slice(leaf, (self.layer, 0, self.start), (1, inputs, units))
+            return _slice(leaf, (0, self.start), (inputs, units), mesh)
+        return _slice(leaf, (self.layer, 0, self.start), (1, inputs, units), mesh)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _slice(
-    leaf: Float[Array, "..."], start: tuple[int | Int[Array, ""], ...], shape: tuple[int, ...]
+    leaf: Float[Array, "..."], start: tuple[int | Int[Array, ""], ...], shape: tuple[int, ...], mesh: Mesh | None
 ) -> Float[Array, "inputs units"]:
-    return jax.lax.dynamic_slice(leaf, start, shape).reshape(shape[-2:])
+    return sharding.spread_units(jax.lax.dynamic_slice(leaf, start, shape).reshape(shape[-2:]), mesh)
 
 
 class Accumulated(NamedTuple):
     """What one pass over the gradients leaves.
 
     Attributes:
-      states: of each piece, Σ_i g_i g_iᵀ in blocks (`accumulate`), or the list of its gradients (`keep`).
+      states: of each piece, Σ_i g_i g_iᵀ of every block [blocks of inputs, units, b, b] (`accumulate`), or the list of
+        its gradients [inputs, units] (`keep`).
       squares: {path: Σ_i ‖g_i‖²}, of every leaf whether it has a piece in this pass or not.
       num_grads: m, how many gradients there really were; it divides, not the number that was asked for.
     """
@@ -176,13 +180,14 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
       ValueError: if that is too little for one output unit.
     """
     limit = math.inf if config.fisher_memory is None else config.fisher_memory
-    # Two gradients of the whole backbone are alive while they are cut to pieces, beside its kernels and their scores.
-    budget = limit - _WHOLE * sum(kernel.size for kernel in kernels.values())
+    budget = limit - _whole_bytes(kernels)
     passes: list[tuple[Piece, ...]] = []
     for path, kernel in kernels.items():
         *layers, inputs, outputs = kernel.shape
-        inputs = _padded(inputs, config)
-        units = outputs if math.isinf(budget) else int(min(outputs, budget // (inputs * sum(_bytes(config)))))
+        inputs, devices = _padded(inputs, config), _num_devices(kernels)
+        units = outputs
+        if not math.isinf(budget):
+            units = int(min(outputs, devices * (budget // (inputs * sum(_bytes(config))))))
         if units < 1:
             raise ValueError(
                 f"config.pruner.fisher_memory is {config.fisher_memory} bytes, but two gradients and one output unit "
@@ -198,6 +203,23 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
     return passes
 
 
+def _whole_bytes(kernels: Kernels) -> int:
+    """What two gradients of the whole backbone, alive while they are cut to pieces, its kernels and their scores take.
+
+    Of one device, as is all that is planned.
+    """
+    shapes = [
+        kernel.sharding.shard_shape(kernel.shape) if sharding.mesh_of(kernel) is not None else kernel.shape
+        for kernel in kernels.values()
+    ]
+    return _WHOLE * sum(map(math.prod, shapes))
+
+
+def _num_devices(kernels: Kernels) -> int:
+    mesh = sharding.mesh_of(next(iter(kernels.values())))
+    return 1 if mesh is None else mesh.size
+
+
 def _padded(inputs: int, config: PrunerConfig) -> int:
     return inputs + -inputs % config.block_size
 
@@ -211,7 +233,10 @@ def _bytes(config: PrunerConfig) -> tuple[int, int]:
 
 
 def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig) -> int:
-    sizes = [_padded(kernels[piece.path].shape[-2], config) * (piece.stop - piece.start) for piece in pieces]
+    devices = _num_devices(kernels)
+    sizes = [
+        _padded(kernels[piece.path].shape[-2], config) * -(-(piece.stop - piece.start) // devices) for piece in pieces
+    ]
     kept, working = _bytes(config)
     return kept * sum(sizes) + working * max(sizes)
 
@@ -219,24 +244,24 @@ def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig)
 def describe_plan(kernels: Kernels, config: PrunerConfig) -> str:
     """The plan of `plan_passes` in a sentence."""
     passes = plan_passes(kernels, config)
-    gradients = _WHOLE * sum(kernel.size for kernel in kernels.values())
-    peak = gradients + max(_pass_bytes(pieces, kernels, config) for pieces in passes)
+    peak = _whole_bytes(kernels) + max(_pass_bytes(pieces, kernels, config) for pieces in passes)
     form = woodfisher.form(config.num_grads, config.block_size)
     kind = "single examples" if config.per_example else f"minibatches of {config.grad_batch_size}"
+    each = "" if _num_devices(kernels) == 1 else " a device"
     limit = "no limit is set" if config.fisher_memory is None else f"of {config.fisher_memory / 2**20:.0f} MiB allowed"
     return (
         f"{form} form, m = {config.num_grads} gradients of {kind}, blocks of {config.block_size}: {len(passes)} "
-        f"{'pass' if len(passes) == 1 else 'passes'} a concept, {peak / 2**20:.0f} MiB ({limit})"
+        f"{'pass' if len(passes) == 1 else 'passes'} a concept, {peak / 2**20:.0f} MiB{each} ({limit})"
     )
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _cut(
-    gradient: Kernels, squares: Mapping[str, Float[Array, ""]], pieces: tuple[Piece, ...]
+    gradient: Kernels, squares: Mapping[str, Float[Array, ""]], pieces: tuple[Piece, ...], mesh: Mesh | None
 ) -> tuple[list[Float[Array, "inputs units"]], dict[str, Float[Array, ""]]]:
     """The pieces of a gradient, and `squares` with those of its leaves added."""
     added = {path: squares[path] + jnp.sum(leaf**2) for path, leaf in gradient.items()}
-    return [piece.of(gradient[piece.path]) for piece in pieces], added
+    return [piece.of(gradient[piece.path], mesh) for piece in pieces], added
 
 
 class _Cuts:
@@ -246,14 +271,14 @@ class _Cuts:
       ValueError: if the stream is empty.
     """
 
-    def __init__(self, stream: Iterable[Kernels], pieces: tuple[Piece, ...]) -> None:
+    def __init__(self, stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None) -> None:
         self.num_grads, self.squares = 0, dict[str, Array]()
-        self._stream, self._pieces = stream, pieces
+        self._stream, self._pieces, self._mesh = stream, pieces, mesh
 
     def __iter__(self) -> Iterator[list[Float[Array, "inputs units"]]]:
         for gradient in self._stream:
             squares = self.squares or dict.fromkeys(gradient, jnp.float32(0))
-            cut, self.squares = _cut(gradient, squares, self._pieces)
+            cut, self.squares = _cut(gradient, squares, self._pieces, self._mesh)
             self.num_grads += 1
             # A stream's programs do not wait for each other: with the collectives of many of them under way, virtual
             # devices would starve one another of threads.
@@ -262,11 +287,32 @@ class _Cuts:
             raise ValueError("no gradients were given to estimate the Fisher from")
 
 
-_add = jax.jit(woodfisher.add_gram, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _add(
+    total: Float[Array, "I U b b"], gradients: list[Float[Array, "inputs U"]], mesh: Mesh | None
+) -> Float[Array, "I U b b"]:
+    def add(total: Float[Array, "I u b b"], gradients: list[Float[Array, "inputs u"]]) -> Float[Array, "I u b b"]:
+        return woodfisher.add_gram(total.reshape(-1, *total.shape[2:]), gradients).reshape(total.shape)
+
+    return sharding.by_units(add, mesh)(total, gradients)
 
 
-def accumulate(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int) -> Accumulated:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _no_gram(cut: Float[Array, "inputs U"], block_size: int, mesh: Mesh | None) -> Float[Array, "I U b b"]:
+    def zeros(cut: Float[Array, "inputs u"]) -> Float[Array, "I u b b"]:
+        inputs, units = cut.shape
+        return jnp.zeros((-(-inputs // block_size), units, block_size, block_size), cut.dtype)
+
+    return sharding.by_units(zeros, mesh)(cut)
+
+
+def accumulate(
+    stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int, mesh: Mesh | None = None
+) -> Accumulated:
     """Adds up the outer products of a stream of gradients, piece by piece.
+
+    Args:
+      mesh: over whose devices the units of each piece are spread.
 
     Raises:
       ValueError: if the stream is empty.
@@ -276,16 +322,12 @@ def accumulate(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size:
 
     def flush() -> None:
         for i in range(len(pieces)):
-            states[i] = _add(states[i], [cut[i] for cut in buffer])
+            states[i] = _add(states[i], [cut[i] for cut in buffer], mesh)
         buffer.clear()
 
-    cuts = _Cuts(stream, pieces)
+    cuts = _Cuts(stream, pieces, mesh)
     for cut in cuts:
-        if not states:
-            blocks = [-(-leaf.shape[0] // block_size) * leaf.shape[1] for leaf in cut]
-            states = [
-                jnp.zeros((num, block_size, block_size), leaf.dtype) for num, leaf in zip(blocks, cut, strict=True)
-            ]
+        states = states or [_no_gram(leaf, block_size, mesh) for leaf in cut]
         buffer.append(cut)
         if len(buffer) == BUFFER:
             flush()
@@ -294,14 +336,14 @@ def accumulate(stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size:
     return Accumulated(states, cuts.squares, cuts.num_grads)
 
 
-def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...]) -> Accumulated:
-    """Keeps the gradients of the pieces as they are, for the dual form.
+def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None = None) -> Accumulated:
+    """Keeps the gradients of the pieces as they are, for the dual form; see `accumulate`.
 
     Raises:
       ValueError: if the stream is empty.
     """
     states: list[list[Array]] = [[] for _ in pieces]
-    cuts = _Cuts(stream, pieces)
+    cuts = _Cuts(stream, pieces, mesh)
     for cut in cuts:
         for own, leaf in zip(states, cut, strict=True):
             own.append(leaf)
@@ -309,17 +351,19 @@ def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...]) -> Accumulated:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def blocks_of(piece: Float[Array, "inputs units"], which: Int[Array, " F"], block_size: int) -> Float[Array, "F b"]:
-    """Some blocks of a gradient of a piece."""
-    return woodfisher.to_blocks(piece, block_size)[which]
+def blocks_of(piece: Float[Array, "inputs U"], which: Int[Array, " F"], block_size: int) -> Float[Array, "F b"]:
+    """Some blocks of a piece, by their number among all of it."""
+    inputs, units = piece.shape
+    rows = jnp.pad(piece, ((0, -inputs % block_size), (0, 0))).reshape(-1, block_size, units)
+    return rows[which // units, :, which % units]
 
 
 def rows_of(
-    stream: Iterable[Kernels], blocks: Mapping[Piece, Int[np.ndarray, " F"]], block_size: int
+    stream: Iterable[Kernels], blocks: Mapping[Piece, Int[np.ndarray, " F"]], block_size: int, mesh: Mesh | None = None
 ) -> dict[Piece, list[Float[Array, "F b"]]]:
     """The gradients of some blocks of some pieces."""
     rows: dict[Piece, list[Float[Array, "F b"]]] = {piece: [] for piece in blocks}
-    for cut in _Cuts(stream, tuple(blocks)):
+    for cut in _Cuts(stream, tuple(blocks), mesh):
         for (piece, which), leaf in zip(blocks.items(), cut, strict=True):
             rows[piece].append(blocks_of(leaf, which, block_size))
     return rows

@@ -12,7 +12,7 @@ Axes:
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor", "concept")
 ROW_AXES = ("data", "fsdp")
 BATCH_SPEC = P(ROW_AXES)
+# Arrays whose second axis is a kernel's output units, spread over all devices: a block's inputs stay together.
+UNITS_SPEC = P(None, AXES)
 
 # Row-parallel kernels are split by tensor first, so that gathering over fsdp leaves each tensor shard's rows together.
 RULES: tuple[tuple[str, P], ...] = (
@@ -166,6 +168,38 @@ def put(tree: Any, mesh: Mesh) -> Any:
     check_divisible(tree, mesh)
     place = functools.partial(jax.device_put, may_alias=False)
     return jax.tree.map(place, tree, shardings(mesh, param_specs(tree)))
+
+
+def mesh_of(leaf: Any) -> Mesh | None:
+    """The mesh of several devices that an array lies on; None where it lies on one."""
+    place = getattr(leaf, "sharding", None)
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def spread_units(leaf: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """An array (inputs, units) with its units over all devices, padded with zeros to as many for each."""
+    if mesh is None:
+        return leaf
+    padded = jax.numpy.pad(leaf, ((0, 0), (0, -leaf.shape[1] % mesh.size)))
+    return jax.lax.with_sharding_constraint(padded, NamedSharding(mesh, UNITS_SPEC))
+
+
+def by_units(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`function` run by each device on units of its own, without communication.
+
+    Args:
+      function: of arrays whose second axis is units, and of scalars; all that it returns has units second, too.
+    """
+    if mesh is None:
+        return function
+
+    def call(*args: Any) -> Any:
+        specs = jax.tree.map(lambda leaf: UNITS_SPEC if jax.numpy.ndim(leaf) else P(), args)
+        # Loops start from constants, which do not differ between devices.
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=UNITS_SPEC, check_vma=False)(*args)
+
+    return call
 
 
 def to_host(value: Any) -> np.ndarray:

@@ -26,7 +26,8 @@ def test_streamed_gram_is_the_sum_of_outer_products(num_grads: int) -> None:
     piece = fisher.Piece("w", None, 0, 4)
     result = fisher.accumulate(iter(gradients), (piece,), block_size=3)
     blocks = np.stack([np.asarray(woodfisher.to_blocks(g["w"], 3), np.float64) for g in gradients])
-    np.testing.assert_allclose(result.states[0], np.einsum("unb,unc->nbc", blocks, blocks), rtol=1e-4, atol=TOLERANCE)
+    expected = np.einsum("unb,unc->nbc", blocks, blocks).reshape(2, 4, 3, 3)
+    np.testing.assert_allclose(result.states[0], expected, rtol=1e-4, atol=TOLERANCE)
     assert result.num_grads == num_grads, "the count that was seen divides"
 
 
