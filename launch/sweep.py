@@ -7,8 +7,8 @@ python launch/sweep.py ... --epochs=2        # trains each on under its masks
 Every dense model is pruned once for each criterion and sparsity, scores being made once for all sparsities. With
 --epochs, pruning is the first step of a training run from the dense model, whose settings (learning rates, batch size)
 are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped; a
-workdir is of one config. At the end a table (sweep.md) and, where matplotlib is installed (extra `report`), a plot
-(sweep.png, sweep.svg) of means over the models with their range.
+workdir is of one config. At the end tables of means and of differences paired by model (sweep.md) and, where matplotlib
+is installed (extra `report`), a plot (sweep.png, sweep.svg) of means over the models with their range.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
             print(f"{folder}: {describe(result)}", flush=True)
     asked = {(criterion, s) for criterion in wanted for s in sparsities}
     shown = [r for r in results if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
-    table = render(shown)
+    table = "\n\n".join(filter(None, (render(shown), render_differences(shown))))
     (workdir / "sweep.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     plot(shown, workdir)
@@ -184,6 +184,24 @@ def render(results: list[Result]) -> str:
         cells = [mean_and_deviation([100 * getattr(result, name) for result in of_models]) for name in _SCORES]
         lines.append(f"| {criterion} | {sparsity:g} | {cells[0]} | {cells[1]} | {len(of_models)} |")
     return "\n".join(lines)
+
+
+def render_differences(results: list[Result]) -> str:
+    """A Markdown table of each criterion less the first one, model by model; empty with a single criterion."""
+    first, groups = FLAGS.criteria[0], grouped(results)
+    lines = []
+    for (criterion, sparsity), of_models in groups.items():
+        paired = {result.model: result for result in groups.get((first, sparsity), [])}
+        pairs = [(result, paired[result.model]) for result in of_models if result.model in paired]
+        if criterion == first or not pairs:
+            continue
+        cells = [
+            mean_and_deviation([100 * (getattr(one, name) - getattr(other, name)) for one, other in pairs])
+            for name in _SCORES
+        ]
+        lines.append(f"| {criterion} | {sparsity:g} | {cells[0]} | {cells[1]} | {len(pairs)} |")
+    head = f"| less {first} | sparsity | concepts | task | pairs |\n| --- | ---: | ---: | ---: | ---: |\n"
+    return head + "\n".join(lines) if lines else ""
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -97,7 +97,7 @@ def test_no_device_gets_anothers_fisher_blocks() -> None:
         assert all(out.is_equivalent_to(NamedSharding(mesh, sharding.UNITS_SPEC), 4) for out in outputs), name
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ["data 2 x fsdp 2 x concept 2", "fsdp 2 x tensor 4"])
 def test_masks_on_a_mesh_are_those_of_one_device(name: str, tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config, k=4)
     batches, pruner = [random_batch(seed, rows=8, k=4) for seed in range(4)], PrunerConfig(num_grads=4, block_size=16)

@@ -48,7 +48,11 @@ def test_a_sweep_goes_on_where_it_was_stopped(dense: Path, tmp_path: Path) -> No
     cut = [("taylor", 0.5), ("taylor", 0.9), ("magnitude", 0.5), ("magnitude", 0.9)]
     assert found == [("dense", 0.0), *cut]
     table = (tmp_path / "sweep.md").read_text()
-    assert table.count("\n| ") == 6 and "| magnitude | 0.9 |" in table and table.strip() in first.stdout
+    means, differences = table.strip().split("\n\n")
+    assert means.count("\n| ") == 6 and "| magnitude | 0.9 |" in means and table.strip() in first.stdout
+    taylor, magnitude = (row["concept"] for row in map(json.loads, lines) if row["sparsity"] == 0.9)
+    assert differences.startswith("| less taylor |")
+    assert f"\n| magnitude | 0.9 | {100 * (magnitude - taylor):.1f} |" in differences
     assert (tmp_path / "sweep.png").is_file() or "no plot" in first.stdout
     # As if it had been stopped in the last line.
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + '\n{"model": "')
