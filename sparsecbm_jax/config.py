@@ -327,7 +327,7 @@ class PrunerConfig:
     per_example: bool = False
     """Whether gradients are of single examples (the empirical Fisher) or of minibatches."""
     fisher_memory: int | None = setting(None, POSITIVE_INT)
-    """Bytes that gradients and Fisher blocks may take; what does not fit is done in further passes. None: no limit."""
+    """Bytes of a device that gradients and Fisher blocks may take; the rest takes further passes. None: no limit."""
 
     def __post_init__(self) -> None:
         _settle(self)
