@@ -62,8 +62,8 @@ def scoring(num_grads: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     import numpy as np
     import torch
 
+    from sparsecbm_jax.blockwise import woodfisher_scores
     from sparsecbm_jax.config import PrunerConfig
-    from sparsecbm_jax.criteria import woodfisher_scores
 
     rng = np.random.default_rng(num_grads)
     shape = (FLAGS.inputs, FLAGS.outputs)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparsecbm_jax import patterns, sharding
-from sparsecbm_jax.criteria import Kernels
+from sparsecbm_jax.fisher import Kernels
 from sparsecbm_jax.masks import Masks
 from sparsecbm_jax.patterns import Unit
 from sparsecbm_jax.selection import select_smallest, select_smallest_in_rows

@@ -21,12 +21,14 @@ from sparsecbm_jax import fisher, patterns
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.backbones import maskable_paths
+from sparsecbm_jax.blockwise import Report, updated_kernels
 from sparsecbm_jax.cbm import CBMConfig, Heads, make_forward
 from sparsecbm_jax.checkpoint import Checkpointer
 from sparsecbm_jax.config import PrunerConfig, RunConfig, SparsityConfig
-from sparsecbm_jax.criteria import Criterion, Kernels, Report, make_criterion, updated_kernels
+from sparsecbm_jax.criteria import Criterion, make_criterion
 from sparsecbm_jax.cutting import ConceptMask, allot, prune_concept, prune_in_common
 from sparsecbm_jax.data.batches import Batch, Tokenized, train_batches
+from sparsecbm_jax.fisher import Kernels
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.patterns import Unit
 

@@ -24,10 +24,11 @@ from jax.sharding import Mesh
 from sparsecbm_jax import backbones, evaluation, pruning, sharding, vocabulary
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, load, save
+from sparsecbm_jax.blockwise import Report
 from sparsecbm_jax.cbm import Heads, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
 from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, read_run, write_atomically
 from sparsecbm_jax.config import RunConfig, to_dict
-from sparsecbm_jax.criteria import Criterion, Report
+from sparsecbm_jax.criteria import Criterion
 from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, train_batches
 from sparsecbm_jax.logs import MetricsLog, progress
 from sparsecbm_jax.preparation import Prepared, prepare
@@ -77,7 +78,7 @@ def train(
       run: the run.
       workdir: written to: run.json, metrics.jsonl, checkpoints/, best/, and at the end model/ and metrics.json.
       loss_fn: a loss of one's own, of the shape of `cbm.joint_loss`.
-      criterion: a pruning score of one's own, of the shape of `criteria.woodfisher_scores`.
+      criterion: a pruning score of one's own, of the shape of `blockwise.woodfisher_scores`.
       start: a model of the same backbone and schema whose parameters and heads to start from, in place of the
         pretrained backbone and fresh heads.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_cbm import build, random_batch
 
-from sparsecbm_jax import cbm, criteria, fisher, pruning, woodfisher
+from sparsecbm_jax import blockwise, cbm, criteria, fisher, pruning, woodfisher
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig, input_squares
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
@@ -75,7 +75,7 @@ def test_scores_against_dense_algebra(num_grads: int, tiny_backbone_config: Back
     kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
     gradients = list(fisher.SubnetworkGradients(config, params, mask, heads, pairs, 0))
     settings = PrunerConfig(block_size=16, damping=0.1, num_grads=num_grads)
-    scores = criteria.woodfisher_scores(kernels, gradients, config=settings)
+    scores = blockwise.woodfisher_scores(kernels, gradients, config=settings)
     path, layer, output = "layers/ffn_in/kernel", 1, 7
     g = np.stack([np.asarray(gradient[path], np.float64) for gradient in gradients])
     damping = 0.1 * np.mean(g**2)
@@ -92,7 +92,7 @@ def test_a_nan_gradient_names_the_kernel(tiny_backbone_config: BackboneConfig) -
     kernels = {"layers/ffn_in/kernel": jnp.ones((1, 4, 4))}
     gradients = [{"layers/ffn_in/kernel": jnp.full((1, 4, 4), jnp.nan)}]
     with pytest.raises(FloatingPointError, match="layers/ffn_in/kernel"):
-        criteria.woodfisher_scores(kernels, gradients, config=PrunerConfig(block_size=4))
+        blockwise.woodfisher_scores(kernels, gradients, config=PrunerConfig(block_size=4))
 
 
 @pytest.mark.parametrize("scope", ["global", "per_kernel"])
@@ -204,7 +204,7 @@ def test_weights_move_where_there_is_one_mask_only(tiny_backbone_config: Backbon
 def test_concepts_have_sparsities_of_their_own_in_several_cuts(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
-    reports: list[criteria.Report] = []
+    reports: list[blockwise.Report] = []
     wanted = (0.3, 0.5, 0.8)
     pruned = pruning.prune(
         config,

@@ -20,7 +20,7 @@ FLOORS = (
     ("config", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
     ("backbones", "data", "checkpoint"),
     ("cbm", "fisher"),
-    ("model_card", "artifact", "criteria", "cutting", "pruning", "intervention", "explanation"),
+    ("model_card", "artifact", "blockwise", "criteria", "cutting", "pruning", "intervention", "explanation"),
     ("evaluation", "logs", "steps", "vocabulary", "preparation", "training"),
     ("report", "app"),
 )

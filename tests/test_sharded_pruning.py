@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_cbm import build, random_batch
 
-from sparsecbm_jax import criteria, fisher, pruning, sharding
+from sparsecbm_jax import blockwise, fisher, pruning, sharding
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.config import PrunerConfig
@@ -54,12 +54,12 @@ def test_scores_on_a_mesh_are_those_of_one_device(name: str, num_grads: int, is_
         for g in gradients
     ]
     config = PrunerConfig(block_size=12, num_grads=num_grads)
-    expected = criteria.woodfisher_scores(kernels, gradients, config=config)
+    expected = blockwise.woodfisher_scores(kernels, gradients, config=config)
     there: dict[str, Any] = {}
     on_mesh, streamed = placed(kernels, mesh), [placed(gradient, mesh) for gradient in gradients]
     memory = None if is_at_once else fisher._whole_bytes(on_mesh) + 12_000
     config = dataclasses.replace(config, fisher_memory=memory)
-    got = criteria.woodfisher_scores(on_mesh, streamed, config=config, report=there)
+    got = blockwise.woodfisher_scores(on_mesh, streamed, config=config, report=there)
     assert (there["passes"] == 1) == is_at_once
     for path, leaf in got.items():
         np.testing.assert_allclose(leaf, expected[path], rtol=SCORE_TOLERANCE)
@@ -86,9 +86,9 @@ def test_no_device_gets_anothers_fisher_blocks() -> None:
     programs = {
         "add": fisher._add.lower(grams, cuts, mesh),
         "empty": fisher._no_gram.lower(kernel, 8, mesh),
-        "gram": criteria._score_grams.lower(kernel, grams, scalar, scalar, 8, "1", mesh),
-        "dual": criteria._score_rows.lower(kernel, cuts, scalar, 8, "1", mesh),
-        "move": criteria._move.lower(kernel, units(16, 24, dtype=bool), grams, scalar, scalar, 8, mesh),
+        "gram": blockwise._score_grams.lower(kernel, grams, scalar, scalar, 8, "1", mesh),
+        "dual": blockwise._score_rows.lower(kernel, cuts, scalar, 8, "1", mesh),
+        "move": blockwise._move.lower(kernel, units(16, 24, dtype=bool), grams, scalar, scalar, 8, mesh),
     }
     for name, program in programs.items():
         compiled = program.compile()
