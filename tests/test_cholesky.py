@@ -14,7 +14,7 @@ MOST_ROUNDINGS = 25
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 50, 64, 128])
-@pytest.mark.parametrize("num_blocks", [1, 64, 70])
+@pytest.mark.parametrize("num_blocks", [1, 70])
 def test_inverse_equals_dense_float64(size: int, num_blocks: int) -> None:
     rng = np.random.default_rng(size)
     gradients = rng.normal(size=(num_blocks, 2 * size, size)) * np.exp(rng.normal(size=(num_blocks, 1, size)))
@@ -25,7 +25,7 @@ def test_inverse_equals_dense_float64(size: int, num_blocks: int) -> None:
     np.testing.assert_array_less(np.abs(got - expected) / scale, INVERSE_TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [16, 20, 64, 128])
+@pytest.mark.parametrize("size", [20, 64, 128])
 def test_the_error_grows_with_the_condition_and_not_its_square(size: int) -> None:
     rng = np.random.default_rng(size)
     num = 256

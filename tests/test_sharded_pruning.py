@@ -19,7 +19,6 @@ from sparsecbm_jax.config import PrunerConfig
 
 MESHES = {
     "fsdp 8": {"fsdp": 8},
-    "data 2 x fsdp 2 x concept 2": {"data": 2, "fsdp": 2, "concept": 2},
     "fsdp 2 x tensor 4": {"fsdp": 2, "tensor": 4},
 }
 SHAPES = {"layers/ffn_in/kernel": (2, 16, 64), "layers/ffn_out/kernel": (2, 64, 16), "embed/project_in/kernel": (8, 20)}
@@ -41,8 +40,8 @@ def placed(tree: dict[str, jax.Array], mesh: jax.sharding.Mesh) -> dict[str, jax
 
 @pytest.mark.parametrize(
     ("name", "is_at_once"),
-    [("fsdp 8", True), ("fsdp 2 x tensor 4", False), ("data 2 x fsdp 2 x concept 2", True)],
-    ids=["fsdp", "tensor, piece by piece", "concept"],
+    [("fsdp 8", True), ("fsdp 2 x tensor 4", False)],
+    ids=["fsdp", "tensor, piece by piece"],
 )
 @pytest.mark.parametrize("num_grads", [5, 20], ids=["dual", "gram"])
 def test_scores_on_a_mesh_are_those_of_one_device(name: str, num_grads: int, is_at_once: bool) -> None:
@@ -97,12 +96,11 @@ def test_no_device_gets_anothers_fisher_blocks() -> None:
         assert all(out.is_equivalent_to(NamedSharding(mesh, sharding.UNITS_SPEC), 4) for out in outputs), name
 
 
-@pytest.mark.parametrize("name", ["data 2 x fsdp 2 x concept 2", "fsdp 2 x tensor 4"])
-def test_masks_on_a_mesh_are_those_of_one_device(name: str, tiny_backbone_config: BackboneConfig) -> None:
+def test_masks_on_a_mesh_are_those_of_one_device(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config, k=4)
     batches, pruner = [random_batch(seed, rows=8, k=4) for seed in range(4)], PrunerConfig(num_grads=4, block_size=16)
     expected = pruning.prune(config, params, masks, heads, batches, 0.7, pruner=pruner)
-    mesh = sharding.make_mesh(**MESHES[name])
+    mesh = sharding.make_mesh(data=2, fsdp=2, concept=2)
     places = {
         path: NamedSharding(mesh, P(None, *sharding.spec_for(path, leaf.ndim - 1))) for path, leaf in masks.items()
     }
