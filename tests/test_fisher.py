@@ -149,18 +149,9 @@ def test_concepts_have_weights_in_common_or_lose_alike(tiny_backbone_config: Bac
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     batches, total = [random_batch(seed) for seed in range(3)], masks_lib.num_weights(full)
 
-    def prune(**cut: Any) -> masks_lib.Masks:
-        pruner = PrunerConfig(block_size=8)
-        return pruning.prune(
-            config,
-            params,
-            full,
-            heads,
-            batches,
-            0.5,
-            pruner=pruner,
-            cutting=SparsityConfig(**cut),
-        )
+    def prune(pattern: str = "1", **cut: Any) -> masks_lib.Masks:
+        pruner, cutting = PrunerConfig(block_size=8, pattern=pattern), SparsityConfig(**cut)
+        return pruning.prune(config, params, full, heads, batches, 0.5, pruner=pruner, cutting=cutting)
 
     shared = prune(shared_fraction=0.6)
     assert masks_lib.num_kept(shared).tolist() == [total - round(0.5 * total)] * 3
@@ -169,16 +160,7 @@ def test_concepts_have_weights_in_common_or_lose_alike(tiny_backbone_config: Bac
     allotted = masks_lib.total_density(prune(allotment="loss"))
     assert np.mean(allotted) == pytest.approx(0.5, abs=1e-3) and len(set(allotted.tolist())) == 3
     with pytest.raises(ValueError, match="goes with no N:M pattern"):
-        pruning.prune(
-            config,
-            params,
-            full,
-            heads,
-            batches,
-            0.5,
-            pruner=PrunerConfig(block_size=8, pattern="2:4"),
-            cutting=SparsityConfig(shared_fraction=0.5),
-        )
+        prune(pattern="2:4", shared_fraction=0.5)
 
 
 def test_weights_move_where_there_is_one_mask_only(tiny_backbone_config: BackboneConfig) -> None:
