@@ -38,7 +38,6 @@ def main() -> None:
 
     model, dataset, splits = found = saved.read(FLAGS.model, run)
     print(f"test, as it was:\n{evaluation.render_table(found.scores(run, 'test', model.masks))}", flush=True)
-    before = pruning.peak_memory()
     start = pruning.whole_masks(model) if model.masks is None else model.masks
     if FLAGS.optimal_update and model.config.num_concepts != 1:
         raise ValueError(
@@ -46,6 +45,8 @@ def main() -> None:
             "expected a model of one concept"
         )
     print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
+    pruning.try_gradients(model, splits["train"], run)
+    before = pruning.peak_memory()
     about = {"model": saved.fingerprint(FLAGS.model), "data": dataclasses.asdict(run.data), "seed": run.seed}
     # Memory changes no bit of a score.
     about["pruner"] = dataclasses.asdict(dataclasses.replace(run.pruner, fisher_memory=None))
@@ -69,7 +70,8 @@ def main() -> None:
         model = dataclasses.replace(model, params=params)
         found = found._replace(model=model)
     grown = (pruning.peak_memory() - before) / 2**20
-    print(f"peak memory {pruning.peak_memory() / 2**20:.0f} MiB, {grown:.0f} MiB above what evaluating had taken")
+    peak = pruning.peak_memory() / 2**20
+    print(f"peak memory {peak:.0f} MiB, {grown:.0f} MiB above what the model and its gradients had taken")
     metrics = {"test": found.scores(run, "test", pruned)}
     print(f"test, pruned:\n{evaluation.render_table(metrics['test'])}")
     for name, density in zip(dataset.schema.concepts, masks.total_density(pruned), strict=True):

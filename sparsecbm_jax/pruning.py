@@ -428,6 +428,18 @@ def peak_memory() -> int:
     return stats["peak_bytes_in_use"]
 
 
+def try_gradients(model: SparseCBM, split: Tokenized, run: RunConfig) -> None:
+    """Takes one gradient of every width: what memory is in use afterwards is the model's and its activations'."""
+    masks = whole_masks(model) if model.masks is None else model.masks
+    by_width = {batch.input_ids.shape[1]: batch for batch in fisher_batches(split, run.pruner, seed=run.seed)}
+    pairs = _with_activations(model.config, model.params, masks, model.heads, list(by_width.values()))
+    mask = masks_lib.concept(masks, 0)
+    for gradient in fisher.SubnetworkGradients(
+        model.config, model.params, mask, model.heads, pairs, 0, per_example=run.pruner.per_example
+    ):
+        jax.block_until_ready(gradient)
+
+
 def num_fisher_batches(config: PrunerConfig) -> int:
     """Minibatches that hold `num_grads` gradients."""
     return int(np.ceil(config.num_grads / config.grad_batch_size)) if config.per_example else config.num_grads

@@ -1,0 +1,43 @@
+"""What scoring takes stays within `fisher_memory`, measured on a process of its own."""
+
+import subprocess
+import sys
+
+MIB = 2**20
+_CHILD = """
+import resource
+
+import jax
+import jax.numpy as jnp
+
+from sparsecbm_jax import blockwise
+from sparsecbm_jax.config import PrunerConfig
+
+kernel = jax.random.normal(jax.random.key(0), (6, 384, 384))
+make = jax.jit(lambda shift: {"layers/kernel": jnp.roll(kernel, 1 + shift, axis=1)})
+
+
+class Stream:
+    def __iter__(self):
+        return map(make, range(64))
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+peaks = []
+# The first time compiles, and holds little else.
+for limit in (96, 192):
+    config = PrunerConfig(num_grads=64, block_size=64, fisher_memory=limit * 2**20)
+    jax.block_until_ready(blockwise.woodfisher_scores({"layers/kernel": kernel}, Stream(), config=config))
+    peaks.append(peak())
+print(peaks[1] - peaks[0])
+"""
+
+
+def test_scoring_grows_the_process_by_no_more_than_its_allowance():
+    # All at once would take 338 MiB by the plan. Linux counts in KiB, macOS in bytes.
+    done = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True)
+    grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    assert 0 < grown < 192 * MIB, f"{grown / MIB:.0f} MiB"
