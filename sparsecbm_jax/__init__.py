@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from sparsecbm_jax.artifact import Predictions, SparseCBM, load, predict, save
     from sparsecbm_jax.config import RunConfig, from_config_dict
     from sparsecbm_jax.data.sources import load_dataset
+    from sparsecbm_jax.edit_log import EditLog
+    from sparsecbm_jax.edits import MaskEdit, StoredEdit
     from sparsecbm_jax.evaluation import evaluate
     from sparsecbm_jax.explanation import DecisionPathway, explain
-    from sparsecbm_jax.intervention import MaskEdit, intervene
+    from sparsecbm_jax.intervention import intervene
     from sparsecbm_jax.training import train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DecisionPathway",
+    "EditLog",
     "MaskEdit",
     "Predictions",
     "RunConfig",
     "SparseCBM",
+    "StoredEdit",
     "evaluate",
     "explain",
     "from_config_dict",
@@ -40,9 +44,11 @@ _ROOMS = {
     "artifact": ("Predictions", "SparseCBM", "load", "predict", "save"),
     "config": ("RunConfig", "from_config_dict"),
     "data.sources": ("load_dataset",),
+    "edit_log": ("EditLog",),
+    "edits": ("MaskEdit", "StoredEdit"),
     "evaluation": ("evaluate",),
     "explanation": ("DecisionPathway", "explain"),
-    "intervention": ("MaskEdit", "intervene"),
+    "intervention": ("intervene",),
     "training": ("train",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -22,6 +22,7 @@ from sparsecbm_jax.artifact import SparseCBM, text_batches
 from sparsecbm_jax.cbm import CBMConfig
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import did_you_mean
+from sparsecbm_jax.edits import MaskEdit, is_traced, num_changed, num_true
 from sparsecbm_jax.masks import Masks, Params
 
 SaliencyFn = Callable[[Any, Any], Any]
@@ -50,32 +51,6 @@ def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[A
 
 
 SALIENCIES: Mapping[str, SaliencyFn] = {"signed": signed, "magnitude": magnitude}
-
-
-class MaskEdit(NamedTuple):
-    """What one intervention changed: data that `apply` and `undo` read, and the predictions on both sides of it.
-
-    Attributes:
-        concept: index of the one concept whose mask changed.
-        target: class that each row's concept was to have.
-        label: task label that entered the loss, −1 for none.
-        num_per_step: weights dropped, and as many grown, in each step.
-        dropped: per path, positions kept before and pruned now.
-        grown: per path, positions pruned before and kept now.
-        concept_logits_before, concept_logits_after: u of all concepts; only those of `concept` differ.
-        label_logits_before, label_logits_after: y.
-    """
-
-    concept: Int[Array, ""]
-    target: Int[Array, " B"]
-    label: Int[Array, " B"]
-    num_per_step: UInt[Array, ""]
-    dropped: dict[str, Bool[Array, "..."]]
-    grown: dict[str, Bool[Array, "..."]]
-    concept_logits_before: Float[Array, "B K C"]
-    concept_logits_after: Float[Array, "B K C"]
-    label_logits_before: Float[Array, "B Y"]
-    label_logits_after: Float[Array, "B Y"]
 
 
 class OracleOutput(NamedTuple):
@@ -133,7 +108,7 @@ def intervene(
     """
     saliency_fn = _saliency_fn(saliency)
     _check_masks(masks)
-    if not _is_traced(num_steps) and num_steps < 1:
+    if not is_traced(num_steps) and num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
     label = -1 if label is None else label
     _check_index("concept", concept, 0, config.num_concepts)
@@ -201,29 +176,6 @@ def _intervene(
         label_logits_after=after.label_logits,
     )
     return masks_lib.replace_concept(masks, concept, new), edit
-
-
-def apply(masks: Masks, edit: MaskEdit) -> Masks:
-    """Masks with the edit made: what was dropped is pruned, what was grown is kept; to the bit.
-
-    Raises:
-        ValueError: if concrete masks do not keep every position to be dropped and prune every position to be grown.
-    """
-    return _flip(masks, edit.concept, off=edit.dropped, on=edit.grown, verb="apply")
-
-
-def undo(masks: Masks, edit: MaskEdit) -> Masks:
-    """The inverse of `apply`: `undo(apply(masks, edit), edit)` is `masks` to the bit.
-
-    Raises:
-        ValueError: if concrete masks no longer hold the edit, because another one changed the same positions since.
-    """
-    return _flip(masks, edit.concept, off=edit.grown, on=edit.dropped, verb="undo")
-
-
-def num_changed(edit: MaskEdit) -> tuple[int, int]:
-    """How many weights an edit dropped and grew, exact."""
-    return _count_true(edit.dropped), _count_true(edit.grown)
 
 
 def oracle_activations(
@@ -418,12 +370,8 @@ def _check_masks(masks: Masks | None) -> None:
         raise ValueError(f"{packed[0]}: the masks are {masks[packed[0]].dtype}; expected booleans, see masks.unpack")
 
 
-def _is_traced(*values: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
-
-
 def _check_index(name: str, value: Any, low: int, high: int) -> None:
-    if _is_traced(value):
+    if is_traced(value):
         return
     if np.any(np.asarray(value) < low) or np.any(np.asarray(value) >= high):
         raise ValueError(f"{name} is {value}; expected an integer in [{low}, {high - 1}]")
@@ -431,8 +379,8 @@ def _check_index(name: str, value: Any, low: int, high: int) -> None:
 
 def _change_count(masks: Masks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""]) -> Array:
     total = masks_lib.num_weights(masks)
-    kept = _num_true(masks_lib.concept(masks, concept))
-    if _is_traced(drop_fraction, concept, masks):
+    kept = num_true(masks_lib.concept(masks, concept))
+    if is_traced(drop_fraction, concept, masks):
         asked = jnp.round(jnp.asarray(drop_fraction) * total).astype(jnp.uint32)
         return jnp.minimum(asked, jnp.minimum(kept, jnp.uint32(total) - kept))
     fraction = float(drop_fraction)
@@ -446,28 +394,3 @@ def _change_count(masks: Masks, concept: int | Int[Array, ""], drop_fraction: fl
                 f"{int(concept)} has only {available} {kind} ones of {total}; expected at most {available / total:g}"
             )
     return jnp.asarray(count, jnp.uint32)
-
-
-@jax.jit
-def _num_true(flags: Mapping[str, Bool[Array, "..."]]) -> UInt[Array, ""]:
-    return sum((jnp.sum(flag, dtype=jnp.uint32) for flag in flags.values()), jnp.uint32(0))
-
-
-def _count_true(flags: Mapping[str, Bool[Array, "..."]]) -> int:
-    return int(_num_true(flags))
-
-
-def _flip(masks: Masks, concept: Int[Array, ""], *, off: Mapping, on: Mapping, verb: str) -> Masks:
-    mask = masks_lib.concept(masks, concept)
-    for path in sorted({*mask, *off, *on}):
-        shapes = [tree[path].shape if path in tree else None for tree in (mask, off, on)]
-        if len(set(shapes)) != 1:
-            raise ValueError(f"cannot {verb} the edit: {path} has mask shape {shapes[0]} but edit shape {shapes[1]}")
-    if not _is_traced(masks, concept, off, on):
-        stale = sum(_count_true({path: off[path] & ~mask[path], "on": on[path] & mask[path]}) for path in mask)
-        if stale:
-            raise ValueError(
-                f"cannot {verb} the edit of concept {int(concept)}: {stale} of its positions are in another state; "
-                f"expected masks {'as they were before it' if verb == 'apply' else 'that still hold it'}"
-            )
-    return masks_lib.replace_concept(masks, concept, {path: (mask[path] & ~off[path]) | on[path] for path in mask})

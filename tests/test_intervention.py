@@ -22,7 +22,7 @@ from numpy_model import (
 )
 from tiny_model import TEXTS, tiny_model
 
-from sparsecbm_jax import artifact, intervention
+from sparsecbm_jax import artifact, edits, intervention
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch
@@ -53,7 +53,7 @@ def batch(model: SparseCBM) -> Batch:
     return next(intervention.text_batches(model, TEXTS[:1], batch_size=2))
 
 
-def edit_of(model: SparseCBM, batch: Batch, *args: Any, **kwargs: Any) -> tuple[Any, intervention.MaskEdit]:
+def edit_of(model: SparseCBM, batch: Batch, *args: Any, **kwargs: Any) -> tuple[Any, edits.MaskEdit]:
     kwargs = {"saliency": counted, **kwargs}
     return intervention.intervene(model.config, model.params, model.masks, model.heads, batch, *args, **kwargs)
 
@@ -70,7 +70,7 @@ def test_an_edit_keeps_the_sparsity_and_touches_one_concept(
     masks, edit = edit_of(model, batch, concept, NEGATIVE, fraction)
     count = round(fraction * masks_lib.num_weights(masks))
     old, new = as_numpy(model.masks), as_numpy(masks)
-    assert intervention.num_changed(edit) == (count, count)
+    assert edits.num_changed(edit) == (count, count)
     assert int(edit.num_per_step) == count
     np.testing.assert_array_equal(masks_lib.num_kept(masks), masks_lib.num_kept(model.masks))
     for path in old:
@@ -84,16 +84,16 @@ def test_an_edit_keeps_the_sparsity_and_touches_one_concept(
 
 def test_undo_and_apply_are_exact(model: SparseCBM, batch: Batch) -> None:
     masks, edit = edit_of(model, batch, SERVICE, NEGATIVE, 0.02)
-    chex.assert_trees_all_equal(intervention.undo(masks, edit), model.masks)
-    chex.assert_trees_all_equal(intervention.apply(model.masks, edit), masks)
-    chex.assert_trees_all_equal(jax.jit(intervention.apply)(model.masks, edit), masks)
+    chex.assert_trees_all_equal(edits.undo(masks, edit), model.masks)
+    chex.assert_trees_all_equal(edits.apply(model.masks, edit), masks)
+    chex.assert_trees_all_equal(jax.jit(edits.apply)(model.masks, edit), masks)
     with pytest.raises(ValueError, match=r"cannot apply the edit of concept 2: 72 of its positions"):
-        intervention.apply(masks, edit)
+        edits.apply(masks, edit)
     with pytest.raises(ValueError, match=r"cannot undo the edit of concept 2: 72 of its positions"):
-        intervention.undo(model.masks, edit)
+        edits.undo(model.masks, edit)
     other = tiny_model(num_layers=2).masks
     with pytest.raises(ValueError, match=r"layers/attention/key/kernel has mask shape \(2, 16, 16\) but edit shape"):
-        intervention.undo(other, edit)
+        edits.undo(other, edit)
 
 
 def test_an_edit_is_deterministic_and_compiled_once(model: SparseCBM, batch: Batch) -> None:
@@ -108,7 +108,7 @@ def test_an_edit_is_deterministic_and_compiled_once(model: SparseCBM, batch: Bat
 def test_a_fraction_of_zero_changes_nothing(model: SparseCBM, batch: Batch) -> None:
     masks, edit = edit_of(model, batch, SERVICE, NEGATIVE, 0.0)
     chex.assert_trees_all_equal(masks, model.masks)
-    assert intervention.num_changed(edit) == (0, 0)
+    assert edits.num_changed(edit) == (0, 0)
     chex.assert_trees_all_close(edit.concept_logits_after, edit.concept_logits_before, atol=LOGIT_TOLERANCE)
 
 
@@ -150,10 +150,10 @@ def test_rows_are_corrected_together_and_padding_rows_count_for_nothing(model: S
 
 def test_several_steps_keep_the_count(model: SparseCBM, batch: Batch) -> None:
     masks, edit = edit_of(model, batch, SERVICE, NEGATIVE, 0.01, num_steps=3)
-    num_dropped, num_grown = intervention.num_changed(edit)
+    num_dropped, num_grown = edits.num_changed(edit)
     assert num_dropped == num_grown <= 3 * int(edit.num_per_step)
     np.testing.assert_array_equal(masks_lib.num_kept(masks), masks_lib.num_kept(model.masks))
-    chex.assert_trees_all_equal(intervention.undo(masks, edit), model.masks)
+    chex.assert_trees_all_equal(edits.undo(masks, edit), model.masks)
 
     by_hand = model
     for _ in range(3):

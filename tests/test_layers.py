@@ -18,7 +18,7 @@ MAX_LINES = 500
 # Within a floor the order counts too.
 FLOORS = (
     ("config", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
-    ("backbones", "data", "checkpoint"),
+    ("backbones", "data", "checkpoint", "edits", "edit_log"),
     ("cbm", "fisher"),
     ("model_card", "artifact", "blockwise", "criteria", "cutting", "pruning", "intervention", "explanation"),
     ("evaluation", "logs", "steps", "vocabulary", "preparation", "training"),
