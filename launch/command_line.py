@@ -66,13 +66,15 @@ def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory
         main: What to call.
         takes_arguments: Whether it reads arguments that belong to no flag, which are refused otherwise.
         keeps_memory: Whether freed memory is kept (`keep_freed_memory`): for a main that repeats one program. Where
-            programs of many sizes follow each other it leaves holes.
+            programs of many sizes follow each other that leaves holes, and it is given back (`return_freed_memory`).
     """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(PlainFormatter())
     if keeps_memory:
         keep_freed_memory()
+    else:
+        return_freed_memory()
     try:
         app.run(lambda argv: main(), flags_parser=functools.partial(_parse, takes_arguments=takes_arguments))
     except BrokenPipeError:
@@ -103,11 +105,26 @@ def keep_freed_memory() -> None:
     On CPU, XLA allocates all temporaries of a program anew for every call. Given back to the system in between, they
     cost page faults in every training step. Call before JAX starts its threads.
     """
+    # No mapping apart for large blocks, no trimming.
+    _mallopt({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> None:
+    """Has glibc give large blocks back to the system as soon as they are freed; does nothing with another C library.
+
+    By default it learns to keep ever larger ones, in an arena for every thread: pruning in many passes then holds half
+    as much again as it uses. Call before JAX starts its threads.
+    """
+    _mallopt({_ARENA_MAX: 1, _MMAP_THRESHOLD: 2**18})
+
+
+# Reference: mallopt(3).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+
+
+def _mallopt(settings: dict[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return
-    # Reference: mallopt(3). One arena for all threads, no mapping apart for large blocks, no trimming.
-    for parameter, value in {-8: 1, -4: 0, -1: -1}.items():
+    for parameter, value in settings.items() if mallopt is not None else ():
         mallopt(parameter, value)
 
 

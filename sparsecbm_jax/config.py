@@ -327,7 +327,8 @@ class PrunerConfig:
     per_example: bool = False
     """Whether gradients are of single examples (the empirical Fisher) or of minibatches."""
     fisher_memory: int | None = setting(None, POSITIVE_INT)
-    """Bytes of a device that gradients and Fisher blocks may take; the rest takes further passes. None: no limit."""
+    """Bytes of a device that pruning may take beside the model and its activations, an eighth of them for compiled
+    programs; what gradients and Fisher blocks do not find room for takes further passes. None: no limit."""
 
     def __post_init__(self) -> None:
         _settle(self)

@@ -33,6 +33,8 @@ BUFFER = 32
 _FLOAT = 4
 # Bytes a weight of the backbone that pruning takes in any case.
 _WHOLE = 4 * _FLOAT
+# Share of the memory that is allowed to which arrays are planned; compiled programs and the allocator take the rest.
+_ARRAYS = 7 / 8
 
 
 class Piece(NamedTuple):
@@ -180,7 +182,7 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
       ValueError: if that is too little for one output unit.
     """
     limit = math.inf if config.fisher_memory is None else config.fisher_memory
-    budget = limit - _whole_bytes(kernels)
+    budget = _ARRAYS * limit - _whole_bytes(kernels)
     passes: list[tuple[Piece, ...]] = []
     for path, kernel in kernels.items():
         *layers, inputs, outputs = kernel.shape
@@ -190,8 +192,8 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
             units = int(min(outputs, devices * (budget // (inputs * sum(_bytes(config))))))
         if units < 1:
             raise ValueError(
-                f"config.pruner.fisher_memory is {config.fisher_memory} bytes, but two gradients and one output unit "
-                f"of {path} take {limit - budget + inputs * sum(_bytes(config)):.0f}"
+                f"config.pruner.fisher_memory is {config.fisher_memory} bytes, but with two gradients and one output "
+                f"unit of {path} it has to be {(_whole_bytes(kernels) + inputs * sum(_bytes(config))) / _ARRAYS:.0f}"
             )
         for layer in range(layers[0]) if layers else (None,):
             for start in range(0, outputs, units):
