@@ -38,9 +38,10 @@ print(peaks[1] - peaks[0])
 
 
 def test_scoring_grows_the_process_by_no_more_than_its_allowance():
-    # All at once would take 338 MiB by the plan. Memory that is freed goes back, as in `launch/prune.py`. Linux counts in KiB, macOS in bytes.
+    # All at once would take 338 MiB by the plan. What is freed goes back, as in `launch/prune.py`.
     allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     command = [sys.executable, "-c", _CHILD]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | allocator)
+    # Linux counts in KiB, macOS in bytes.
     grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     assert 0 <= grown < 192 * MIB, f"{grown / MIB:.0f} MiB"
