@@ -63,8 +63,8 @@ def main() -> None:
         raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
 
     from sparsecbm_jax.artifact import load, save
+    from sparsecbm_jax.correction import correct
     from sparsecbm_jax.explanation import render_correction
-    from sparsecbm_jax.intervention import correct
 
     loaded = load(FLAGS.model)
     if loaded.masks is None:
@@ -95,8 +95,8 @@ def _find(model: SparseCBM, concept: str | None) -> _Case | None:
     """The first test review with a mispredicted concept, and what the concept should be."""
     from sparsecbm_jax.artifact import predict
     from sparsecbm_jax.config import from_config_dict
+    from sparsecbm_jax.correction import name_index
     from sparsecbm_jax.data.sources import load_dataset
-    from sparsecbm_jax.intervention import name_index
 
     schema = model.schema
     searched = [name_index("concept", concept, schema.concepts)] if concept else range(schema.num_concepts)

@@ -20,10 +20,10 @@ from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, text_batches
 from sparsecbm_jax.cbm import AnyMasks, CBMConfig, CBMOutput, Heads
+from sparsecbm_jax.correction import CorrectionReport, TextPrediction, name_index
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.data.words import Reading, Word, printable, read_words
-from sparsecbm_jax.intervention import CorrectionReport, TextPrediction, name_index
 from sparsecbm_jax.masks import Masks, Params
 
 PREDICTED = "predicted"

@@ -6,9 +6,8 @@ ones too, ranks the weights; equally many are dropped and grown, so the sparsity
 Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.artifact import SparseCBM, text_batches
 from sparsecbm_jax.cbm import CBMConfig
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.data.schema import did_you_mean
-from sparsecbm_jax.edits import MaskEdit, is_traced, num_changed, num_true
+from sparsecbm_jax.edits import MaskEdit, is_traced, num_true
 from sparsecbm_jax.masks import Masks, Params
 
 SaliencyFn = Callable[[Any, Any], Any]
@@ -106,14 +103,14 @@ def intervene(
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
-    saliency_fn = _saliency_fn(saliency)
-    _check_masks(masks)
+    saliency_fn = find_saliency(saliency)
+    check_masks(masks)
     if not is_traced(num_steps) and num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
     label = -1 if label is None else label
-    _check_index("concept", concept, 0, config.num_concepts)
-    _check_index("target", target, 0, config.num_classes)
-    _check_index("label", label, -1, config.num_labels)
+    check_index("concept", concept, 0, config.num_concepts)
+    check_index("target", target, 0, config.num_classes)
+    check_index("label", label, -1, config.num_labels)
     num_rows = batch.input_ids.shape[0]
     return _intervene(
         config,
@@ -190,169 +187,19 @@ def oracle_activations(
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
     """
-    _check_index("concept", concept, 0, activations.shape[1])
-    _check_index("target", target, 0, activations.shape[2])
+    check_index("concept", concept, 0, activations.shape[1])
+    check_index("target", target, 0, activations.shape[2])
     hard = jax.nn.one_hot(jnp.asarray(target), activations.shape[2], dtype=activations.dtype)
     corrected = jnp.asarray(activations).at[:, concept].set(hard)
     return OracleOutput(corrected, cbm.predict_label(heads, corrected))
 
 
-@dataclasses.dataclass(frozen=True)
-class TextPrediction:
-    """What the model says about a text: classes and probabilities of the concepts, the label and its probabilities."""
-
-    concepts: dict[str, str]
-    concept_probabilities: dict[str, dict[str, float]]
-    label: str
-    label_probabilities: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class CorrectionReport:
-    """One correction in plain numbers, with the edit itself for `apply` and `undo`.
-
-    Attributes:
-            text, concept, target, label: what was asked; label is None where the task label was left out.
-            saliency, drop_fraction, num_steps: how.
-            num_dropped, num_grown: changed weights over all steps.
-            num_weights: maskable weights of the backbone.
-            before, after: the predictions on the text.
-            edit: the positions; not part of `to_dict`.
-    """
-
-    text: str
-    concept: str
-    target: str
-    label: str | None
-    saliency: str
-    drop_fraction: float
-    num_steps: int
-    num_dropped: int
-    num_grown: int
-    num_weights: int
-    before: TextPrediction
-    after: TextPrediction
-    edit: MaskEdit = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def is_repaired(self) -> bool:
-        """Whether the concept has the asked class now."""
-        return self.after.concepts[self.concept] == self.target
-
-    @property
-    def changed_share(self) -> float:
-        """Dropped and grown weights over the maskable weights of the backbone."""
-        return (self.num_dropped + self.num_grown) / self.num_weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data for JSON, without the positions."""
-        skipped = {"edit", "before", "after"}
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
-        readings = {"before": dataclasses.asdict(self.before), "after": dataclasses.asdict(self.after)}
-        return {**fields, "is_repaired": self.is_repaired, "changed_share": self.changed_share, **readings}
-
-
-def correct(
-    model: SparseCBM,
-    text: str,
-    concept: str,
-    target: str,
-    drop_fraction: float = 0.0001,
-    *,
-    label: str | None = None,
-    saliency: str | SaliencyFn = "signed",
-    num_steps: int = 1,
-) -> tuple[SparseCBM, CorrectionReport]:
-    """Corrects one concept of one text, by name; see `intervene`.
-
-    Args:
-            model: a model with masks.
-            text: the text that the model misreads.
-            concept: name of the concept.
-            target: name of the class that it should have.
-            drop_fraction: share of the backbone's maskable weights that each step drops, and as many that it grows.
-            label: name of the task label to pull towards as well.
-            saliency: as in `intervene`.
-            num_steps: as in `intervene`.
-
-    Returns:
-            The model with the new masks, without the metrics of the old ones, and what changed. The concept may still
-            have another class than asked: `CorrectionReport.is_repaired` says so.
+def find_saliency(saliency: str | SaliencyFn) -> SaliencyFn:
+    """The saliency of a name, or the function itself.
 
     Raises:
-        ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
-            the tokeniser reads; the model's output is not finite.
+        ValueError: if there is none of that name.
     """
-    _check_masks(model.masks)
-    assert model.masks is not None
-    schema = model.schema
-    batch = next(text_batches(model, [text], batch_size=1))
-    masks, edit = intervene(
-        model.config,
-        model.params,
-        model.masks,
-        model.heads,
-        batch,
-        name_index("concept", concept, schema.concepts),
-        name_index("class", target, schema.classes),
-        drop_fraction,
-        None if label is None else name_index("label", label, schema.labels),
-        saliency=saliency,
-        num_steps=num_steps,
-    )
-    num_dropped, num_grown = num_changed(edit)
-    report = CorrectionReport(
-        text=text,
-        concept=concept,
-        target=target,
-        label=label,
-        saliency=saliency if isinstance(saliency, str) else getattr(saliency, "__name__", repr(saliency)),
-        drop_fraction=drop_fraction,
-        num_steps=num_steps,
-        num_dropped=num_dropped,
-        num_grown=num_grown,
-        num_weights=masks_lib.num_weights(masks),
-        before=_predicted(model, edit.concept_logits_before, edit.label_logits_before),
-        after=_predicted(model, edit.concept_logits_after, edit.label_logits_after),
-        edit=edit,
-    )
-    # The scores were those of the masks before.
-    metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
-    return dataclasses.replace(model, masks=masks, metadata=metadata), report
-
-
-def name_index(kind: str, name: str, names: Sequence[str]) -> int:
-    """Position of a name among the schema's `names` of that kind.
-
-    Raises:
-            ValueError: if it is not there; the nearest one is given.
-    """
-    if name not in names:
-        expected = ", ".join(map(repr, names))
-        raise ValueError(f"there is no {kind} {name!r}{did_you_mean(name, names)}; expected one of {expected}")
-    return list(names).index(name)
-
-
-def _predicted(
-    model: SparseCBM, concept_logits: Float[Array, "1 K C"], label_logits: Float[Array, "1 Y"]
-) -> TextPrediction:
-    concepts = np.asarray(jax.nn.softmax(concept_logits[0], axis=-1), np.float64)
-    labels = np.asarray(jax.nn.softmax(label_logits[0]), np.float64)
-    if not (np.isfinite(concepts).all() and np.isfinite(labels).all()):
-        raise ValueError("the model's output for the text is not finite; its parameters may have diverged in training")
-    schema = model.schema
-    return TextPrediction(
-        concepts={c: schema.classes[i] for c, i in zip(schema.concepts, concepts.argmax(-1), strict=True)},
-        concept_probabilities={
-            c: dict(zip(schema.classes, row, strict=True))
-            for c, row in zip(schema.concepts, concepts.tolist(), strict=True)
-        },
-        label=schema.labels[int(labels.argmax())],
-        label_probabilities=dict(zip(schema.labels, labels.tolist(), strict=True)),
-    )
-
-
-def _saliency_fn(saliency: str | SaliencyFn) -> SaliencyFn:
     if callable(saliency):
         return saliency
     if saliency not in SALIENCIES:
@@ -360,7 +207,8 @@ def _saliency_fn(saliency: str | SaliencyFn) -> SaliencyFn:
     return SALIENCIES[saliency]
 
 
-def _check_masks(masks: Masks | None) -> None:
+def check_masks(masks: Masks | None) -> None:
+    """Raises ValueError where there are no masks, or packed ones."""
     if not masks:
         raise ValueError(
             "the model has no masks: a dense model has nothing to drop or grow, train with strategy 'sparse'"
@@ -370,7 +218,8 @@ def _check_masks(masks: Masks | None) -> None:
         raise ValueError(f"{packed[0]}: the masks are {masks[packed[0]].dtype}; expected booleans, see masks.unpack")
 
 
-def _check_index(name: str, value: Any, low: int, high: int) -> None:
+def check_index(name: str, value: Any, low: int, high: int) -> None:
+    """Raises ValueError where a concrete index is not in [low, high)."""
     if is_traced(value):
         return
     if np.any(np.asarray(value) < low) or np.any(np.asarray(value) >= high):

@@ -22,7 +22,7 @@ from numpy_model import (
 )
 from tiny_model import TEXTS, tiny_model
 
-from sparsecbm_jax import artifact, edits, intervention
+from sparsecbm_jax import artifact, correction, edits, intervention
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch
@@ -50,7 +50,7 @@ def model() -> SparseCBM:
 @pytest.fixture(scope="module")
 def batch(model: SparseCBM) -> Batch:
     """One text and a row of padding: one shape, and so one compilation, for most tests."""
-    return next(intervention.text_batches(model, TEXTS[:1], batch_size=2))
+    return next(artifact.text_batches(model, TEXTS[:1], batch_size=2))
 
 
 def edit_of(model: SparseCBM, batch: Batch, *args: Any, **kwargs: Any) -> tuple[Any, edits.MaskEdit]:
@@ -208,7 +208,7 @@ def test_oracle_activations(model: SparseCBM) -> None:
 
 
 def test_correct_by_name(model: SparseCBM) -> None:
-    corrected, report = intervention.correct(model, TEXTS[0], "service", "Negative", 0.02, saliency=counted)
+    corrected, report = correction.correct(model, TEXTS[0], "service", "Negative", 0.02, saliency=counted)
     assert report.is_repaired
     assert report.before.concepts["service"] != "Negative"
     assert report.after.concepts["food"] == report.before.concepts["food"]
@@ -238,7 +238,7 @@ def test_correct_refuses_by_name(
     model: SparseCBM, text: str, concept: str, target: str, label: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        intervention.correct(model, text, concept, target, label=label)
+        correction.correct(model, text, concept, target, label=label)
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_float64_positions_are_those_of_an_independent_model(float64: None, sali
     config = dataclasses.replace(model.config, dtype="float64")
     params, heads = (as_float64(jax.device_get(tree)) for tree in (model.params, model.heads))
     masks = as_numpy(model.masks)
-    batch = next(intervention.text_batches(model, [TEXTS[3]], batch_size=1))
+    batch = next(artifact.text_batches(model, [TEXTS[3]], batch_size=1))
     count, target = 25, NEGATIVE
     _, edit = intervention.intervene(
         config,

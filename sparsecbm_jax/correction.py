@@ -1,0 +1,173 @@
+"""Corrections by name, for people: a text, a concept, the class that it should have; and what came of it.
+
+`intervention` and `minimal` have the functions of arrays that do the work.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.artifact import SparseCBM, text_batches
+from sparsecbm_jax.data.schema import did_you_mean
+from sparsecbm_jax.edits import MaskEdit, num_changed
+from sparsecbm_jax.intervention import SaliencyFn, check_masks, intervene
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPrediction:
+    """What the model says about a text: classes and probabilities of the concepts, the label and its probabilities."""
+
+    concepts: dict[str, str]
+    concept_probabilities: dict[str, dict[str, float]]
+    label: str
+    label_probabilities: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionReport:
+    """One correction in plain numbers, with the edit itself for `apply` and `undo`.
+
+    Attributes:
+            text, concept, target, label: what was asked; label is None where the task label was left out.
+            saliency, drop_fraction, num_steps: how.
+            num_dropped, num_grown: changed weights over all steps.
+            num_weights: maskable weights of the backbone.
+            before, after: the predictions on the text.
+            edit: the positions; not part of `to_dict`.
+    """
+
+    text: str
+    concept: str
+    target: str
+    label: str | None
+    saliency: str
+    drop_fraction: float
+    num_steps: int
+    num_dropped: int
+    num_grown: int
+    num_weights: int
+    before: TextPrediction
+    after: TextPrediction
+    edit: MaskEdit = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether the concept has the asked class now."""
+        return self.after.concepts[self.concept] == self.target
+
+    @property
+    def changed_share(self) -> float:
+        """Dropped and grown weights over the maskable weights of the backbone."""
+        return (self.num_dropped + self.num_grown) / self.num_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON, without the positions."""
+        skipped = {"edit", "before", "after"}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
+        readings = {"before": dataclasses.asdict(self.before), "after": dataclasses.asdict(self.after)}
+        return {**fields, "is_repaired": self.is_repaired, "changed_share": self.changed_share, **readings}
+
+
+def correct(
+    model: SparseCBM,
+    text: str,
+    concept: str,
+    target: str,
+    drop_fraction: float = 0.0001,
+    *,
+    label: str | None = None,
+    saliency: str | SaliencyFn = "signed",
+    num_steps: int = 1,
+) -> tuple[SparseCBM, CorrectionReport]:
+    """Corrects one concept of one text, by name; see `intervene`.
+
+    Args:
+            model: a model with masks.
+            text: the text that the model misreads.
+            concept: name of the concept.
+            target: name of the class that it should have.
+            drop_fraction: share of the backbone's maskable weights that each step drops, and as many that it grows.
+            label: name of the task label to pull towards as well.
+            saliency: as in `intervene`.
+            num_steps: as in `intervene`.
+
+    Returns:
+            The model with the new masks, without the metrics of the old ones, and what changed. The concept may still
+            have another class than asked: `CorrectionReport.is_repaired` says so.
+
+    Raises:
+        ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
+            the tokeniser reads; the model's output is not finite.
+    """
+    check_masks(model.masks)
+    assert model.masks is not None
+    schema = model.schema
+    batch = next(text_batches(model, [text], batch_size=1))
+    masks, edit = intervene(
+        model.config,
+        model.params,
+        model.masks,
+        model.heads,
+        batch,
+        name_index("concept", concept, schema.concepts),
+        name_index("class", target, schema.classes),
+        drop_fraction,
+        None if label is None else name_index("label", label, schema.labels),
+        saliency=saliency,
+        num_steps=num_steps,
+    )
+    num_dropped, num_grown = num_changed(edit)
+    report = CorrectionReport(
+        text=text,
+        concept=concept,
+        target=target,
+        label=label,
+        saliency=saliency if isinstance(saliency, str) else getattr(saliency, "__name__", repr(saliency)),
+        drop_fraction=drop_fraction,
+        num_steps=num_steps,
+        num_dropped=num_dropped,
+        num_grown=num_grown,
+        num_weights=masks_lib.num_weights(masks),
+        before=_predicted(model, edit.concept_logits_before, edit.label_logits_before),
+        after=_predicted(model, edit.concept_logits_after, edit.label_logits_after),
+        edit=edit,
+    )
+    # The scores were those of the masks before.
+    metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
+    return dataclasses.replace(model, masks=masks, metadata=metadata), report
+
+
+def name_index(kind: str, name: str, names: Sequence[str]) -> int:
+    """Position of a name among the schema's `names` of that kind.
+
+    Raises:
+            ValueError: if it is not there; the nearest one is given.
+    """
+    if name not in names:
+        expected = ", ".join(map(repr, names))
+        raise ValueError(f"there is no {kind} {name!r}{did_you_mean(name, names)}; expected one of {expected}")
+    return list(names).index(name)
+
+
+def _predicted(
+    model: SparseCBM, concept_logits: Float[Array, "1 K C"], label_logits: Float[Array, "1 Y"]
+) -> TextPrediction:
+    concepts = np.asarray(jax.nn.softmax(concept_logits[0], axis=-1), np.float64)
+    labels = np.asarray(jax.nn.softmax(label_logits[0]), np.float64)
+    if not (np.isfinite(concepts).all() and np.isfinite(labels).all()):
+        raise ValueError("the model's output for the text is not finite; its parameters may have diverged in training")
+    schema = model.schema
+    return TextPrediction(
+        concepts={c: schema.classes[i] for c, i in zip(schema.concepts, concepts.argmax(-1), strict=True)},
+        concept_probabilities={
+            c: dict(zip(schema.classes, row, strict=True))
+            for c, row in zip(schema.concepts, concepts.tolist(), strict=True)
+        },
+        label=schema.labels[int(labels.argmax())],
+        label_probabilities=dict(zip(schema.labels, labels.tolist(), strict=True)),
+    )

@@ -1,0 +1,266 @@
+"""The smallest edit that repairs a concept: the counterfactual explanation of a prediction in terms of its subnetwork.
+
+Weights are ranked once, by one gradient. How many of the ranking it takes is found by doubling and bisection, with the
+subnetwork run at each trial: the effect need not grow with every weight, so the number that comes out is one that was
+seen to repair, and the number below it one that was seen not to.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsecbm_jax import cbm
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.cbm import CBMConfig
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.edits import MaskEdit
+from sparsecbm_jax.intervention import check_index, check_masks
+from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.selection import select_smallest
+
+Guard = Mapping[str, Float[Array, "..."]]
+"""What changing a weight costs everything else, squared and to be compared within a concept: such as a Fisher diagonal
+by the effective weights. Gains are divided by its root."""
+
+
+class MinimalEdit(NamedTuple):
+    """What the search found.
+
+    Attributes:
+      edit: nothing is dropped or grown where nothing repairs, or nothing need be.
+      num_pairs: n, weights dropped and as many grown.
+      is_repaired: whether all rows have their target with the margin now.
+      margin: the least margin of a row after the edit, u_target − max of the others.
+      margin_below: the same with n − 1 pairs, seen not to be above the asked one; NaN where n is 0.
+      num_trials: how often the subnetwork was run for it.
+    """
+
+    edit: MaskEdit
+    num_pairs: Int[Array, ""]
+    is_repaired: Bool[Array, ""]
+    margin: Float[Array, ""]
+    margin_below: Float[Array, ""]
+    num_trials: Int[Array, ""]
+
+
+def minimal_edit(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Params,
+    batch: Batch,
+    concept: int | Int[Array, ""],
+    target: int | Int[Array, ""] | Int[Array, " B"],
+    *,
+    margin: float | Float[Array, ""] = 0.0,
+    guard: Guard | None = None,
+    max_pairs: int = 4096,
+) -> tuple[Masks, MinimalEdit]:
+    """Drops the n most harmful kept weights of concept k and grows the n most helpful pruned ones, n as small as does.
+
+    Pure, and compiled once for all concepts, targets and margins of a batch shape. First-order gains, by which weights
+    are ranked, are of the least margin; see `intervention.signed`.
+
+    Args:
+      config, params, masks, heads, batch, concept, target: as for `intervention.intervene`; padding rows do not count.
+      margin: u_target is to be above the other classes' logits by more than this.
+      guard: what a change costs everything else; see `Guard`. None counts every weight alike.
+      max_pairs: the most pairs that are tried.
+
+    Returns:
+      The new masks and what was found; the same masks where `max_pairs` pairs do not repair.
+
+    Raises:
+      ValueError: as `intervene`; or `max_pairs` is not positive.
+    """
+    check_masks(masks)
+    check_index("concept", concept, 0, config.num_concepts)
+    check_index("target", target, 0, config.num_classes)
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs is {max_pairs}; expected at least 1")
+    return _minimal_edit(
+        config,
+        params,
+        masks,
+        heads,
+        batch,
+        jnp.asarray(concept, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(target, jnp.int32), (batch.input_ids.shape[0],)),
+        jnp.asarray(margin, jnp.float32),
+        guard,
+        max_pairs=min(max_pairs, masks_lib.num_weights(masks)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_pairs"))
+def _minimal_edit(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Params,
+    batch: Batch,
+    concept: Int[Array, ""],
+    target: Int[Array, " B"],
+    wanted: Float[Array, ""],
+    guard: Guard | None,
+    *,
+    max_pairs: int,
+) -> tuple[Masks, MinimalEdit]:
+    before = cbm.forward(config, params, masks, heads, batch)
+    mask = masks_lib.concept(masks, concept)
+    weights = {path: masks_lib.leaf_at(params, path) for path in mask}
+    kernels = {path: jnp.where(mask[path], weights[path], 0) for path in mask}
+
+    def margin_of(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
+        output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
+        return least_margin(output.concept_logits[:, 0], target, batch.example_weight)
+
+    grads = jax.grad(margin_of)(kernels)
+    # How much the margin gains where a weight is grown, and loses where it is dropped.
+    gains = {path: grads[path] * weights[path] for path in mask}
+    if guard is not None:
+        # A change costs the square of the weight times that of its gradients elsewhere: the weight's size cancels.
+        gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(guard[path]) for path in mask}
+    dropped = _ranked(gains, mask, max_pairs)
+    grown = _ranked(
+        {path: -gain for path, gain in gains.items()}, {path: ~kept for path, kept in mask.items()}, max_pairs
+    )
+    most = jnp.minimum(dropped.num, grown.num)
+
+    def edited(n: Int[Array, ""]) -> dict[str, Float[Array, "..."]]:
+        new = {}
+        for path, kernel in kernels.items():
+            without = kernel.at[dropped.first(path, n)].set(0, mode="drop")
+            at = grown.first(path, n)
+            new[path] = without.at[at].set(weights[path].at[at].get(mode="fill", fill_value=0), mode="drop")
+        return new
+
+    low, high, repaired, trials = _smallest(lambda n: margin_of(edited(n)) > wanted, most, margin_of(kernels) > wanted)
+    count = jnp.where(repaired, high, 0)
+    nothing = {path: jnp.zeros(kept.shape, bool) for path, kept in mask.items()}
+    off = {path: nothing[path].at[dropped.first(path, count)].set(True, mode="drop") for path in mask}
+    on = {path: nothing[path].at[grown.first(path, count)].set(True, mode="drop") for path in mask}
+    new_mask = {path: (mask[path] & ~off[path]) | on[path] for path in mask}
+    after = cbm.subnetwork_output(config, params, heads, batch, edited(count), concept, before.activations)
+    edit = MaskEdit(
+        concept=concept,
+        target=target,
+        label=jnp.full_like(target, -1),
+        num_per_step=count.astype(jnp.uint32),
+        dropped=off,
+        grown=on,
+        concept_logits_before=before.concept_logits,
+        concept_logits_after=before.concept_logits.at[:, concept].set(after.concept_logits[:, 0]),
+        label_logits_before=before.label_logits,
+        label_logits_after=after.label_logits,
+    )
+    found = MinimalEdit(
+        edit,
+        count,
+        repaired,
+        least_margin(after.concept_logits[:, 0], target, batch.example_weight),
+        jnp.where(count > 0, margin_of(edited(low)), jnp.nan),
+        trials,
+    )
+    return masks_lib.replace_concept(masks, concept, new_mask), found
+
+
+def least_margin(
+    logits: Float[Array, "B C"], target: Int[Array, " B"], example_weight: Float[Array, " B"]
+) -> Float[Array, ""]:
+    """min over real rows of u_target − max_{c ≠ target} u_c.
+
+    >>> import jax.numpy as jnp
+    >>> float(least_margin(jnp.array([[1.0, 3.0, 2.0], [0.0, 9.0, 9.0]]), jnp.array([2, 0]), jnp.array([1.0, 0.0])))
+    -1.0
+    """
+    is_target = jnp.arange(logits.shape[1])[None] == target[:, None]
+    own = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
+    margins = own - jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=1)
+    return jnp.min(jnp.where(jnp.asarray(example_weight) > 0, margins, jnp.inf))
+
+
+_Search = tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""], Int[Array, ""]]
+
+
+def _smallest(
+    repairs: Callable[[Int[Array, ""]], Bool[Array, ""]], most: Int[Array, ""], is_right: Bool[Array, ""]
+) -> _Search:
+    """n − 1, which does not repair; n, which does; whether there is one; trials. n is 0 where all is right already."""
+    zero = jnp.int32(0)
+
+    def double(state: _Search) -> _Search:
+        _, high, _, trials = state
+        trial = jnp.minimum(jnp.maximum(2 * high, 1), most)
+        return high, trial, repairs(trial), trials + 1
+
+    def grows(state: _Search) -> Bool[Array, ""]:
+        _, high, found, _ = state
+        return ~found & (high < most)
+
+    def halve(state: _Search) -> _Search:
+        low, high, found, trials = state
+        middle = (low + high) // 2
+        does = repairs(middle)
+        return jnp.where(does, low, middle), jnp.where(does, middle, high), found, trials + 1
+
+    state = jax.lax.while_loop(grows, double, (zero, zero, is_right, zero))
+    return jax.lax.while_loop(lambda state: state[2] & (state[1] - state[0] > 1), halve, state)
+
+
+class _Ranked(NamedTuple):
+    """Chosen positions of each kernel, an index for each dimension, and their places in the ranking of all."""
+
+    positions: dict[str, tuple[Int[Array, " P"], ...]]
+    places: dict[str, Int[Array, " P"]]
+    shapes: dict[str, int]
+    num: Int[Array, ""]
+
+    def first(self, path: str, n: Int[Array, ""]) -> tuple[Int[Array, " P"], ...]:
+        """The positions of the kernel among the first n; the others lie outside of it."""
+        index = self.positions[path]
+        return (jnp.where(self.places[path] < n, index[0], self.shapes[path]), *index[1:])
+
+
+def _ranked(scores: Mapping[str, Float[Array, "..."]], among: Mapping[str, Bool[Array, "..."]], size: int) -> _Ranked:
+    """The `size` lowest scores of a tree, ranked; ties by index, in the order of `selection.select_smallest`."""
+    chosen = select_smallest(dict(scores), size, dict(among))
+    positions = {path: positions_of_true(flags, size) for path, flags in chosen.items()}
+    values = [scores[path].at[index].get(mode="fill", fill_value=jnp.inf) for path, index in positions.items()]
+    is_real = [index[0] < scores[path].shape[0] for path, index in positions.items()]
+    # What only fills the lists up comes last, also after scores that are infinite.
+    order = jnp.lexsort((jnp.concatenate(values), ~jnp.concatenate(is_real)))
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+    parts = dict(zip(positions, jnp.split(places, len(positions)), strict=True))
+    shapes = {path: scores[path].shape[0] for path in positions}
+    return _Ranked(positions, parts, shapes, sum((jnp.sum(real, dtype=jnp.int32) for real in is_real), jnp.int32(0)))
+
+
+def positions_of_true(flags: Bool[Array, "..."], size: int) -> tuple[Int[Array, " {size}"], ...]:
+    """Where the first `size` of the booleans are True, an index for each dimension; the rest lies outside.
+
+    Counts by row and looks into the rows that have any: `jnp.nonzero` numbers every element, which takes far longer.
+
+    >>> import jax.numpy as jnp
+    >>> [index.tolist() for index in positions_of_true(jnp.array([[False, True], [True, False]]), 3)]
+    [[0, 1, 2], [1, 0, 0]]
+    """
+    *leading, width = flags.shape
+    rows = flags.reshape(-1, width)
+    ends = jnp.cumsum(jnp.sum(rows, axis=1, dtype=jnp.int32))
+    number = jnp.arange(size, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
+    is_there = row < len(ends)
+    safe = jnp.minimum(row, len(ends) - 1)
+    before = jnp.where(safe > 0, ends[safe - 1], 0)
+    seen = jnp.cumsum(rows[safe], axis=1, dtype=jnp.int32)
+    column = jnp.sum(seen <= (number - before)[:, None], axis=1, dtype=jnp.int32)
+    first, *others = jnp.unravel_index(safe, tuple(leading)) if leading else (jnp.zeros_like(safe),)
+    if not leading:
+        return (jnp.where(is_there, column, width),)
+    inside = [jnp.where(is_there, index, 0) for index in (*others, column)]
+    return (jnp.where(is_there, first, leading[0]), *inside)
