@@ -3,13 +3,17 @@
 python launch/intervene.py --model=runs/quickstart/model --text="The waiter was rude." --concept=service \
     --target=Negative
 python launch/intervene.py --model=runs/quickstart/model --find --save=runs/quickstart/corrected
+python launch/intervene.py --model=runs/quickstart/model --find --minimal --log=runs/quickstart/edits.log
 
 --find takes the first test review of the model's own data set with a mispredicted concept (of --concept, where that is
-given) and corrects it towards its gold class. --save writes the corrected model. Takes seconds on a CPU once compiled.
+given) and corrects it towards its gold class. --minimal changes as few weights as repair it. --log keeps the edit in a
+file, to be made again, undone, merged or passed on (`launch/edits.py`); --save writes the corrected model. Takes
+seconds on a CPU once compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -34,6 +38,9 @@ flags.DEFINE_float("drop_fraction", 0.0001, "Share of the backbone's weights tha
 flags.DEFINE_string("saliency", "signed", "How weights are ranked: 'signed', or 'magnitude' as the paper prints it.")
 flags.DEFINE_integer("num_steps", 1, "Times to differentiate and edit.")
 flags.DEFINE_string("label", None, "Task label to pull towards as well.")
+flags.DEFINE_bool("minimal", False, "Change as few weights as give the concept the asked class.")
+flags.DEFINE_float("margin", 0.0, "With --minimal: how far the asked class's logit is to be above the others.")
+flags.DEFINE_string("log", None, "File of edits: those in force there are made first, and this one is added.")
 flags.DEFINE_string("save", None, "Folder to save the corrected model to.")
 flags.DEFINE_bool("json", False, "Print JSON.")
 
@@ -59,11 +66,13 @@ def main() -> None:
         absent = " and ".join(f"--{name}" for name in wanted if name not in given)
         raise ValueError(f"{absent} missing; expected --text, --concept and --target, or --find")
 
+    _check_minimal()
     if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
         raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
 
     from sparsecbm_jax.artifact import load, save
-    from sparsecbm_jax.correction import correct
+    from sparsecbm_jax.correction import correct, correct_minimally
+    from sparsecbm_jax.edit_log import EditLog
     from sparsecbm_jax.explanation import render_correction
 
     loaded = load(FLAGS.model)
@@ -71,24 +80,39 @@ def main() -> None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
     # Written-out layers would cost more to compile than a few passes can win back.
     model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
-    case = _find(model, FLAGS.concept) if FLAGS.find else _Case(FLAGS.text, FLAGS.concept, FLAGS.target)
-    if case is None:
-        print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
-        return
-    corrected, report = correct(
-        model,
-        case.text,
-        case.concept,
-        case.target,
-        FLAGS.drop_fraction,
-        label=FLAGS.label,
-        saliency=FLAGS.saliency,
-        num_steps=FLAGS.num_steps,
-    )
-    print(json.dumps(report.to_dict(), indent=2) if FLAGS.json else render_correction(report))
-    if FLAGS.save:
-        directory = save(dataclasses.replace(corrected, config=loaded.config), FLAGS.save)
-        print(f"saved: {directory}", file=sys.stderr if FLAGS.json else sys.stdout)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(EditLog(FLAGS.log, loaded.masks, loaded.schema.concepts)) if FLAGS.log else None
+        if log is not None:
+            model = dataclasses.replace(model, masks=log.replay(loaded.masks))
+        case = _find(model, FLAGS.concept) if FLAGS.find else _Case(FLAGS.text, FLAGS.concept, FLAGS.target)
+        if case is None:
+            print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
+            return
+        if FLAGS.minimal:
+            corrected, report = correct_minimally(model, *case, margin=FLAGS.margin)
+        else:
+            corrected, report = correct(
+                model,
+                *case,
+                FLAGS.drop_fraction,
+                label=FLAGS.label,
+                saliency=FLAGS.saliency,
+                num_steps=FLAGS.num_steps,
+            )
+        print(json.dumps(report.to_dict(), indent=2) if FLAGS.json else render_correction(report))
+        aside = sys.stderr if FLAGS.json else sys.stdout
+        if log is not None and report.num_dropped:
+            print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
+        if FLAGS.save:
+            directory = save(dataclasses.replace(corrected, config=loaded.config), FLAGS.save)
+            print(f"saved: {directory}", file=aside)
+
+
+def _check_minimal() -> None:
+    unused = ("drop_fraction", "saliency", "num_steps", "label") if FLAGS.minimal else ("margin",)
+    for name in unused:
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} does not go {'with' if FLAGS.minimal else 'without'} --minimal")
 
 
 def _find(model: SparseCBM, concept: str | None) -> _Case | None:

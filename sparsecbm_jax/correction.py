@@ -13,9 +13,12 @@ from jaxtyping import Array, Float
 
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, text_batches
+from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import did_you_mean
-from sparsecbm_jax.edits import MaskEdit, num_changed
+from sparsecbm_jax.edits import MaskEdit, StoredEdit, num_changed, positions_of, text_hash
 from sparsecbm_jax.intervention import SaliencyFn, check_masks, intervene
+from sparsecbm_jax.masks import Masks
+from sparsecbm_jax.minimal import Guard, minimal_edit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,20 @@ class CorrectionReport:
         """Dropped and grown weights over the maskable weights of the backbone."""
         return (self.num_dropped + self.num_grown) / self.num_weights
 
+    def stored(self) -> StoredEdit:
+        """The edit for a file or a log: what changed, what was asked, and what came of it, without the text."""
+        return StoredEdit(
+            concept=self.concept,
+            target=self.target,
+            label=self.label,
+            text_sha256=text_hash(self.text),
+            saliency=self.saliency,
+            num_steps=self.num_steps,
+            positions=positions_of(self.edit),
+            before=dataclasses.asdict(self.before),
+            after=dataclasses.asdict(self.after),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON, without the positions."""
         skipped = {"edit", "before", "after"}
@@ -104,32 +121,78 @@ def correct(
         ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
             the tokeniser reads; the model's output is not finite.
     """
-    check_masks(model.masks)
-    assert model.masks is not None
-    schema = model.schema
-    batch = next(text_batches(model, [text], batch_size=1))
+    old, batch, index, wanted = _asked(model, text, concept, target)
     masks, edit = intervene(
         model.config,
         model.params,
-        model.masks,
+        old,
         model.heads,
         batch,
-        name_index("concept", concept, schema.concepts),
-        name_index("class", target, schema.classes),
+        index,
+        wanted,
         drop_fraction,
-        None if label is None else name_index("label", label, schema.labels),
+        None if label is None else name_index("label", label, model.schema.labels),
         saliency=saliency,
         num_steps=num_steps,
     )
+    name = saliency if isinstance(saliency, str) else getattr(saliency, "__name__", repr(saliency))
+    asked = {"concept": concept, "target": target, "label": label, "saliency": name, "drop_fraction": drop_fraction}
+    return _corrected(model, masks, edit, text=text, num_steps=num_steps, **asked)
+
+
+def correct_minimally(
+    model: SparseCBM,
+    text: str,
+    concept: str,
+    target: str,
+    *,
+    margin: float = 0.0,
+    guard: Guard | None = None,
+    max_pairs: int = 4096,
+) -> tuple[SparseCBM, CorrectionReport]:
+    """Corrects one concept of one text with as few weights as do, by name; see `minimal.minimal_edit`.
+
+    Args:
+            model, text, concept, target: as for `correct`.
+            margin, guard, max_pairs: as for `minimal_edit`.
+
+    Returns:
+            As `correct`; `drop_fraction` says how small the edit is. Where `max_pairs` pairs do not repair the concept,
+            the model keeps its masks and `CorrectionReport.is_repaired` is False.
+
+    Raises:
+        ValueError: as `correct` and `minimal_edit`.
+    """
+    old, batch, index, wanted = _asked(model, text, concept, target)
+    masks, found = minimal_edit(
+        model.config,
+        model.params,
+        old,
+        model.heads,
+        batch,
+        index,
+        wanted,
+        margin=margin,
+        guard=guard,
+        max_pairs=max_pairs,
+    )
+    asked = {"concept": concept, "target": target, "label": None, "saliency": "signed" if guard is None else "guarded"}
+    fraction = int(found.num_pairs) / masks_lib.num_weights(masks)
+    return _corrected(model, masks, found.edit, text=text, drop_fraction=fraction, num_steps=1, **asked)
+
+
+def _asked(model: SparseCBM, text: str, concept: str, target: str) -> tuple[Masks, Batch, int, int]:
+    check_masks(model.masks)
+    assert model.masks is not None
+    index = name_index("concept", concept, model.schema.concepts)
+    wanted = name_index("class", target, model.schema.classes)
+    return model.masks, next(text_batches(model, [text], batch_size=1)), index, wanted
+
+
+def _corrected(model: SparseCBM, masks: Masks, edit: MaskEdit, **asked: Any) -> tuple[SparseCBM, CorrectionReport]:
     num_dropped, num_grown = num_changed(edit)
     report = CorrectionReport(
-        text=text,
-        concept=concept,
-        target=target,
-        label=label,
-        saliency=saliency if isinstance(saliency, str) else getattr(saliency, "__name__", repr(saliency)),
-        drop_fraction=drop_fraction,
-        num_steps=num_steps,
+        **asked,
         num_dropped=num_dropped,
         num_grown=num_grown,
         num_weights=masks_lib.num_weights(masks),

@@ -111,11 +111,11 @@ class EditLog:
         """An edit in force.
 
         Raises:
-            KeyError: if there is none of that id; those there are are listed.
+            ValueError: if there is none of that id; those there are are listed.
         """
         if edit_id not in self._active:
             known = ", ".join(self._active) or "none"
-            raise KeyError(f"{self.path}: no edit {edit_id!r} is in force; there are: {known}")
+            raise ValueError(f"{self.path}: no edit {edit_id!r} is in force; there are: {known}")
         return self._active[edit_id]
 
     def replay(self, masks: Masks) -> Masks:
@@ -148,8 +148,8 @@ class EditLog:
             masks: with all edits in force made.
 
         Raises:
-            KeyError: if no such edit is in force.
-            ValueError: if later edits changed the same weights; they are named, and want undoing first.
+            ValueError: if no such edit is in force, or later edits changed the same weights; they are named, and want
+                undoing first.
         """
         edit = self.get(edit_id)
         later = self.edits[self.edits.index(edit) + 1 :]

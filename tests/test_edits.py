@@ -125,7 +125,7 @@ def test_a_log_replays_undoes_and_remembers(tmp_path: Path) -> None:
     with opened(tmp_path / "log", masks) as log:
         assert log.edits == (second, third)
         chex.assert_trees_all_equal(log.replay(masks), without)
-        with pytest.raises(KeyError, match=rf"no edit '{first.id}' is in force; there are: {second.id}, {third.id}"):
+        with pytest.raises(ValueError, match=rf"no edit '{first.id}' is in force; there are: {second.id}, {third.id}"):
             log.undo(without, first.id)
         chex.assert_trees_all_equal(log.undo_all(without), masks)
     reader = opened(tmp_path / "log", masks, is_read_only=True)

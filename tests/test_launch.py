@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from tiny_model import TEXTS, tiny_model
 
 from configs import common
+from sparsecbm_jax import artifact, masks
 from sparsecbm_jax.config import STRATEGIES, from_config_dict
+from sparsecbm_jax.edit_log import EditLog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = [REPOSITORY / ".ci" / "run", *sorted((REPOSITORY / "launch").glob("*.sh"))]
@@ -100,6 +104,33 @@ def test_a_model_is_not_saved_over_itself(tmp_path: Path) -> None:
     result = _python("launch/intervene.py", *given, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --save=./m is the model itself")
+
+
+def test_edits_are_logged_listed_passed_on_and_undone(tmp_path: Path) -> None:
+    model = tiny_model(num_layers=1)
+    artifact.save(model, tmp_path / "m")
+    text = TEXTS[0]
+    service = artifact.predict(model, [text]).concepts[0, 2]
+    target = model.schema.classes[(service + 1) % 3]
+    given = ["--model=m", "--log=edits.log"]
+    asked = [f"--text={text}", "--concept=service", f"--target={target}", "--minimal"]
+    made = _python("launch/intervene.py", *given, *asked, cwd=tmp_path)
+    assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
+    with EditLog(tmp_path / "edits.log", model.masks, model.schema.concepts) as log:
+        (edit,) = log.edits
+        corrected = dataclasses.replace(model, masks=log.replay(model.masks))
+    assert model.schema.classes[artifact.predict(corrected, [text]).concepts[0, 2]] == target
+    edit.save(tmp_path / "one.json")
+    undone = _python("launch/edits.py", *given, f"--undo={edit.id}", cwd=tmp_path)
+    assert (undone.returncode, undone.stdout) == (0, "0 edits in force in edits.log\n"), undone.stderr
+    added = _python("launch/edits.py", *given, "--add=one.json", "--save=corrected", cwd=tmp_path)
+    count = edit.num_changed[0]
+    line = (
+        f"{edit.id}  service: {edit.before['concepts']['service']} -> {target}, {count} dropped, {count} grown, signed"
+    )
+    assert added.stdout.splitlines()[:2] == [line, "1 edit in force in edits.log"], added.stderr
+    again = artifact.load(tmp_path / "corrected")
+    assert masks.fingerprint(again.masks) == masks.fingerprint(corrected.masks)
 
 
 def test_a_missing_file_of_texts_is_named(tmp_path: Path) -> None:
