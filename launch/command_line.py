@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import functools
 import logging as standard_logging
@@ -23,6 +22,7 @@ if str(CHECKOUT) not in sys.path:
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sparsecbm_jax import host_memory
 from sparsecbm_jax.config import RunConfig, from_config_dict, key_names, nearest_name, setting_type, unknown_key
 
 FLAGS = flags.FLAGS
@@ -65,16 +65,12 @@ def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory
     Args:
         main: What to call.
         takes_arguments: Whether it reads arguments that belong to no flag, which are refused otherwise.
-        keeps_memory: Whether freed memory is kept (`keep_freed_memory`): for a main that repeats one program. Where
-            programs of many sizes follow each other that leaves holes, and it is given back (`return_freed_memory`).
+        keeps_memory: Whether freed memory is kept: for a main that repeats one program; see `host_memory`.
     """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(PlainFormatter())
-    if keeps_memory:
-        keep_freed_memory()
-    else:
-        return_freed_memory()
+    (host_memory.keep_freed if keeps_memory else host_memory.give_back_freed)()
     try:
         app.run(lambda argv: main(), flags_parser=functools.partial(_parse, takes_arguments=takes_arguments))
     except BrokenPipeError:
@@ -97,36 +93,6 @@ class PlainFormatter(standard_logging.Formatter):
 
     def format(self, record: standard_logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {record.getMessage()}"
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep the memory that is freed for the next allocation; does nothing with another C library.
-
-    On CPU, XLA allocates all temporaries of a program anew for every call. Given back to the system in between, they
-    cost page faults in every training step. Call before JAX starts its threads.
-    """
-    # No mapping apart for large blocks, no trimming.
-    _mallopt({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
-
-
-def return_freed_memory() -> None:
-    """Has glibc give large blocks back to the system as soon as they are freed; does nothing with another C library.
-
-    By default it learns to keep ever larger ones, in an arena for every thread: pruning in many passes then holds half
-    as much again as it uses. Call before JAX starts its threads.
-    """
-    _mallopt({_ARENA_MAX: 1, _MMAP_THRESHOLD: 2**18})
-
-
-# Reference: mallopt(3).
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
-
-
-def _mallopt(settings: dict[int, int]) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in settings.items():
-            mallopt(parameter, value)
 
 
 def start_distributed() -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsecbm_jax import backbones, evaluation, pruning, sharding, vocabulary
+from sparsecbm_jax import backbones, evaluation, host_memory, pruning, sharding, vocabulary
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, load, save
 from sparsecbm_jax.blockwise import Report
@@ -300,21 +300,22 @@ class _Loop:
         store = pruning.StoredScores(self.scores, config.num_concepts, about, discards_others=True)
         if len(store):
             _say(f"scores of {len(store)} concepts are there already, from before the run was stopped")
-        masks = pruning.prune(
-            config,
-            state.params,
-            masks,
-            state.heads,
-            pruning.fisher_batches(self.train_split, run.pruner, seed=run.seed, event=number),
-            event.sparsity,
-            pruner=run.pruner,
-            cutting=run.sparsity,
-            criterion=self.criterion,
-            seed=run.seed + number,
-            reports=reports,
-            make_bar=functools.partial(progress, description=f"pruning to {event}", unit="gradient"),
-            store=store,
-        )
+        with host_memory.giving_back():
+            masks = pruning.prune(
+                config,
+                state.params,
+                masks,
+                state.heads,
+                pruning.fisher_batches(self.train_split, run.pruner, seed=run.seed, event=number),
+                event.sparsity,
+                pruner=run.pruner,
+                cutting=run.sparsity,
+                criterion=self.criterion,
+                seed=run.seed + number,
+                reports=reports,
+                make_bar=functools.partial(progress, description=f"pruning to {event}", unit="gradient"),
+                store=store,
+            )
         store.clear()
         self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
         record = {"epoch": epoch, "sparsity": event.sparsity, "density": masks_lib.total_density(masks).tolist()}

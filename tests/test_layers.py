@@ -17,7 +17,7 @@ MAX_LINES = 500
 
 # Within a floor the order counts too.
 FLOORS = (
-    ("config", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
+    ("config", "host_memory", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
     ("backbones", "data", "checkpoint", "edits", "edit_log"),
     ("cbm", "fisher"),
     (
