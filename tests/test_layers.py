@@ -32,7 +32,7 @@ FLOORS = (
         "correction",
         "explanation",
     ),
-    ("evaluation", "logs", "steps", "vocabulary", "preparation", "training"),
+    ("evaluation", "streams", "logs", "steps", "vocabulary", "preparation", "training"),
     ("report", "app"),
 )
 RANK = {room: rank for rank, room in enumerate(room for floor in FLOORS for room in floor)}

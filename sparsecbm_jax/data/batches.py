@@ -23,6 +23,7 @@ __all__ = [
     "BUCKETS",
     "Batch",
     "Tokenized",
+    "batch_of",
     "bucket_length",
     "eval_batches",
     "load_tokenizer",
@@ -179,6 +180,21 @@ def eval_batches(
     local = _local_rows(batch_size, process_index, process_count)
     order = np.argsort(tokenized.lengths, kind="stable")
     return (_make_batch(tokenized, rows, local, batch_size, buckets) for rows in _chunks(order, batch_size))
+
+
+def batch_of(
+    tokenized: Tokenized,
+    rows: Sequence[int] | Int[np.ndarray, " n"],
+    *,
+    batch_size: int | None = None,
+    buckets: Sequence[int] = BUCKETS,
+) -> Batch:
+    """Returns some rows of a split as one batch, in their order; `batch_size` rows high where that is given."""
+    chosen = np.asarray(rows, np.int64)
+    size = len(chosen) if batch_size is None else batch_size
+    if not 1 <= len(chosen) <= size:
+        raise ValueError(f"{len(chosen)} rows do not make a batch of {size}; expected 1 to {size}")
+    return _make_batch(tokenized, chosen, slice(0, size), size, buckets)
 
 
 def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
