@@ -1,0 +1,46 @@
+"""A preview says what the model with the edit would read, text by text."""
+
+import numpy as np
+import pytest
+from tiny_model import TEXTS, tiny_model
+
+from sparsecbm_jax import artifact, cbm, impact, intervention
+
+CONCEPT = 1
+
+
+def test_a_preview_is_what_the_edited_model_reads() -> None:
+    model = tiny_model(num_layers=1)
+    assert model.masks is not None
+    arrays = (model.config, model.params)
+    texts = [*TEXTS, *(f"{text} great" for text in TEXTS)]
+    gold = np.arange(len(texts) + 2) % 3
+    batches = [
+        batch._replace(concepts=np.tile(gold[5 * n : 5 * n + 5, None], (1, 3)), row_ids=5 * n + np.arange(5))
+        for n, batch in enumerate(artifact.text_batches(model, texts, batch_size=5))
+    ]
+    masks, _ = intervention.intervene(*arrays, model.masks, model.heads, batches[0], CONCEPT, 2, 0.05)
+    sample = impact.readings(*arrays, model.masks, model.heads, batches)
+    found = impact.preview(*arrays, masks, model.heads, sample, CONCEPT)
+    expected_rows, repaired, broken, shift = [], 0, 0, []
+    flips, label_flips = np.zeros((3, 3), int), np.zeros((2, 2), int)
+    for batch in batches:
+        was, now = (cbm.forward(*arrays, some, model.heads, batch) for some in (model.masks, masks))
+        for row in np.flatnonzero(batch.example_weight):
+            a, b = (np.asarray(output.concept_logits)[row, CONCEPT] for output in (was, now))
+            p, q = (np.exp(u) / np.exp(u).sum() for u in (a, b))
+            shift.append(np.abs(p - q).sum() / 2)
+            flips[a.argmax(), b.argmax()] += 1
+            label_flips[tuple(int(np.asarray(output.label_logits)[row].argmax()) for output in (was, now))] += 1
+            if a.argmax() != b.argmax():
+                expected_rows.append(int(batch.row_ids[row]))
+                repaired += b.argmax() == batch.concepts[row, CONCEPT]
+                broken += a.argmax() == batch.concepts[row, CONCEPT]
+    assert expected_rows and found.changed_rows == tuple(expected_rows)
+    np.testing.assert_array_equal(found.flips, flips)
+    np.testing.assert_array_equal(found.label_flips, label_flips)
+    assert (found.num_texts, found.num_repaired, found.num_broken) == (len(texts), repaired, broken)
+    assert found.shift == pytest.approx(np.mean(shift), abs=1e-5)
+    assert found.to_dict()["changed_rows"] == expected_rows
+    with pytest.raises(ValueError, match="the sample has no texts"):
+        impact.preview(*arrays, masks, model.heads, [], CONCEPT)
