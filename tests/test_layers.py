@@ -30,6 +30,8 @@ FLOORS = (
         "intervention",
         "minimal",
         "correction",
+        "arms",
+        "impact",
         "explanation",
     ),
     ("evaluation", "streams", "logs", "steps", "vocabulary", "preparation", "training"),
