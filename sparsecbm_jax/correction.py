@@ -5,16 +5,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.artifact import SparseCBM, text_batches
+from sparsecbm_jax.artifact import Predictions, SparseCBM, text_batches
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.data.schema import did_you_mean
+from sparsecbm_jax.data.schema import Schema, did_you_mean
 from sparsecbm_jax.edits import MaskEdit, StoredEdit, num_changed, positions_of, text_hash
 from sparsecbm_jax.intervention import SaliencyFn, check_masks, intervene
 from sparsecbm_jax.masks import Masks
@@ -203,6 +203,65 @@ def _corrected(model: SparseCBM, masks: Masks, edit: MaskEdit, **asked: Any) -> 
     # The scores were those of the masks before.
     metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
     return dataclasses.replace(model, masks=masks, metadata=metadata), report
+
+
+class Proposal(NamedTuple):
+    """A reading that is worth a person's look, found without any label; nothing is corrected by itself.
+
+    Attributes:
+            row: index of the text.
+            concept: its name.
+            reading, runner_up: the two most probable classes.
+            margin: difference of their probabilities.
+            entropy: of all classes, in nats.
+    """
+
+    row: int
+    concept: str
+    reading: str
+    runner_up: str
+    margin: float
+    entropy: float
+
+
+def propose(
+    predictions: Predictions, schema: Schema, *, max_margin: float | None = None, min_entropy: float | None = None
+) -> list[Proposal]:
+    """The readings that the model is least sure of, the least sure first.
+
+    Args:
+            predictions: of `artifact.predict`.
+            schema: the model's names.
+            max_margin: readings whose two best classes are closer than this, in probability.
+            min_entropy: readings whose entropy, in nats, is above this. With both, either will do.
+
+    Raises:
+        ValueError: if neither is given.
+    """
+    if max_margin is None and min_entropy is None:
+        raise ValueError("max_margin and min_entropy are both None; expected at least one threshold")
+    probabilities = np.asarray(predictions.concept_probabilities, np.float64)
+    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    ranked = np.take_along_axis(probabilities, order, axis=-1)
+    margins = ranked[..., 0] - ranked[..., 1]
+    entropies = -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(float).tiny)), axis=-1)
+    is_unsure = np.zeros(margins.shape, bool)
+    if max_margin is not None:
+        is_unsure |= margins < max_margin
+    if min_entropy is not None:
+        is_unsure |= entropies > min_entropy
+    found = [
+        Proposal(
+            row=int(n),
+            concept=schema.concepts[k],
+            reading=schema.classes[order[n, k, 0]],
+            runner_up=schema.classes[order[n, k, 1]],
+            margin=float(margins[n, k]),
+            entropy=float(entropies[n, k]),
+        )
+        for n, k in np.argwhere(is_unsure)
+    ]
+    return sorted(found, key=lambda proposal: proposal.margin)
 
 
 def name_index(kind: str, name: str, names: Sequence[str]) -> int:

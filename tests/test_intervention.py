@@ -301,3 +301,20 @@ def test_float64_positions_are_those_of_an_independent_model(float64: None, sali
     for positions, found in ((dropped, edit.dropped), (grown, edit.grown)):
         flat = np.concatenate([np.asarray(found[path]).ravel() for path in paths])
         np.testing.assert_array_equal(np.flatnonzero(flat), np.sort(positions))
+
+
+def test_unsure_readings_are_proposed_without_a_label(model: SparseCBM) -> None:
+    concepts = np.array([[[0.5, 0.4, 0.1], [0.98, 0.01, 0.01], [0.32, 0.3, 0.38]]] * 2)
+    concepts[1] = [0.0, 1.0, 0.0]
+    predictions = artifact.Predictions(concepts, np.zeros((2, 2)), concepts.argmax(-1), np.zeros(2, int))
+    found = correction.propose(predictions, model.schema, max_margin=0.11)
+    assert [(one.row, one.concept, one.reading, one.runner_up) for one in found] == [
+        (0, "service", "unknown", "Negative"),
+        (0, "food", "Negative", "Positive"),
+    ]
+    assert found[1].margin == pytest.approx(0.1)
+    assert found[1].entropy == pytest.approx(-(0.5 * np.log(0.5) + 0.4 * np.log(0.4) + 0.1 * np.log(0.1)))
+    assert correction.propose(predictions, model.schema, min_entropy=1.0) == found[:1]
+    assert not correction.propose(predictions, model.schema, max_margin=0.0)
+    with pytest.raises(ValueError, match="expected at least one threshold"):
+        correction.propose(predictions, model.schema)
