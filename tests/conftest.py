@@ -47,6 +47,20 @@ WORDS = tuple(
 )
 
 
+# Tests that mostly compile and whose tolerances do not hang on how well: LLVM is told not to try hard there.
+_BARELY_OPTIMISED = ("test_arms", "test_cbm", "test_criteria", "test_impact", "test_minimal", "test_streams")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiling_is_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    is_quick = request.path.stem in _BARELY_OPTIMISED
+    if is_quick:
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    if is_quick:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def _rank_promotion_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
     """On floor 0 a [K] that meets a [B, K] by accident is a bug."""
