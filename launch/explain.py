@@ -2,11 +2,13 @@
 
 python launch/explain.py --model=runs/quickstart/model --text="The food was great, but the waiter was rude."
 python launch/explain.py --model=runs/quickstart/model --file=reviews.txt --json --output=pathways.jsonl
+python launch/explain.py --model=runs/quickstart/model --file=reviews.txt --html=pathways.html
 python launch/explain.py --model=runs/quickstart/model --text="..." --target=4
 python launch/explain.py --model=runs/quickstart/model --text="..." --target=food=Positive --target=label=2
 
---text may be repeated; --file holds one review a line. With --json, one JSON object a line. --target is a label's name,
-or concept=class and label=name pairs; by default the predicted ones. Takes seconds on a CPU once compiled.
+--text may be repeated; --file holds one review a line. With --json, one JSON object a line. --html writes one page that
+shows them all (extra `report`); it opens from disk and asks nothing of any network. --target is a label's name, or
+concept=class and label=name pairs; by default the predicted ones. Takes seconds on a CPU once compiled.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ flags.DEFINE_string("file", None, "File with one text a line, in UTF-8; empty li
 flags.DEFINE_multi_string("target", [], "What to explain: a label, or concept=class or label=name (may be repeated).")
 flags.DEFINE_bool("json", False, "Print one JSON object a line.")
 flags.DEFINE_string("output", None, "File to write to in place of the terminal.")
+flags.DEFINE_string("html", None, "Page to write, of at most 2 MB, in place of the text for the terminal.")
 flags.DEFINE_integer("top", 5, "Words shown for each concept.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 16, "Texts in one pass.", lower_bound=1)
 
@@ -45,10 +48,13 @@ def main() -> None:
     if not texts:
         raise ValueError("nothing to explain; expected --text=... or --file=FILE with one review a line")
 
-    if FLAGS.output:
+    for path in (Path(name) for name in (FLAGS.output, FLAGS.html) if name):
         # Before the work, so that a folder that cannot be written to costs none.
-        Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(FLAGS.output).touch()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    if FLAGS.html:
+        # Here, so that a missing library costs no work, either.
+        from sparsecbm_jax.report import predictor_weights, write_page
 
     from sparsecbm_jax.artifact import load
     from sparsecbm_jax.explanation import explain, render_text
@@ -57,6 +63,12 @@ def main() -> None:
     if len(texts) < _UNROLL_FROM_TEXTS:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
     pathways = explain(model, texts, _target(FLAGS.target), batch_size=FLAGS.batch_size)
+    if FLAGS.html:
+        num_shown = write_page(FLAGS.html, pathways, predictor=predictor_weights(model))
+        part = "" if num_shown == len(pathways) else f"the first {num_shown} of "
+        print(f"{part}{len(pathways)} explained: {FLAGS.html}", file=sys.stderr if FLAGS.json else sys.stdout)
+        if not (FLAGS.json or FLAGS.output):
+            return
     if FLAGS.json:
         result = "\n".join(pathway.to_json() for pathway in pathways)
     else:

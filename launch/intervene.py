@@ -4,17 +4,19 @@ python launch/intervene.py --model=runs/quickstart/model --text="The waiter was 
     --target=Negative
 python launch/intervene.py --model=runs/quickstart/model --find --save=runs/quickstart/corrected
 python launch/intervene.py --model=runs/quickstart/model --find --minimal --log=runs/quickstart/edits.log
+python launch/intervene.py --model=runs/quickstart/model --find --html=correction.html
 
 --find takes the first test review of the model's own data set with a mispredicted concept (of --concept, where that is
 given) and corrects it towards its gold class. --minimal changes as few weights as repair it. --log keeps the edit in a
-file, to be made again, undone, merged or passed on (`launch/edits.py`); --save writes the corrected model. Takes
-seconds on a CPU once compiled.
+file, to be made again, undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html
+writes a page with the decision pathway before and after (extra `report`). Takes seconds on a CPU once compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import sys
@@ -26,6 +28,7 @@ from absl import flags
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.artifact import SparseCBM
+    from sparsecbm_jax.correction import CorrectionReport
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -42,6 +45,7 @@ flags.DEFINE_bool("minimal", False, "Change as few weights as give the concept t
 flags.DEFINE_float("margin", 0.0, "With --minimal: how far the asked class's logit is to be above the others.")
 flags.DEFINE_string("log", None, "File of edits: those in force there are made first, and this one is added.")
 flags.DEFINE_string("save", None, "Folder to save the corrected model to.")
+flags.DEFINE_string("html", None, "Page to write, with the decision pathway before and after.")
 flags.DEFINE_bool("json", False, "Print JSON.")
 
 _FIND_CHUNK = 64
@@ -69,6 +73,12 @@ def main() -> None:
     _check_minimal()
     if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
         raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
+
+    if FLAGS.html:
+        # Before the work, so that a folder that cannot be written to, or a missing library, costs none.
+        importlib.import_module("sparsecbm_jax.report")
+        Path(FLAGS.html).parent.mkdir(parents=True, exist_ok=True)
+        Path(FLAGS.html).touch()
 
     from sparsecbm_jax.artifact import load, save
     from sparsecbm_jax.correction import correct, correct_minimally
@@ -103,9 +113,24 @@ def main() -> None:
         aside = sys.stderr if FLAGS.json else sys.stdout
         if log is not None and report.num_dropped:
             print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
+        if FLAGS.html:
+            _write_page(model, corrected, report)
+            print(f"page: {FLAGS.html}", file=aside)
         if FLAGS.save:
             directory = save(dataclasses.replace(corrected, config=loaded.config), FLAGS.save)
             print(f"saved: {directory}", file=aside)
+
+
+def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport) -> None:
+    """Writes `--html`: both pathways explain the class that was asked for, so that their words compare."""
+    from sparsecbm_jax.explanation import explain
+    from sparsecbm_jax.report import Comparison, predictor_weights, write_page
+
+    target = {report.concept: report.target}
+    before, after = (explain(one, [report.text], target)[0] for one in (model, corrected))
+    comparison = Comparison(report, before, after)
+    title = "A correction, before and after"
+    write_page(FLAGS.html, [], [comparison], predictor=predictor_weights(model), title=title)
 
 
 def _check_minimal() -> None:

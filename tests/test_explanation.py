@@ -202,7 +202,7 @@ def launch(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
 def test_launch_explain(saved: Path, tmp_path: Path) -> None:
     reviews = tmp_path / "reviews.txt"
     reviews.write_text(f"{TEXTS[0]}\n\n{TEXTS[1]}\r\n", encoding="utf-8")
-    output = tmp_path / "pathways.jsonl"
+    output, page = tmp_path / "pathways.jsonl", tmp_path / "pages" / "pathways.html"
     done = launch(
         "explain.py",
         f"--model={saved}",
@@ -210,9 +210,12 @@ def test_launch_explain(saved: Path, tmp_path: Path) -> None:
         f"--file={reviews}",
         "--json",
         f"--output={output}",
+        f"--html={page}",
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (0, f"3 explained: {output}\n"), done.stderr
+    assert f"3 explained: {page}\n" in done.stderr
+    assert "great 🎉" in page.read_text(encoding="utf-8")
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     wanted = explain(tiny_model(num_layers=1), ["great 🎉", *TEXTS[:2]])
     assert [pathway["text"] for pathway in found] == [pathway.text for pathway in wanted]
@@ -228,9 +231,12 @@ def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
         "--target=Negative",
         "--drop_fraction=0.02",
         f"--save={tmp_path / 'corrected'}",
+        f"--html={tmp_path / 'correction.html'}",
         cwd=saved.parent,
     )
     assert done.returncode == 0, done.stderr
+    assert f"page: {tmp_path / 'correction.html'}" in done.stdout
+    assert '"target":"service=Negative"' in (tmp_path / "correction.html").read_text(encoding="utf-8")
     assert "asked: service = Negative; repaired" in done.stdout
     assert f"saved: {tmp_path / 'corrected'}" in done.stdout
     corrected = artifact.load(tmp_path / "corrected")

@@ -1,0 +1,315 @@
+"""The page of pathways, in headless Chromium: what it holds, what it computes, who can use it, what it refuses."""
+
+import dataclasses
+import html
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_model import TEXTS, tiny_model
+
+from sparsecbm_jax.correction import CorrectionReport, TextPrediction
+from sparsecbm_jax.explanation import DecisionPathway, explain
+from sparsecbm_jax.intervention import oracle_activations
+
+pytest.importorskip("jinja2", reason="jinja2 not here: pip install 'sparsecbm-jax[report]'")
+
+from sparsecbm_jax import report
+from sparsecbm_jax.report import page as page_lib
+
+TOLERANCE = 1e-6
+AXE = "axe-core@4.14.1"
+PHONE = 390
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+HOSTILE = (
+    '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">',
+    """<!-- <script> & "quotes" 'and' {{ 7 * 7 }} {% if %} \u2028\u2029 &amp; 🎉 naïve""",
+)
+
+
+@pytest.fixture(scope="module")
+def pathways() -> list[DecisionPathway]:
+    return explain(tiny_model(num_layers=1), [*TEXTS[:2], *HOSTILE], batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> page_lib.Predictor:
+    return report.predictor_weights(tiny_model(num_layers=1))
+
+
+@pytest.fixture(scope="module")
+def comparison(pathways: list[DecisionPathway]) -> report.Comparison:
+    """A correction as reports state it, without the time that a real one takes to compile."""
+    before = pathways[0]
+    lane = before.concepts[2]
+    other = next(name for name in lane.probabilities if name != lane.predicted_class)
+    shares = dict(zip(lane.probabilities, reversed(lane.probabilities.values()), strict=True))
+    changed = dataclasses.replace(lane, predicted_class=other, probabilities=shares)
+    after = dataclasses.replace(before, concepts=(*before.concepts[:2], changed))
+    asked = {"text": before.text, "concept": lane.name, "target": other, "label": None, "saliency": "signed"}
+    counts = {"drop_fraction": 0.001, "num_steps": 1, "num_dropped": 12, "num_grown": 12, "num_weights": 12345}
+    edit: Any = None
+    readings = {"before": _prediction(before), "after": _prediction(after)}
+    return report.Comparison(CorrectionReport(**asked, **counts, **readings, edit=edit), before, after)
+
+
+def _prediction(pathway: DecisionPathway) -> TextPrediction:
+    return TextPrediction(
+        concepts={lane.name: lane.predicted_class for lane in pathway.concepts},
+        concept_probabilities={lane.name: lane.probabilities for lane in pathway.concepts},
+        label=pathway.label,
+        label_probabilities=pathway.label_probabilities,
+    )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright not here: pip install playwright")
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        pytest.skip("chromium not here: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=list(CHROMIUM_OPTIONS))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens a page from disk; whatever it asked for and got wrong is in `requests` and `problems`."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+
+    def opened(*given: Any, **options: Any) -> Any:
+        path = tmp_path / "page.html"
+        report.write_page(path, *given, **options)
+        page = context.new_page()
+        page.requests, page.problems = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("console", lambda message: page.problems.append(message.text))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.goto(path.as_uri())
+        return page
+
+    yield opened
+    context.close()
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core, Deque's checks of accessibility; it is no part of the repository."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm not here to fetch axe-core with")
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "pack", "--silent", AXE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        pytest.skip("axe-core cannot be had here: npm pack axe-core")
+    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+        member = archive.extractfile("package/axe.min.js")
+        assert member is not None
+        return member.read().decode()
+
+
+def embedded(page: Any) -> Any:
+    return page.evaluate("JSON.parse(document.getElementById('data').textContent)")
+
+
+def test_the_page_holds_what_it_was_given(
+    open_page: Any, pathways: list[DecisionPathway], comparison: report.Comparison, predictor: page_lib.Predictor
+) -> None:
+    page = open_page(pathways, [comparison], predictor=predictor)
+    assert embedded(page) == {
+        "pathways": [pathway.to_dict() for pathway in pathways],
+        "corrections": [{name: part.to_dict() for name, part in comparison._asdict().items()}],
+        "predictor": predictor,
+    }
+    page.select_option("#choice", index=2)
+    assert page.text_content(".decided") == pathways[1].label
+    assert page.text_content(".review") == pathways[1].text
+    rows = page.locator(".tables tr", has=page.locator("td.shaded"))
+    assert rows.count() == len(pathways[1].words)
+
+
+def test_the_page_asks_nothing_of_a_network(
+    open_page: Any, pathways: list[DecisionPathway], predictor: page_lib.Predictor
+) -> None:
+    page = open_page(pathways, predictor=predictor)
+    page.locator("button.class").first.click()
+    page.locator("summary").click()
+    assert page.requests == [page.url]
+    assert page.problems == []
+    # Nor could it.
+    for attempt in (
+        "fetch('data:,x')",
+        "new Promise((_, no) => { const i = new Image(); i.onerror = no; i.src = 'data:,' })",
+    ):
+        assert page.evaluate(f"{attempt}.then(() => 'allowed', () => 'refused')") == "refused"
+    assert any("Content Security Policy" in problem for problem in page.problems)
+
+
+def test_setting_a_concept_gives_the_label_that_python_gives(
+    open_page: Any, pathways: list[DecisionPathway], predictor: page_lib.Predictor
+) -> None:
+    model, pathway = tiny_model(num_layers=1), pathways[0]
+    page = open_page([pathway], predictor=predictor)
+    activations = np.array([[list(lane.activations.values()) for lane in pathway.concepts]], np.float32)
+    for k, lane in enumerate(pathway.concepts):
+        for c, name in enumerate(lane.probabilities):
+            (logits,) = np.asarray(oracle_activations(model.heads, activations, k, c).label_logits, np.float64)
+            wanted = np.exp(logits) / np.exp(logits).sum()
+            page.locator(f".concept[data-concept='{k}'] .class[data-class='{name}']").click()
+            shown = page.eval_on_selector_all(".share data", "nodes => nodes.map(node => Number(node.value))")
+            np.testing.assert_allclose(shown, wanted, atol=TOLERANCE)
+            assert page.text_content(".decided") == model.schema.labels[wanted.argmax()]
+            steps = page.eval_on_selector_all(".fall data", "nodes => nodes.map(node => Number(node.value))")
+            assert sum(steps[:-1]) == pytest.approx(steps[-1], abs=TOLERANCE)
+            assert steps[-1] == pytest.approx(logits[model.schema.labels.index(pathway.label)], abs=1e-5)
+            page.locator(".reset").click()
+    shown = page.eval_on_selector_all(".share data", "nodes => nodes.map(node => Number(node.value))")
+    assert shown == list(pathway.label_probabilities.values())
+
+
+def test_the_keyboard_alone_reaches_every_control(
+    open_page: Any, pathways: list[DecisionPathway], comparison: report.Comparison, predictor: page_lib.Predictor
+) -> None:
+    page = open_page(pathways, [comparison], predictor=predictor)
+    page.select_option("#choice", index=1)
+    page.evaluate(
+        """() => { const all = document.querySelectorAll("button:not(:disabled), select, summary, .review");
+        all.forEach((node, n) => node.dataset.control = n); window.reached = new Set();
+        addEventListener("focusin", (event) => window.reached.add(event.target.dataset.control)); }"""
+    )
+    num_controls = page.locator("[data-control]").count()
+    for _ in range(num_controls):
+        page.keyboard.press("Tab")
+    assert page.evaluate("window.reached.size") == num_controls
+    page.locator(".concept[data-concept='1'] .pin").focus()
+    assert page.locator(".active").count() == 3  # subnetwork, concept, contribution
+    assert page.locator(".links .on").count() > 2
+    assert "Shaded: how strongly ambiance" in page.text_content(".hint")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert "With ambiance = Negative the label is" in page.text_content(".status")
+    page.locator(".review").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".readout data").count() == len(pathways[0].concepts)
+    assert float(page.locator(".readout data").first.get_attribute("value")) == pathways[0].concepts[0].word_scores[0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(
+    open_page: Any,
+    axe: str,
+    pathways: list[DecisionPathway],
+    comparison: report.Comparison,
+    predictor: page_lib.Predictor,
+    scheme: str,
+) -> None:
+    page = open_page(pathways, [comparison], predictor=predictor)
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.evaluate(axe)
+    for index in (0, 1):
+        page.select_option("#choice", index=index)
+        page.locator(".pin").first.click()
+        page.locator("button.class").last.click()
+        page.locator("summary").first.click()
+        found = page.evaluate("axe.run().then((result) => result.violations)")
+        serious = [each for each in found if each["impact"] in ("serious", "critical")]
+        assert not [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in serious]
+
+
+def test_a_review_stays_text(open_page: Any, pathways: list[DecisionPathway], predictor: page_lib.Predictor) -> None:
+    for pathway in pathways[2:]:
+        lane = dataclasses.replace(pathway.concepts[0], name=HOSTILE[0], predicted_class="<b>")
+        page = open_page([dataclasses.replace(pathway, concepts=(lane,), label="</script>"), pathway])
+        assert page.text_content(".review") == pathway.text
+        assert page.text_content(".pin") == HOSTILE[0]
+        page.select_option("#choice", index=1)
+        assert page.text_content(".review") == pathway.text
+        assert page.evaluate("window.hacked") is None
+        assert page.locator("script").count() == 2
+        assert page.locator("img").count() == 0
+        assert page.problems == []
+
+
+def test_nothing_overflows_on_a_phone(
+    open_page: Any, pathways: list[DecisionPathway], comparison: report.Comparison, predictor: page_lib.Predictor
+) -> None:
+    long = "a" * 300
+    (lane, *rest) = pathways[0].concepts
+    probabilities = {long: 0.9, **lane.probabilities}
+    wide = dataclasses.replace(lane, name=long, predicted_class=long, probabilities=probabilities)
+    (word, *words) = pathways[0].words
+    word = dataclasses.replace(word, text=long, end=300)
+    words = [dataclasses.replace(each, start=each.start + 300, end=each.end + 300) for each in words]
+    stretched = dataclasses.replace(
+        pathways[0], text=long + pathways[0].text, words=(word, *words), concepts=(wide, *rest)
+    )
+    page = open_page([pathways[0], stretched], [comparison])
+    page.set_viewport_size({"width": PHONE, "height": 844})
+    for index in range(3):
+        page.select_option("#choice", index=index)
+        page.locator("summary").first.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+        spilling = "nodes => nodes.filter(n => n.getBoundingClientRect().right > innerWidth).map(n => n.className)"
+        assert page.eval_on_selector_all(".card, .fall, .share, .class, .review, h1, p", spilling) == []
+
+
+def test_signed_scores_and_missing_fields(open_page: Any, pathways: list[DecisionPathway]) -> None:
+    first, *rest = pathways[1].concepts
+    scores = tuple(-score if i % 2 else score for i, score in enumerate(first.word_scores))
+    lanes = (dataclasses.replace(first, word_scores=scores, subnetwork=None), *rest)
+    page = open_page([dataclasses.replace(pathways[1], concepts=lanes)])
+    page.locator(".pin").first.click()
+    assert page.locator(".word.against").count() == len(scores) // 2
+    assert page.text_content(".subnetwork .small") == "all weights (dense)"
+    assert page.locator("button.class").count() == 0  # without the predictor nothing can be set
+    assert page.problems == []
+
+
+def test_a_correction_states_what_changed(open_page: Any, comparison: report.Comparison) -> None:
+    page = open_page([], [comparison])
+    text = page.text_content("main")
+    changed = comparison.report
+    assert f"Asked: {changed.concept} = {changed.target}" in text and "repaired" in text
+    assert "12 weights dropped" in text and f"{100 * changed.changed_share:.4f} % of the backbone’s 12,345" in text
+    after = page.locator(".pathway").last
+    assert f"changed: was {changed.before.concepts['service']}" in after.text_content()
+    assert "12 dropped, 12 grown" in after.text_content()
+    assert page.locator(".pathway").first.locator(".changed").count() == 0
+
+
+def test_a_page_stays_below_two_megabytes(pathways: list[DecisionPathway], tmp_path: Path) -> None:
+    many = [pathways[0]] * 3000
+    num_shown = report.write_page(tmp_path / "many.html", many)
+    page = (tmp_path / "many.html").read_bytes()
+    one_more = len(page_lib.embed_json(pathways[0].to_dict()).encode())
+    assert page_lib.MAX_BYTES - 30 * one_more < len(page) <= page_lib.MAX_BYTES
+    assert f"The first {num_shown} of 3000 texts are here" in page.decode()
+    with pytest.raises(ValueError, match="at most 2,000,000 are allowed"):
+        report.render_page([dataclasses.replace(pathways[0], text="a" * page_lib.MAX_BYTES)])
+    with pytest.raises(ValueError, match="there is no pathway to show"):
+        report.render_page([])
+
+
+def test_a_notebook_shows_a_pathway(browser: Any, pathways: list[DecisionPathway]) -> None:
+    shown = report.show(pathways[2])._repr_html_()
+    assert html.escape(page_lib.embed_json(HOSTILE[0])) in shown
+    page = browser.new_page()
+    page.set_content(shown)
+    assert page.frame_locator("iframe").locator(".review").text_content() == HOSTILE[0]
+    page.close()
