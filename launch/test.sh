@@ -17,5 +17,11 @@ fi
 if ! install_minilm; then
     echo "MiniLM's weights cannot be had here: the tests that read them are skipped."
 fi
+if ! install_chromium; then
+    echo "chromium is not here and can only be installed by root with apt-get: tests of the page are skipped."
+fi
+if ! command -v npm >/dev/null; then
+    echo "npm is not here to fetch axe-core with: the page's accessibility is not checked."
+fi
 # A file's tests stay together, since they share what its fixtures trained.
 exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile "$@"

@@ -83,9 +83,10 @@
    * The view of a pathway: verdict, four lanes, tables.
    *
    * @param {object} pathway - `DecisionPathway.to_dict()`.
-   * @param {object} about - `heading`, and for what an edit made: `reference`, the pathway before, and its `report`.
+   * @param {object} about - `heading`; `beside`, a pathway to share a scale with; `followed`, the concept followed at
+   *   first; and for what an edit made, its `report`: what differs from `beside` is marked.
    */
-  function pathwayView(pathway, { heading = null, reference = null, report = null, followed = null } = {}) {
+  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null } = {}) {
     const id = `view${numViews++}`;
     const lanes = pathway.concepts;
     const strongest = lanes.map((lane) => largest(lane.word_scores));
@@ -95,6 +96,7 @@
     let passing = null; // the concept under the pointer or the focus
     let decision = decide(pathway, chosen);
 
+    const reference = report && beside;
     const before = (k) => reference && reference.concepts[k];
     const active = () => passing ?? pinned;
 
@@ -122,22 +124,27 @@
       reached = word.end;
     });
     review.append(characters.slice(reached).join(""));
-    const shading = make("p", { class: "hint", id: `${id}-shading` });
-    const readout = make("p", { class: "readout", role: "status" });
+    // All in one place and one of them seen, so that nothing moves under a pointer that passes.
+    const shadings = [`Underlined: the ${TRACKED_WORDS} words that each concept answers to most.`,
+      ...lanes.map((lane) => `Shaded: how strongly ${lane.name} = ${lane.explained_class} answers to each word.`)].map((text) => make("span", {}, text));
+    const shading = make("p", { class: "hint shading", id: `${id}-shading` }, shadings);
+    const read = make("span", {});
+    const scores = lanes.map(() => exact("", "–"));
+    const readout = make("div", { class: "readout", role: "status" }, make("p", {}, read),
+      lanes.map((lane, k) => make("p", { class: "score" }, swatch(k), make("span", { class: "name" }, lane.name), scores[k])));
     let cursor = null;
 
     function readWord(i) {
       words[cursor]?.classList.remove("cursor");
       cursor = i;
       words[i]?.classList.add("cursor");
-      readout.replaceChildren();
-      if (i === null) return;
-      readout.append(make("strong", {}, words[i].textContent), " ");
-      if (!pathway.words[i].is_read) readout.append("was not read by the model");
-      else lanes.forEach((lane, k) => {
-        readout.append(make("span", { class: "score" }, swatch(k), `${lane.name} `, exact(lane.word_scores[i], brief(lane.word_scores[i]))), " ");
+      read.replaceChildren(...(i === null ? ["Point at a word, or step with the arrow keys, for its scores."] : ["Scores of ", make("strong", {}, words[i].textContent)]));
+      scores.forEach((score, k) => {
+        score.value = i === null ? "" : lanes[k].word_scores[i];
+        score.textContent = i === null ? "–" : pathway.words[i].is_read ? brief(lanes[k].word_scores[i]) : "not read";
       });
     }
+    readWord(null);
 
     review.addEventListener("pointerover", (event) => {
       const i = event.target.dataset.word;
@@ -182,21 +189,20 @@
       const pin = make("button", { type: "button", class: "pin", "aria-pressed": "false", "aria-label": `Follow ${lane.name}`,
         onclick: () => { pinned = pinned === k ? null : k; passing = null; follow(); } }, lane.name);
       const was = before(k) && before(k).predicted_class !== lane.predicted_class
-        ? make("p", { class: "small changed" }, `changed: was ${before(k).predicted_class}`) : null;
+        ? make("span", { class: "changed" }, `changed: was ${before(k).predicted_class}`) : null;
       const classes = Object.entries(lane.probabilities).map(([name, share]) => {
         const isPredicted = name === lane.predicted_class;
         const content = [make("span", { class: "name" }, name), make("span", { class: "bar", "--share": share }), exact(share, percent(share), { class: "number" })];
         const kind = isPredicted ? "class predicted" : "class";
         if (!data.predictor) return make("div", { class: kind, "data-class": name }, content);
         return make("button", { type: "button", class: kind, "data-class": name, "aria-pressed": "false",
-          "aria-label": `Set ${lane.name} to ${name}, ${percent(share)}${isPredicted ? ", as the model reads it" : ""}`,
           onclick: () => {
             if (chosen.get(lane.name) === name) chosen.delete(lane.name);
             else chosen.set(lane.name, name);
             update();
-          } }, content);
+          } }, unseen(`Set ${lane.name} to `), content, isPredicted ? unseen(" as the model reads it") : null);
       });
-      return { pin, classes, item: make("li", { class: "card concept", ...follows(k) }, make("p", { class: "title" }, pin), was, make("div", { class: "classes" }, classes)) };
+      return { pin, classes, item: make("li", { class: "card concept", ...follows(k) }, make("p", { class: "title" }, pin, was), make("div", { class: "classes" }, classes)) };
     });
 
     const reset = make("button", { type: "button", class: "reset", onclick: () => { chosen.clear(); update(); } }, "Reset");
@@ -241,9 +247,7 @@
         word.style.setProperty("--strength", `${Math.round(100 * Math.abs(strength))}%`);
         word.classList.toggle("against", strength < 0);
       });
-      shading.textContent = k === null
-        ? `Underlined: the ${TRACKED_WORDS} words that each concept answers to most.`
-        : `Shaded: how strongly ${lanes[k].name} = ${lanes[k].explained_class} answers to each word.`;
+      shadings.forEach((text, i) => text.classList.toggle("absent", i !== (k === null ? 0 : k + 1)));
       drawLinks();
     }
 
@@ -277,8 +281,10 @@
 
     function updateWaterfall(contributions, logit) {
       const steps = [pathway.bias[shownLabel], ...contributions];
-      const ends = steps.reduce((sums, step) => [...sums, sums.at(-1) + step], [0]);
-      const low = Math.min(...ends), width = Math.max(...ends) - low || 1;
+      const sums = (terms) => terms.reduce((ends, term) => [...ends, ends.at(-1) + term], [0]);
+      const ends = sums(steps);
+      const scale = beside ? [...ends, ...sums([beside.bias[shownLabel], ...beside.concepts.map((lane) => lane.contributions[shownLabel])])] : ends;
+      const low = Math.min(...scale), width = Math.max(...scale) - low || 1;
       falls.forEach(({ item, bar, number, note }, i) => {
         const isTotal = i === steps.length;
         const [from, to, value] = isTotal ? [0, logit, logit] : [ends[i], ends[i + 1], steps[i]];
@@ -325,7 +331,7 @@
           const y = word.bottom + 2 + slot * j;
           const edge = text.right + 4;
           links.push(path(stacked ? `M ${word.left} ${y} ${bend(text.left - 8 - slot * j, y, mask.left, mask.middle)}`
-            : `M ${word.right} ${y} H ${edge} ${curve(edge, y, mask.left, mask.middle)}`, style(1, "carrier")),
+            : `M ${word.right} ${y} H ${edge} ${curve(edge, y, mask.left, mask.middle)}`, style(1.25, "carrier")),
           path(`M ${word.left} ${y} H ${word.right}`, style(1 + 1.5 * score, "link")));
         }
         links.push(path(`M ${mask.right} ${mask.middle} ${curve(mask.right, mask.middle, concept.left, mask.middle)}`, style(2, "link")));
@@ -381,8 +387,7 @@
   function correctionView({ report, before, after }) {
     const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was so before" : "repaired";
     const followed = before.concepts.findIndex((lane) => lane.name === report.concept);
-    const names = [...before.concepts.map((lane) => lane.name)];
-    const rows = names.map((name) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
+    const rows = before.concepts.map(({ name }) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
     rows.push(["label", report.before.label, report.before.label_probabilities, report.after.label, report.after.label_probabilities]);
     return make("div", { class: "correction" },
       make("section", { class: "verdict edit", "aria-label": "The edit" },
@@ -393,8 +398,8 @@
         table("Before and after", ["", "Before", "After", "Changed"], rows.map(([name, old, oldShares, now, nowShares]) =>
           [name, `${old} ${percent(oldShares[old])}`, `${now} ${percent(nowShares[now])}`, old === now ? "no" : make("strong", {}, "yes")]))),
       make("div", { class: "pair" },
-        pathwayView(before, { heading: "Before", followed }),
-        pathwayView(after, { heading: "After", followed, reference: before, report })));
+        pathwayView(before, { heading: "Before", followed, beside: after }),
+        pathwayView(after, { heading: "After", followed, beside: before, report })));
   }
 
   // --- The page ------------------------------------------------------------------------------------------------------
