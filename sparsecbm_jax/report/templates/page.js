@@ -21,6 +21,7 @@
   };
   const count = (n) => n.toLocaleString("en");
   const largest = (numbers) => Math.max(0, ...numbers.map(Math.abs)) || 1;
+  const shade = (score, strongest) => `${Math.round(100 * (score / strongest) ** 2)}%`; // a word's part of the squared norm
   const best = (shares) => Object.keys(shares).reduce((a, b) => (shares[b] > shares[a] ? b : a));
 
   function softmax(logits) {
@@ -243,9 +244,9 @@
       for (const node of view.querySelectorAll("[data-concept]")) node.classList.toggle("active", Number(node.dataset.concept) === k);
       concepts.forEach(({ pin }, i) => pin.setAttribute("aria-pressed", String(pinned === i)));
       words.forEach((word, i) => {
-        const strength = k === null ? 0 : lanes[k].word_scores[i] / strongest[k];
-        word.style.setProperty("--strength", `${Math.round(100 * Math.abs(strength))}%`);
-        word.classList.toggle("against", strength < 0);
+        const score = k === null ? 0 : lanes[k].word_scores[i];
+        word.style.setProperty("--strength", k === null ? "0%" : shade(score, strongest[k]));
+        word.classList.toggle("against", score < 0);
       });
       shadings.forEach((text, i) => text.classList.toggle("absent", i !== (k === null ? 0 : k + 1)));
       drawLinks();
@@ -349,7 +350,7 @@
     }
 
     new ResizeObserver(drawLinks).observe(diagram);
-    addEventListener("beforeprint", () => { diagram.getBoundingClientRect(); drawLinks(); });
+    diagram.addEventListener("redraw", drawLinks);
     update();
     return view;
   }
@@ -366,9 +367,9 @@
           signed(pathway.label_logits[label]), percent(pathway.label_probabilities[label])])),
       table("Score of each word", ["Word", ...lanes.map((lane) => `${lane.name} = ${lane.explained_class}`)],
         pathway.words.map((word, i) => [word.text, ...lanes.map((lane, k) => {
-          const strength = lane.word_scores[i] / strongest[k];
-          return make("td", { class: strength < 0 ? "shaded against" : "shaded", "--strength": `${Math.round(100 * Math.abs(strength))}%` },
-            word.is_read ? brief(lane.word_scores[i]) : "not read");
+          const score = lane.word_scores[i];
+          return make("td", { class: score < 0 ? "shaded against" : "shaded", "--strength": shade(score, strongest[k]) },
+            word.is_read ? brief(score) : "not read");
         })])),
     ];
     const masks = lanes.filter((lane) => lane.subnetwork);
@@ -418,11 +419,19 @@
   main.append(place);
   place.append(views[0].render());
 
-  // On paper nothing can be opened.
+  // On paper nothing can be opened, and links are drawn before the browser lays its pages out: the class gives the
+  // document the width of paper beforehand.
   let opened = [];
+  const redraw = () => document.querySelectorAll(".lanes").forEach((diagram) => diagram.dispatchEvent(new Event("redraw")));
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details:not([open])")];
     for (const node of opened) node.open = true;
+    document.documentElement.classList.add("printing");
+    redraw();
   });
-  addEventListener("afterprint", () => { for (const node of opened) node.open = false; });
+  addEventListener("afterprint", () => {
+    for (const node of opened) node.open = false;
+    document.documentElement.classList.remove("printing");
+    redraw();
+  });
 })();
