@@ -397,7 +397,7 @@
           make("p", { class: "explained" }, exact(report.num_dropped, count(report.num_dropped)), " weights dropped from the mask of ", report.concept, " and ", exact(report.num_grown, count(report.num_grown)), " grown: ",
             exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)} (${report.saliency}, ${report.num_steps} step${report.num_steps > 1 ? "s" : ""}). No parameter changed.`)),
         table("Before and after", ["", "Before", "After", "Changed"], rows.map(([name, old, oldShares, now, nowShares]) =>
-          [name, `${old} ${percent(oldShares[old])}`, `${now} ${percent(nowShares[now])}`, old === now ? "no" : make("strong", {}, "yes")]))),
+          [name, `${old} (${percent(oldShares[old])})`, `${now} (${percent(nowShares[now])})`, old === now ? "no" : make("strong", {}, "yes")]))),
       make("div", { class: "pair" },
         pathwayView(before, { heading: "Before", followed, beside: after }),
         pathwayView(after, { heading: "After", followed, beside: before, report })));
