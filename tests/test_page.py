@@ -26,6 +26,7 @@ TOLERANCE = 1e-6
 SUM_TOLERANCE = 1e-5
 AXE = "axe-core@4.14.1"
 PHONE = 390
+PATIENCE = 120_000  # milliseconds, for a machine with much else to do
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_OPTIONS = (
     "--no-sandbox",
@@ -84,7 +85,7 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("chromium not here: apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, args=list(CHROMIUM_OPTIONS))
+        started = driver.chromium.launch(executable_path=chromium, args=list(CHROMIUM_OPTIONS), timeout=PATIENCE)
         yield started
         started.close()
 
@@ -93,6 +94,7 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Opens a page from disk; whatever it asked for and got wrong is in `requests` and `problems`."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
 
     def opened(*given: Any, **options: Any) -> Any:
         path = tmp_path / "page.html"
