@@ -246,9 +246,11 @@ def drop_and_grow(
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention', after Evci et al. 2020 (RigL).
     """
     pruned = {path: ~kept_here for path, kept_here in mask.items()}
-    select = _select_in_kernels if isinstance(count, Mapping) else select_smallest
-    dropped = select(drop_score, count, mask)
-    grown = select({path: -score for path, score in grow_score.items()}, count, pruned)
+    lowest = {path: -score for path, score in grow_score.items()}
+    if isinstance(count, Mapping):
+        dropped, grown = _select_in_kernels(drop_score, count, mask), _select_in_kernels(lowest, count, pruned)
+    else:
+        dropped, grown = select_smallest(drop_score, count, mask), select_smallest(lowest, count, pruned)
     return DropGrow({path: (mask[path] & ~dropped[path]) | grown[path] for path in mask}, dropped, grown)
 
 
