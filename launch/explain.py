@@ -78,7 +78,8 @@ def main() -> None:
             sink.write(part)
             sink.flush()
     if FLAGS.output:
-        print(f"{f'{total} explained' if len(forms) < 1 or forms[0] in ('json', 'csv') else 'written'}: {FLAGS.output}")
+        done = "written" if FLAGS.schema or FLAGS.subnetworks else f"{total} explained"
+        print(f"{done}: {FLAGS.output}")
 
 
 def _schema() -> Iterator[str]:

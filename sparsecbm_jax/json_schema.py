@@ -29,7 +29,6 @@ def schema_of(cls: type) -> dict[str, Any]:
     """
     definitions: dict[str, Any] = {}
     whole = _object(cls, definitions)
-    definitions.pop(cls.__name__, None)
     return {"$schema": DRAFT, "title": cls.__name__, **whole, "$defs": definitions}
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig
+from sparsecbm_jax.edits import MaskEdit, StoredEdit, positions_of
 from sparsecbm_jax.masks import Masks
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -162,6 +163,42 @@ class SubnetworkReport:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelChange:
+    """How many weights of a kernel an edit changed.
+
+    Attributes:
+        path: the kernel.
+        dropped, grown: for each layer, weights kept before and pruned since, and the reverse.
+    """
+
+    path: str
+    dropped: tuple[int, ...]
+    grown: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EditChange:
+    """Where an edit changed a concept's subnetwork.
+
+    Attributes:
+        concept: whose mask it is.
+        num_dropped, num_grown: changed weights.
+        dropped_per_layer, grown_per_layer: those of each transformer layer.
+        dropped_per_head, grown_per_head: for each layer, those of each head's query, key, value and output weights.
+        kernels: one entry for each kernel with a change.
+    """
+
+    concept: str
+    num_dropped: int
+    num_grown: int
+    dropped_per_layer: tuple[int, ...]
+    grown_per_layer: tuple[int, ...]
+    dropped_per_head: tuple[tuple[int, ...], ...]
+    grown_per_head: tuple[tuple[int, ...], ...]
+    kernels: tuple[KernelChange, ...]
+
+
 def summarise_subnetworks(masks: Masks | None, concepts: Sequence[str]) -> tuple[Subnetwork | None, ...]:
     """Density, density by layer and overlap of every concept's mask; None for each concept of a dense model."""
     if masks is None:
@@ -234,6 +271,43 @@ def view_subnetworks(
         for i, j in itertools.combinations(range(len(concepts)), 2)
     )
     return SubnetworkReport(masks_lib.num_weights(masks), config.num_layers, config.num_heads, tuple(views), pairs)
+
+
+def view_edit(edit: MaskEdit | StoredEdit, config: BackboneConfig, concepts: Sequence[str]) -> EditChange:
+    """Counts an edit's changes by kernel, layer and head.
+
+    Args:
+        edit: as it was computed, or as it is stored.
+        config: the backbone, for its heads.
+        concepts: the model's concepts, in order.
+    """
+    if isinstance(edit, StoredEdit):
+        concept, positions = edit.concept, edit.positions
+    else:
+        concept, positions = concepts[int(edit.concept)], positions_of(edit)
+    layers, heads = np.zeros((2, config.num_layers), int), np.zeros((2, config.num_layers, config.num_heads), int)
+    kernels = []
+    for path, one in sorted(positions.items()):
+        num_layers, *shape = one.shape if len(one.shape) == 3 else (1, *one.shape)
+        of_kernel = np.zeros((2, num_layers), int)
+        for side, flat in enumerate((one.dropped, one.grown)):
+            layer, *at = np.unravel_index(flat, (num_layers, *shape))
+            np.add.at(of_kernel[side], layer, 1)
+            if (axis := _head_axis(path)) is not None:
+                np.add.at(heads[side], (layer, at[axis] * config.num_heads // shape[axis]), 1)
+        if path.startswith("layers/"):
+            layers += of_kernel
+        kernels.append(KernelChange(path, *(tuple(counts.tolist()) for counts in of_kernel)))
+    return EditChange(
+        concept=concept,
+        num_dropped=sum(sum(one.dropped) for one in kernels),
+        num_grown=sum(sum(one.grown) for one in kernels),
+        dropped_per_layer=tuple(layers[0].tolist()),
+        grown_per_layer=tuple(layers[1].tolist()),
+        dropped_per_head=tuple(map(tuple, heads[0].tolist())),
+        grown_per_head=tuple(map(tuple, heads[1].tolist())),
+        kernels=tuple(kernels),
+    )
 
 
 class _Counts(NamedTuple):
@@ -335,6 +409,8 @@ def _chance_within_kernels(counts: Iterable[_Counts], i: int, j: int) -> float:
 
 def _density_per_layer(masks: Masks) -> Float[np.ndarray, "K L"]:
     layers = [np.asarray(mask) for path, mask in masks.items() if path.startswith("layers/")]
+    if not layers:
+        return np.zeros((masks_lib.num_concepts(masks), 0))
     kept = sum(np.count_nonzero(mask.reshape(*mask.shape[:2], -1), axis=-1) for mask in layers)
     return kept / sum(mask[0, 0].size for mask in layers)
 
