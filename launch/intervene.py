@@ -73,7 +73,7 @@ def main() -> None:
     from sparsecbm_jax.artifact import load, save
     from sparsecbm_jax.correction import correct, correct_minimally
     from sparsecbm_jax.edit_log import EditLog
-    from sparsecbm_jax.explanation import render_correction
+    from sparsecbm_jax.rendering import render_correction
 
     loaded = load(FLAGS.model)
     if loaded.masks is None:

@@ -131,23 +131,31 @@ def overlap(masks: Masks) -> np.ndarray:
     At density d two random masks of equal density have about d / (2 − d) (`chance_overlap`).
     """
     k = num_concepts(masks)
-    both, either = np.zeros((k, k), np.int64), np.zeros((k, k), np.int64)
+    both = np.zeros((k, k), np.int64)
     for mask in masks.values():
         rows = np.asarray(mask).reshape(k, -1)
         for i in range(k):
-            for j in range(k):
+            for j in range(i, k):
                 both[i, j] += np.count_nonzero(rows[i] & rows[j])
-                either[i, j] += np.count_nonzero(rows[i] | rows[j])
+    both = both + np.triu(both, 1).T
+    kept = both.diagonal()
+    either = kept[:, None] + kept[None, :] - both
     return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
-def chance_overlap(density_value: float) -> float:
+def chance_overlap(density_value: float, other: float | None = None) -> float:
     """Expected Jaccard index of two random masks of the same density d: d / (2 − d).
+
+    Where the other one's density e differs, d e / (d + e − d e).
 
     >>> round(chance_overlap(0.25), 3)
     0.143
+    >>> round(chance_overlap(0.25, 0.5), 3)
+    0.2
     """
-    return density_value / (2 - density_value)
+    other = density_value if other is None else other
+    either = density_value + other - density_value * other
+    return density_value * other / either if either else 1.0
 
 
 def packed_dtype(k: int) -> Any:

@@ -26,7 +26,7 @@ from sparsecbm_jax import artifact, correction, edits, intervention
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.explanation import render_correction
+from sparsecbm_jax.rendering import render_correction
 
 LOGIT_TOLERANCE = 1e-5
 SERVICE = 2

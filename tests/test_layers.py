@@ -17,7 +17,18 @@ MAX_LINES = 500
 
 # Within a floor the order counts too.
 FLOORS = (
-    ("config", "host_memory", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
+    (
+        "config",
+        "json_schema",
+        "host_memory",
+        "cholesky",
+        "woodfisher",
+        "patterns",
+        "selection",
+        "masks",
+        "metrics",
+        "sharding",
+    ),
     ("backbones", "data", "checkpoint", "edits", "edit_log"),
     ("cbm", "fisher"),
     (
@@ -32,7 +43,10 @@ FLOORS = (
         "correction",
         "arms",
         "impact",
+        "subnetworks",
+        "attribution",
         "explanation",
+        "rendering",
     ),
     ("evaluation", "streams", "logs", "steps", "vocabulary", "preparation", "training"),
     ("report", "app"),
