@@ -48,7 +48,15 @@ WORDS = tuple(
 
 
 # Tests that mostly compile and whose tolerances do not hang on how well: LLVM is told not to try hard there.
-_BARELY_OPTIMISED = ("test_arms", "test_cbm", "test_criteria", "test_impact", "test_minimal", "test_streams")
+_BARELY_OPTIMISED = (
+    "test_arms",
+    "test_cbm",
+    "test_criteria",
+    "test_guards",
+    "test_impact",
+    "test_minimal",
+    "test_streams",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

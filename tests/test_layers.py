@@ -29,6 +29,7 @@ FLOORS = (
         "pruning",
         "intervention",
         "minimal",
+        "guards",
         "correction",
         "arms",
         "impact",
