@@ -60,7 +60,7 @@ def main() -> None:
 
 
 @functools.cache
-def masks() -> dict[str, np.ndarray]:
+def masks() -> dict[str, typing.Any]:
     """Two concepts' masks of one kernel."""
     return {KERNEL: np.random.default_rng(0).random((len(CONCEPTS), *SHAPE)) < 0.5}
 
