@@ -54,6 +54,7 @@ _BARELY_OPTIMISED = (
     "test_criteria",
     "test_guards",
     "test_impact",
+    "test_intervention_suite",
     "test_minimal",
     "test_streams",
 )

@@ -35,7 +35,17 @@ FLOORS = (
         "impact",
         "explanation",
     ),
-    ("evaluation", "streams", "logs", "steps", "vocabulary", "preparation", "training"),
+    (
+        "evaluation",
+        "streams",
+        "logs",
+        "named_arms",
+        "intervention_suite",
+        "steps",
+        "vocabulary",
+        "preparation",
+        "training",
+    ),
     ("report", "app"),
 )
 RANK = {room: rank for rank, room in enumerate(room for floor in FLOORS for room in floor)}
