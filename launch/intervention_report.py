@@ -171,7 +171,8 @@ def _draw_undone(report: Report, pyplot: Any) -> Any:
         points = [point for point in found["points"] if point["ranking"] in ("none", ranking)]
         where, style = [places[point["ratio"]] for point in points], plots.style(STYLES[ranking])
         for column, name in enumerate(("concept", "task")):
-            axes[0, column].plot(where, [100 * point[name] for point in points], label=TITLES[ranking], **style)
+            levels = [float("nan") if point[name] is None else 100 * point[name] for point in points]
+            axes[0, column].plot(where, levels, label=TITLES[ranking], **style)
             changes = [[100 * change for change in _changes(point, name)] for point in points]
             if all(changes):
                 axes[1, column].plot(where, [statistics.mean(c) for c in changes], **style)

@@ -107,10 +107,9 @@ def undone(
     config, split = subject.config, subject.split
     repaired: list[bool] = []
     changed: list[int] = []
-    gains: list[float] = []
+    is_right: dict[int, bool] = {}
     side: list[dict[str, float | None]] = []
     seconds: dict[int, list[float]] = {}
-    before = subject.readings
     for row in rows:
         state, batch = subject.state, batch_of(split, [row])
         for number, k in enumerate(subject.wrong_of(row)):
@@ -124,14 +123,13 @@ def undone(
                 side.append(_side_effect(subject, state, held_out, k))
             on_edit()
         if split.labels[row] >= 0:
-            label = streams.read(config, state, split, [row]).labels[0]
-            gains.append(float(label == split.labels[row]) - float(before.labels[row] == split.labels[row]))
+            is_right[row] = bool(streams.read(config, state, split, [row]).labels[0] == split.labels[row])
     warm = [second for of_width in seconds.values() for second in of_width[1:]]
     return {
         "num_cells": len(repaired),
         "repaired": _mean(repaired),
         "concept": 1 - subject.wrong.sum() / (split.concepts >= 0).sum() * (1 - np.mean(repaired)),
-        "task": _task(subject, gains),
+        "task": _task(subject, is_right),
         "changed": float(np.median(changed)),
         "seconds": float(np.median(warm)) if warm else None,
         "side": side,
@@ -145,16 +143,15 @@ def oracle(subject: Subject, rows: Sequence[int]) -> dict[str, Any]:
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
     """
-    forward, split, gains = make_forward(subject.config), subject.split, []
+    forward, split, heads = make_forward(subject.config), subject.split, subject.state.heads
+    is_right: dict[int, bool] = {}
     for row in (row for row in rows if split.labels[row] >= 0):
         output = forward(*subject.state, batch_of(split, [row]))
         activations, label = output.activations, output.label_logits
         for k in subject.wrong_of(row):
-            heads = subject.state.heads
             activations, label = oracle_activations(heads, activations, k, int(split.concepts[row, k]))
-        right = [int(np.argmax(np.asarray(y)[0])) == split.labels[row] for y in (output.label_logits, label)]
-        gains.append(float(right[1]) - float(right[0]))
-    return {"task": _task(subject, gains)}
+        is_right[row] = bool(np.argmax(np.asarray(label)[0]) == split.labels[row])
+    return {"task": _task(subject, is_right)}
 
 
 def minimal_edits(subject: Subject, cells: Iterable[Cell], max_pairs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -195,9 +192,9 @@ def summarise_minimal(found: Sequence[Mapping[str, Any]], num_weights: int) -> d
     """
     changed = [one["changed"] for one in found if one["is_repaired"]]
     seconds = [one["seconds"] for one in found if one["seconds"] is not None]
-    counts = (
-        [float(np.quantile(changed, q, method="higher")) for q in QUANTILES] if changed else [None] * len(QUANTILES)
-    )
+    counts: list[float | None] = [None] * len(QUANTILES)
+    if changed:
+        counts = [float(np.quantile(changed, q, method="higher")) for q in QUANTILES]
     return {
         "num_cells": len(found),
         "repaired": _mean([one["is_repaired"] for one in found]),
@@ -223,17 +220,26 @@ def _side_effect(subject: Subject, state: State, rows: Sequence[int], k: int) ->
     }
 
 
-def _task(subject: Subject, gains: Sequence[float]) -> float | None:
-    """The accuracy before, plus what drawn rows with wrong cells gained, for all such rows.
+def _task(subject: Subject, is_right: Mapping[int, bool]) -> float | None:
+    """The accuracy on the split where all labelled rows with wrong cells fare as those that were drawn.
 
-    As a difference: rows that were drawn are easier or harder than others, and without an edit nothing is to change.
+    Rows that were right before and rows that were not are counted apart: which of them were drawn is chance, and
+    without an edit nothing is to change.
+
+    Args:
+      is_right: of the drawn rows, whether the label is right now.
     """
-    labelled = subject.split.labels >= 0
-    if not labelled.any():
+    labels, before = subject.split.labels, subject.readings.labels == subject.split.labels
+    is_labelled = labels >= 0
+    if not is_labelled.any():
         return None
-    right = (subject.readings.labels == subject.split.labels)[labelled]
-    share = np.mean(subject.wrong.any(axis=1)[labelled])
-    return float(right.mean() + share * np.mean(gains)) if gains else float(right.mean())
+    right = float(before[is_labelled].sum())
+    for was_right in (False, True):
+        alike = is_labelled & subject.wrong.any(axis=1) & (before == was_right)
+        drawn = [now for row, now in is_right.items() if alike[row]]
+        if drawn:
+            right += float(alike.sum() * (np.mean(drawn) - was_right))
+    return float(right / is_labelled.sum())
 
 
 def _mean(values: Sequence[Any] | Bool[np.ndarray, " n"]) -> float | None:

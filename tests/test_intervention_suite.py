@@ -101,6 +101,16 @@ def test_each_row_is_corrected_by_itself_and_the_price_is_seen(subject: Subject)
     assert found["task"] == pytest.approx(np.mean((labels == split.labels)[split.labels >= 0]))
 
 
+def test_rows_that_were_not_drawn_fare_as_those_that_were(subject: Subject) -> None:
+    before, labelled = accuracies(subject)[1], np.flatnonzero(subject.split.labels >= 0)
+    rows = [row for row in labelled if subject.wrong_of(row)]
+    was = {row: bool(subject.readings.labels[row] == subject.split.labels[row]) for row in rows}
+    first_wrong = next(row for row in rows if not was[row])
+    assert suite._task(subject, {}) == suite._task(subject, {first_wrong: False}) == pytest.approx(before)
+    gained = sum(not right for right in was.values()) / len(labelled)
+    assert suite._task(subject, {first_wrong: True}) == pytest.approx(before + gained)
+
+
 def test_the_oracle_sets_activations(subject: Subject) -> None:
     split, heads, right = subject.split, subject.state.heads, []
     for row in np.flatnonzero(split.labels >= 0):
