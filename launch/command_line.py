@@ -65,20 +65,21 @@ def numbers(flag: str, kind: type[float] | type[int]) -> list[Any]:
     Raises:
         ValueError: One is no such number, or there is none.
     """
+    given = FLAGS[flag].value or []
     try:
-        found = list(dict.fromkeys(kind(value) for value in FLAGS[flag].value))
+        found = list(dict.fromkeys(kind(value) for value in given))
     except ValueError:
         found = []
     if not found:
         what = "integers" if kind is int else "numbers"
-        raise ValueError(f"--{flag}={','.join(FLAGS[flag].value)}: expected {what} with commas")
+        raise ValueError(f"--{flag}={','.join(given)}: expected {what} with commas")
     return found
 
 
 def check_names(flag: str, known: Iterable[str]) -> None:
     """Raises ValueError where a value of a list flag is not known, with the nearest that is."""
     names = list(known)
-    for value in FLAGS[flag].value:
+    for value in FLAGS[flag].value or []:
         if value not in names:
             near = nearest_name(value, names)
             hint = f"did you mean {near}?" if near else f"expected some of {', '.join(names)}"

@@ -171,7 +171,7 @@ def _minimal(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
     by_cell = {cell: results[key_of[cell]] for cell in cells}
     concepts = found.dataset.schema.concepts
     of_concept = {name: [v for cell, v in by_cell.items() if cell.concept == k] for k, name in enumerate(concepts)}
-    summarise = functools.partial(suite.summarise_minimal, num_weights=masks_lib.num_weights(found.model.masks))
+    summarise = functools.partial(suite.summarise_minimal, num_weights=masks_lib.num_weights(subject.state.masks))
     return {
         "all": summarise(list(by_cell.values())),
         "concepts": {name: summarise(values) for name, values in of_concept.items()},

@@ -123,8 +123,9 @@ def test_the_oracle_sets_activations(subject: Subject) -> None:
 
 
 def test_smallest_edits_are_seen_to_be_smallest(subject: Subject) -> None:
-    cells = [Cell(row, k) for row in subject.draw(4, seed=0) for k in subject.wrong_of(row)]
-    found = dict(suite.minimal_edits(subject, cells, max_pairs=64))
+    # Of one row, whose program other tests compile as well.
+    cells = [Cell(1, k) for k in subject.wrong_of(1)]
+    found = dict(suite.minimal_edits(subject, cells, max_pairs=4096))
     assert list(found) == cells
     repaired = [one for one in found.values() if one["is_repaired"]]
     assert repaired
