@@ -40,6 +40,7 @@ FLOORS = (
         "pruning",
         "intervention",
         "minimal",
+        "guards",
         "correction",
         "arms",
         "impact",
@@ -48,7 +49,17 @@ FLOORS = (
         "explanation",
         "rendering",
     ),
-    ("evaluation", "streams", "logs", "steps", "vocabulary", "preparation", "training"),
+    (
+        "evaluation",
+        "streams",
+        "logs",
+        "named_arms",
+        "intervention_suite",
+        "steps",
+        "vocabulary",
+        "preparation",
+        "training",
+    ),
     ("report", "app"),
 )
 RANK = {room: rank for rank, room in enumerate(room for floor in FLOORS for room in floor)}
