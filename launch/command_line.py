@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +57,33 @@ def run_config() -> RunConfig:
             section, _, name = key.rpartition(".")
             (config[section] if section else config)[name] = None
     return from_config_dict(config)
+
+
+def numbers(flag: str, kind: type[float] | type[int]) -> list[Any]:
+    """The values of a list flag as distinct numbers, in their order.
+
+    Raises:
+        ValueError: One is no such number, or there is none.
+    """
+    given = FLAGS[flag].value or []
+    try:
+        found = list(dict.fromkeys(kind(value) for value in given))
+    except ValueError:
+        found = []
+    if not found:
+        what = "integers" if kind is int else "numbers"
+        raise ValueError(f"--{flag}={','.join(given)}: expected {what} with commas")
+    return found
+
+
+def check_names(flag: str, known: Iterable[str]) -> None:
+    """Raises ValueError where a value of a list flag is not known, with the nearest that is."""
+    names = list(known)
+    for value in FLAGS[flag].value or []:
+        if value not in names:
+            near = nearest_name(value, names)
+            hint = f"did you mean {near}?" if near else f"expected some of {', '.join(names)}"
+            raise ValueError(f"--{flag}: there is no {value!r}; {hint}")
 
 
 def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory: bool = True) -> NoReturn:

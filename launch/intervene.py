@@ -24,6 +24,7 @@ import typing
 from pathlib import Path
 
 import command_line
+import saved
 from absl import flags
 
 if typing.TYPE_CHECKING:
@@ -83,7 +84,7 @@ def main() -> None:
     from sparsecbm_jax.artifact import load, save
     from sparsecbm_jax.correction import correct, correct_minimally
     from sparsecbm_jax.edit_log import EditLog
-    from sparsecbm_jax.explanation import render_correction
+    from sparsecbm_jax.rendering import render_correction
 
     loaded = load(FLAGS.model)
     if loaded.masks is None:
@@ -143,23 +144,13 @@ def _check_minimal() -> None:
 def _find(model: SparseCBM, concept: str | None) -> _Case | None:
     """The first test review with a mispredicted concept, and what the concept should be."""
     from sparsecbm_jax.artifact import predict
-    from sparsecbm_jax.config import from_config_dict
     from sparsecbm_jax.correction import name_index
     from sparsecbm_jax.data.sources import load_dataset
 
     schema = model.schema
     searched = [name_index("concept", concept, schema.concepts)] if concept else range(schema.num_concepts)
-    if "run_config" not in model.metadata:
-        raise ValueError(
-            f"{FLAGS.model}: the model does not say what data it was trained on (no 'run_config' in its metadata); "
-            "expected --text, --concept and --target in place of --find"
-        )
-    dataset = load_dataset(from_config_dict(model.metadata["run_config"]).data)
-    if (dataset.schema.concepts, dataset.schema.classes) != (schema.concepts, schema.classes):
-        raise ValueError(
-            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but the model "
-            f"was trained for {schema.concepts} of classes {schema.classes}"
-        )
+    dataset = load_dataset(saved.own_run(model, FLAGS.model, "--text, --concept and --target in place of --find").data)
+    saved.check_names(model, FLAGS.model, dataset)
     examples = dataset.splits["test"]
     for start in range(0, len(examples.texts), _FIND_CHUNK):
         rows = slice(start, start + _FIND_CHUNK)

@@ -1,4 +1,4 @@
-"""A saved model beside the data that a config names: what `prune.py` and `sweep.py` share."""
+"""A saved model beside the data that a config names, or that it was trained on: what several mains share."""
 
 from __future__ import annotations
 
@@ -44,11 +44,7 @@ def read(folder: str, run: RunConfig) -> Saved:
     # Written-out layers would cost more to compile than these few passes can win back.
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
     dataset = load_dataset(run.data)
-    if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
-        raise ValueError(
-            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but {folder} "
-            f"was trained for {model.schema.concepts} of classes {model.schema.classes}"
-        )
+    check_names(model, folder, dataset)
     max_length = min(run.data.max_length, model.config.backbone.max_length)
     splits = {name: tokenize(examples, model.tokenizer, max_length) for name, examples in dataset.splits.items()}
     return Saved(model, dataset, splits)
@@ -58,3 +54,32 @@ def fingerprint(folder: str) -> str:
     """Tells a model from another that was written to the same folder later, without reading it."""
     written = [path.stat().st_mtime_ns for path in sorted(Path(folder).glob("*.safetensors"))]
     return f"{Path(folder).resolve()} {written}"
+
+
+def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
+    """The settings that a model was trained with, and so its data.
+
+    Args:
+        folder: of the model, for the message.
+        instead: flags that do without.
+
+    Raises:
+        ValueError: If the model does not say.
+    """
+    from sparsecbm_jax.config import from_config_dict
+
+    if "run_config" not in model.metadata:
+        raise ValueError(
+            f"{folder}: the model does not say what data it was trained on (no 'run_config' in its metadata); "
+            f"expected {instead}"
+        )
+    return from_config_dict(model.metadata["run_config"])
+
+
+def check_names(model: SparseCBM, folder: str, dataset: Dataset) -> None:
+    """Raises ValueError where data has other concepts or classes than a model."""
+    if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
+        raise ValueError(
+            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but {folder} "
+            f"was trained for {model.schema.concepts} of classes {model.schema.classes}"
+        )

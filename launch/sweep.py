@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import typing
 from pathlib import Path
 
 import command_line
+import plots
+import result_lines
 import saved
 from absl import flags
 
@@ -57,10 +58,7 @@ def main() -> None:
         raise ValueError("--models and --workdir are needed; expected dense models and a folder for the results")
     if FLAGS.epochs == 1:
         raise ValueError("--epochs=1: expected 0, for pruning alone, or at least 2")
-    try:
-        sparsities = sorted({float(value) for value in FLAGS.sparsities})
-    except ValueError:
-        raise ValueError(f"--sparsities={','.join(FLAGS.sparsities)}: expected numbers with commas") from None
+    sparsities = sorted(command_line.numbers("sparsities", float))
     wanted = {criterion: _run_of(run, criterion, sparsities[-1]) for criterion in FLAGS.criteria}
     workdir = Path(FLAGS.workdir)
 
@@ -70,32 +68,22 @@ def main() -> None:
     # What the flags vary apart, results of one folder are of one config.
     check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
     path = workdir / "results.jsonl"
-    results = read_results(path)
+    found = [Result(**line) for line in result_lines.read_lines(path)]
     for folder in FLAGS.models:
         rows = [(criterion, s) for criterion in wanted for s in sparsities]
-        left = [row for row in rows if (folder, *row, FLAGS.epochs) not in {tuple(result[:4]) for result in results}]
-        if not left and any(result.model == folder and not result.sparsity for result in results):
+        left = [row for row in rows if (folder, *row, FLAGS.epochs) not in {tuple(result[:4]) for result in found}]
+        if not left and any(result.model == folder and not result.sparsity for result in found):
             continue
         for result in (_tuned if FLAGS.epochs else _pruned)(folder, left, wanted, workdir):
-            results.append(result)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result._asdict()) + "\n")
+            found.append(result)
+            result_lines.append_line(path, result._asdict())
             print(f"{folder}: {describe(result)}", flush=True)
     asked = {(criterion, s) for criterion in wanted for s in sparsities}
-    shown = [r for r in results if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
+    shown = [r for r in found if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
     table = "\n\n".join(filter(None, (render(shown), render_differences(shown))))
     (workdir / "sweep.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     plot(shown, workdir)
-
-
-def read_results(path: Path) -> list[Result]:
-    """What was found before; a last line that was cut short is left out, and overwritten."""
-    if not path.is_file():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-    return [Result(**json.loads(line)) for line in whole]
 
 
 def _is_asked(result: Result, asked: set[tuple[str, float]], epochs: int) -> bool:
@@ -212,23 +200,15 @@ def mean_and_deviation(values: list[float]) -> str:
 
 def plot(results: list[Result], workdir: Path) -> None:
     """Draws sweep.png and sweep.svg; says so where matplotlib is not there to do it."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("no plot: matplotlib is not installed (extra 'report')")
+    if (pyplot := plots.pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     groups = grouped(results)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    # Okabe and Ito's colours, and a marker each, so that colour never stands alone.
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
     for axis, name, title in zip(axes, _SCORES, ("concepts", "task"), strict=True):
         for i, criterion in enumerate(FLAGS.criteria):
             points = [(s, [100 * getattr(r, name) for r in rs]) for (c, s), rs in groups.items() if c == criterion]
             where, values = [s for s, _ in points], [of_models for _, of_models in points]
-            style = {"color": colours[i % len(colours)], "marker": "osD^vPX*"[i % 8]}
+            style = plots.style(i)
             axis.plot(where, [statistics.mean(v) for v in values], label=criterion, **style)
             axis.fill_between(
                 where, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15
@@ -240,9 +220,7 @@ def plot(results: list[Result], workdir: Path) -> None:
         axis.set(xlabel="sparsity of each subnetwork", ylabel="accuracy on test (%)", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize="small")
-    for ending in ("png", "svg"):
-        figure.savefig(workdir / f"sweep.{ending}", dpi=150)
-    print(f"drawn: {workdir / 'sweep.png'} and .svg")
+    plots.save(figure, workdir, "sweep")
 
 
 if __name__ == "__main__":

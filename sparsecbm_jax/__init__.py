@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparsecbm_jax.edit_log import EditLog
     from sparsecbm_jax.edits import MaskEdit, StoredEdit
     from sparsecbm_jax.evaluation import evaluate
-    from sparsecbm_jax.explanation import DecisionPathway, explain
+    from sparsecbm_jax.explanation import DecisionPathway, explain, explain_stream
     from sparsecbm_jax.intervention import intervene
     from sparsecbm_jax.training import train
 
@@ -31,6 +31,7 @@ __all__ = [
     "StoredEdit",
     "evaluate",
     "explain",
+    "explain_stream",
     "from_config_dict",
     "intervene",
     "load",
@@ -47,7 +48,7 @@ _ROOMS = {
     "edit_log": ("EditLog",),
     "edits": ("MaskEdit", "StoredEdit"),
     "evaluation": ("evaluate",),
-    "explanation": ("DecisionPathway", "explain"),
+    "explanation": ("DecisionPathway", "explain", "explain_stream"),
     "intervention": ("intervene",),
     "training": ("train",),
 }

@@ -149,7 +149,7 @@ def _concept_logits(config: CBMConfig, state: State, batch: Batch, concept: int)
 
 def _kernels(state: State, concept: int | Int[Array, ""]) -> dict[str, Float[Array, "1 ..."]]:
     mask = masks_lib.concept(state.masks, concept)
-    return {path: jnp.where(kept, masks_lib.leaf_at(state.params, path), 0)[None] for path, kept in mask.items()}
+    return {path: kernel[None] for path, kernel in masks_lib.kernels_of(state.params, mask).items()}
 
 
 def _project(heads: Heads, z: Float[Array, "B 1 D"], concept: int | Int[Array, ""]) -> Float[Array, "B C"]:

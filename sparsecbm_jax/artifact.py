@@ -404,8 +404,8 @@ def _probabilities(output: CBMOutput) -> tuple[Float[Array, "B K C"], Float[Arra
     return jax.nn.softmax(output.concept_logits, axis=-1), jax.nn.softmax(output.label_logits, axis=-1)
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse what is not a sequence of texts with something in them.
+def check_texts(texts: Sequence[str], start: int = 0) -> None:
+    """Refuse what is not a sequence of texts with something in them; `start` is the first one's index in messages.
 
     Raises:
         TypeError: a single string, or an element that is no string; its index is named.
@@ -413,22 +413,22 @@ def check_texts(texts: Sequence[str]) -> None:
     """
     if isinstance(texts, str | bytes):
         raise TypeError(f"texts is one {type(texts).__name__}, expected a sequence of texts: [text]")
-    for index, text in enumerate(texts):
+    for index, text in enumerate(texts, start):
         if not isinstance(text, str):
             raise TypeError(f"texts[{index}] is a {type(text).__name__}, expected a str")
         if not text.strip():
             raise ValueError(f"texts[{index}] is {text!r}, expected a text that is not empty")
 
 
-def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int) -> Iterator[Batch]:
-    """Batches of texts without labels; `row_ids` are positions in `texts`.
+def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    """Batches of texts without labels; `row_ids` are positions in `texts`, in messages counted from `start`.
 
     Raises:
         TypeError, ValueError: if an element is no text, is empty, cannot be encoded, or holds nothing that the
             tokeniser reads; its position is named.
     """
-    check_texts(texts)
-    for n, text in enumerate(texts):
+    check_texts(texts, start)
+    for n, text in enumerate(texts, start):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -438,7 +438,7 @@ def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int) -> 
     examples = Examples(tuple(texts), cells, labels, None, row_ids)
     tokenized = tokenize(examples, model.tokenizer, model.max_length)
     for n in np.flatnonzero(tokenized.lengths <= model.tokenizer.num_special_tokens_to_add()).tolist():
-        raise ValueError(f"texts[{n}] is {texts[n][:40]!r}, in which the tokeniser finds nothing to read")
+        raise ValueError(f"texts[{start + n}] is {texts[n][:40]!r}, in which the tokeniser finds nothing to read")
     return eval_batches(tokenized, batch_size=batch_size)
 
 

@@ -6,48 +6,31 @@ Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways'
 """
 
 import dataclasses
-import functools
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.artifact import SparseCBM, text_batches
-from sparsecbm_jax.cbm import AnyMasks, CBMConfig, CBMOutput, Heads
-from sparsecbm_jax.correction import CorrectionReport, TextPrediction, name_index
+from sparsecbm_jax.artifact import SparseCBM, check_texts, text_batches
+from sparsecbm_jax.attribution import Attribution, Baseline, Method, TokenScores, score_tokens
+from sparsecbm_jax.correction import name_index
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema
-from sparsecbm_jax.data.words import Reading, Word, printable, read_words
-from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.data.words import Reading, Word, read_words
+from sparsecbm_jax.json_schema import schema_of
+from sparsecbm_jax.subnetworks import Subnetwork, summarise_subnetworks
 
 PREDICTED = "predicted"
 LABEL = "label"
-BAR_WIDTH = 12
+# Texts read at a time, in batches: enough that those of a batch are of like length.
+WINDOW_BATCHES = 16
 
 _pack = jax.jit(masks_lib.pack)
-
-
-@dataclasses.dataclass(frozen=True)
-class Subnetwork:
-    """What one concept's mask keeps, in plain numbers.
-
-    Attributes:
-        density: kept share of all maskable weights.
-        density_per_layer: kept share of each transformer layer's kernels, first layer first.
-        overlap: Jaccard index with each other concept's mask.
-        chance_overlap: what two random masks of this density would have.
-    """
-
-    density: float
-    density_per_layer: tuple[float, ...]
-    overlap: dict[str, float]
-    chance_overlap: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +45,12 @@ class ConceptPathway:
         activations: a = σ(u) of each class, which is what the label reads.
         contribution: φ_k · a_k towards the explained label.
         contributions: the same towards every label.
-        word_scores: ‖∂u_{k,c}/∂e‖ through this concept's subnetwork, one per word of the pathway; 0 for unread words.
-        subnetwork: None for a dense model.
+        word_scores: how much each word of the pathway matters to u of the explained class through this concept's
+            subnetwork, by the pathway's method; 0 for unread words.
+        explained_logit: u of the explained class.
+        baseline_logit: the same at the baseline of integrated gradients, whose word scores add up to the difference;
+            null for other methods.
+        subnetwork: what its mask keeps; null for a dense model.
     """
 
     name: str
@@ -74,6 +61,8 @@ class ConceptPathway:
     contribution: float
     contributions: dict[str, float]
     word_scores: tuple[float, ...]
+    explained_logit: float
+    baseline_logit: float | None
     subnetwork: Subnetwork | None
 
 
@@ -84,6 +73,10 @@ class DecisionPathway:
     Attributes:
         text: the text as given.
         target: what was asked to be explained: 'predicted', or the label and classes that were named.
+        method: how words were scored.
+        is_signed: whether a word score below zero speaks against the class; without sign, it says how sensitive u is.
+        baseline: what stands for the words' embeddings where the path of integrated gradients begins; null for others.
+        num_steps: points of that path; null for other methods.
         words: words with character offsets into `text`.
         is_truncated: whether the text is longer than the model reads.
         concepts: one lane per concept.
@@ -94,6 +87,10 @@ class DecisionPathway:
 
     text: str
     target: str
+    method: Method
+    is_signed: bool
+    baseline: Baseline | None
+    num_steps: int | None
     words: tuple[Word, ...]
     is_truncated: bool
     concepts: tuple[ConceptPathway, ...]
@@ -112,61 +109,6 @@ class DecisionPathway:
         return json.dumps(dataclasses.asdict(self), allow_nan=False, indent=indent)
 
 
-def explain(
-    model: SparseCBM,
-    texts: Sequence[str],
-    target: str | Mapping[str, str] = PREDICTED,
-    *,
-    batch_size: int = 16,
-) -> list[DecisionPathway]:
-    r"""Explains every text, in the order given.
-
-    The score of a word for concept k and class c is $\lVert \partial u_{k,c} / \partial e \rVert_2$ through subnetwork
-    k, where e is the word's embeddings stacked: $\sqrt{\sum_d \lVert \partial u_{k,c} / \partial e_d \rVert^2}$ over
-    its sub-words d. Special tokens have no score. All concepts' gradients come from one backward pass, since every
-    subnetwork reads its own copy of the embeddings and rows do not meet.
-
-    Args:
-        model: a model with concepts, sparse or dense.
-        texts: the texts; none may be empty.
-        target: 'predicted' explains the predicted label and, per concept, the predicted class. A label's name explains
-            that label. A mapping {concept: class} explains those classes, and {'label': name} in it that label.
-        batch_size: texts in a pass; the result does not depend on it beyond rounding.
-
-    Returns:
-        One pathway per text.
-
-    Raises:
-        ValueError: if a text is empty or holds nothing that the tokeniser reads, `target` names no label, concept
-            or class, the model has no concepts, or its output is not finite.
-
-    Reference: Tan et al. 2024, token scores ‖G_k(t_d)‖; contributions from Eq. 3.
-    Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
-    """
-    if "projector" not in model.heads:
-        raise ValueError(f"strategy {model.strategy!r} has no concepts to explain; train 'joint' or 'sparse' instead")
-    asked = _resolve_target(model.schema, target)
-    texts = texts if isinstance(texts, str) else list(texts)
-    if not texts:
-        return []
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    # A power of two for few texts, so that calls compile seldom.
-    batches = text_batches(model, texts, batch_size=min(batch_size, 1 << (len(texts) - 1).bit_length()))
-    readings = read_words(texts, model.tokenizer, model.max_length)
-    subnetworks = summarise_subnetworks(model.masks, model.schema.concepts)
-    masks = None if model.masks is None else _pack(model.masks)
-    pathways: dict[int, DecisionPathway] = {}
-    for batch in batches:
-        gradients = text_gradients(model.config, model.params, masks, model.heads, batch, asked.classes)
-        gradients = jax.device_get(gradients)
-        for row in np.flatnonzero(batch.example_weight > 0):
-            n = int(batch.row_ids[row])
-            of_row = jax.tree.map(lambda leaf, row=row: leaf[row], gradients)
-            pathways[n] = _pathway(model, texts[n], readings[n], of_row, asked, subnetworks)
-    return [pathways[n] for n in range(len(texts))]
-
-
 class Target(NamedTuple):
     """What is to be explained: indices of the label and of each concept's class, −1 for the predicted one."""
 
@@ -175,131 +117,109 @@ class Target(NamedTuple):
     classes: Int[np.ndarray, " K"]
 
 
-class TextGradients(NamedTuple):
-    """What one jitted pass says about a batch; NumPy arrays of one row once it is on the host."""
+def explain(
+    model: SparseCBM,
+    texts: Sequence[str],
+    target: str | Mapping[str, str] = PREDICTED,
+    *,
+    method: Method = "gradient_norm",
+    baseline: Baseline = "zero",
+    num_steps: int = 32,
+    batch_size: int = 16,
+) -> list[DecisionPathway]:
+    r"""Explains every text, in the order given.
 
-    output: CBMOutput
-    classes: Int[Array, "B K"]
-    token_scores: Float[Array, "B K T"]
-    contributions: Float[Array, "B K Y"]
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def text_gradients(
-    config: CBMConfig, params: Params, masks: AnyMasks | None, heads: Heads, batch: Batch, classes: Int[Array, " K"]
-) -> TextGradients:
-    """Predictions of a batch and the gradient norm of every concept's logit at every token's embedding.
-
-    Args:
-        config: the model's static description.
-        params: the backbone θ.
-        masks: K masks, boolean or packed; None for a dense model.
-        heads: projector ψ and predictor φ.
-        batch: the texts.
-        classes: class of each concept to differentiate; −1 for the predicted one.
-    """
-    words = params["embed"]["word"]["embedding"][batch.input_ids]
-
-    def logits_fn(embeddings: Float[Array, "... B T E"]) -> tuple[Float[Array, "B K C"], CBMOutput]:
-        output = cbm.forward(config, params, masks, heads, batch, word_embeddings=embeddings)
-        return output.concept_logits, output
-
-    is_dense = masks is None
-    copies = words if is_dense else jnp.broadcast_to(words, (config.num_concepts, *words.shape))
-    logits, pull_back, output = jax.vjp(logits_fn, copies, has_aux=True)
-    explained = jnp.where(classes >= 0, classes, jnp.argmax(logits, axis=-1))
-    cotangent = jax.nn.one_hot(explained, config.num_classes, dtype=logits.dtype)
-    if is_dense:
-        # One shared pass: the concepts' gradients do not separate by themselves.
-        apart = jnp.eye(config.num_concepts, dtype=logits.dtype)[:, None, :, None] * cotangent
-        grads = jax.vmap(lambda one: pull_back(one)[0])(apart)
-    else:
-        (grads,) = pull_back(cotangent)
-    scores = jnp.sqrt(jnp.sum(jnp.square(grads), axis=-1))
-    contributions = jnp.einsum("bkc,kcy->bky", output.activations, heads["predictor"]["kernel"])
-    return TextGradients(output, explained, jnp.moveaxis(scores, 0, 1), contributions)
-
-
-def summarise_subnetworks(masks: Masks | None, concepts: Sequence[str]) -> tuple[Subnetwork | None, ...]:
-    """Density, density by layer and overlap of every concept's mask; None for each concept of a dense model."""
-    if masks is None:
-        return (None,) * len(concepts)
-    density, overlap = masks_lib.total_density(masks), masks_lib.overlap(masks)
-    layers = [np.asarray(mask) for path, mask in masks.items() if path.startswith("layers/")]
-    kept = sum(np.count_nonzero(mask.reshape(*mask.shape[:2], -1), axis=-1) for mask in layers)
-    size = sum(mask[0, 0].size for mask in layers)
-    return tuple(
-        Subnetwork(
-            density=float(density[k]),
-            density_per_layer=tuple((kept[k] / size).tolist()),
-            overlap={other: float(overlap[k, j]) for j, other in enumerate(concepts) if j != k},
-            chance_overlap=float(masks_lib.chance_overlap(density[k])),
-        )
-        for k in range(len(concepts))
-    )
-
-
-def render_text(pathway: DecisionPathway, top: int = 5) -> str:
-    """The pathway for a terminal; control characters of the text are shown escaped.
+    The words' scores are their tokens' (see `attribution`), put together: for signed methods the sum over the word's
+    sub-words d, for the gradient norm that of the word's embeddings stacked,
+    $\sqrt{\sum_d \lVert \partial u_{k,c} / \partial e_d \rVert^2}$. Special tokens have no score.
 
     Args:
-        pathway: what `explain` returned.
-        top: words shown per concept, those of highest score.
+        model: a model with concepts, sparse or dense.
+        texts: the texts; none may be empty.
+        target: 'predicted' explains the predicted label and, per concept, the predicted class. A label's name explains
+            that label. A mapping {concept: class} explains those classes, and {'label': name} in it that label.
+        method: 'gradient_norm' (no sign, the paper's), 'gradient_x_input' or 'integrated_gradients' (signed).
+        baseline: for integrated gradients, what stands in place of the words' embeddings where their path begins:
+            'zero', or 'pad', the padding token's.
+        num_steps: points of that path; each costs a forward and a backward pass.
+        batch_size: texts in a pass; the result does not depend on it beyond rounding.
+
+    Returns:
+        One pathway per text.
+
+    Raises:
+        ValueError: if a text is empty or holds nothing that the tokeniser reads, `target` names no label, concept
+            or class, there is no such method or baseline, the model has no concepts, or its output is not finite.
+
+    Reference: Tan et al. 2024, token scores ‖G_k(t_d)‖; contributions from Eq. 3.
+    Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
     """
-    label = pathway.explained_label
-    share = pathway.label_probabilities
-    lines = [
-        f'"{printable(pathway.text, 240)}"' + (" (longer than the model reads)" if pathway.is_truncated else ""),
-        f"label: {pathway.label} {share[pathway.label]:.1%}"
-        + (f"; explained: {label} {share[label]:.1%}" if label != pathway.label else ""),
-        f"  logit {pathway.label_logits[label]:+.3f} of {label!r} = bias {pathway.bias[label]:+.3f} + the concepts:",
-    ]
-    name_width = max(len(lane.name) for lane in pathway.concepts)
-    class_width = max(len(lane.predicted_class) for lane in pathway.concepts)
-    largest = max(abs(lane.contribution) for lane in pathway.concepts) or 1.0
-    for lane in pathway.concepts:
-        bar = "█" * round(abs(lane.contribution) / largest * BAR_WIDTH)
-        density = "dense" if lane.subnetwork is None else f"{lane.subnetwork.density:.1%} of weights"
-        lines.append(
-            f"  {lane.name:{name_width}}  {lane.predicted_class:{class_width}} "
-            f"{lane.probabilities[lane.predicted_class]:6.1%}  {lane.contribution:+.3f} {bar:{BAR_WIDTH}}  {density}"
-        )
-        ranked = sorted(zip(lane.word_scores, pathway.words, strict=True), key=lambda pair: -pair[0])[:top]
-        words = "  ".join(f"{printable(word.text, 24)} {score:.3g}" for score, word in ranked if word.is_read)
-        about = "" if lane.explained_class == lane.predicted_class else f"for {lane.explained_class}: "
-        lines.append(f"  {'':{name_width}}  {about}{words}")
-    return "\n".join(lines)
+    check_texts(texts)
+    asked = {"method": method, "baseline": baseline, "num_steps": num_steps, "batch_size": batch_size}
+    return list(explain_stream(model, texts, target, **asked))  # type: ignore[arg-type]
 
 
-def render_correction(report: CorrectionReport) -> str:
-    """A correction for a terminal: what changed, and every concept and the label before and after."""
-    asked = f"{report.concept} = {report.target}" + (f", label = {report.label}" if report.label else "")
-    outcome = "repaired" if report.is_repaired else "not repaired"
-    if report.before.concepts[report.concept] == report.target:
-        outcome = "was so before" if report.is_repaired else "lost"
-    steps = f"{report.num_steps} step" + ("s" if report.num_steps > 1 else "")
-    lines = [
-        f'"{printable(report.text, 240)}"',
-        f"asked: {asked}; {outcome}",
-        f"changed: {report.num_dropped} weights dropped, {report.num_grown} grown, {report.changed_share:.4%} of the "
-        f"backbone's {report.num_weights:,} ({report.saliency}, drop_fraction {report.drop_fraction:g}, {steps})",
-    ]
-    names = [*report.before.concepts, "label"]
-    before, after = _rows(report.before), _rows(report.after)
-    widths = [max(map(len, column)) for column in ([*names, "concept"], before, after)]
-    lines.append(f"  {'':{widths[0]}}  {'before':{widths[1]}}  after")
-    for name, old, new in zip(names, before, after, strict=True):
-        mark = "*" if name == report.concept else " "
-        lines.append(f"{mark} {name:{widths[0]}}  {old:{widths[1]}}  {new}")
-    return "\n".join(lines)
+def explain_stream(
+    model: SparseCBM,
+    texts: Iterable[str],
+    target: str | Mapping[str, str] = PREDICTED,
+    *,
+    method: Method = "gradient_norm",
+    baseline: Baseline = "zero",
+    num_steps: int = 32,
+    batch_size: int = 16,
+) -> Iterator[DecisionPathway]:
+    """Explains any number of texts, in order, in the memory that a few batches take; arguments as for `explain`.
+
+    Texts are read some batches ahead, so that those of like length share a pass.
+
+    Raises:
+        ValueError: as `explain`: at once for what is asked, and when its turn comes for a text, whose position is
+            named; what stands before its window of texts has been yielded by then.
+    """
+    if "projector" not in model.heads:
+        raise ValueError(f"strategy {model.strategy!r} has no concepts to explain; train 'joint' or 'sparse' instead")
+    if isinstance(texts, str | bytes):
+        check_texts(texts)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    asked = _resolve_target(model.schema, target)
+    return _explain_windows(model, iter(texts), asked, Attribution(method, baseline, num_steps), batch_size)
 
 
-def _rows(prediction: TextPrediction) -> list[str]:
-    def row(name: str, probabilities: Mapping[str, float]) -> str:
-        return f"{name} (" + ", ".join(f"{each} {share:.1%}" for each, share in probabilities.items()) + ")"
+def _explain_windows(
+    model: SparseCBM, texts: Iterator[str], asked: Target, attribution: Attribution, batch_size: int
+) -> Iterator[DecisionPathway]:
+    window = list(itertools.islice(texts, WINDOW_BATCHES * batch_size))
+    if not window:
+        return
+    # A power of two for few texts, so that calls compile seldom.
+    batch_size = min(batch_size, 1 << (len(window) - 1).bit_length())
+    subnetworks = summarise_subnetworks(model.masks, model.schema.concepts)
+    masks = None if model.masks is None else _pack(model.masks)
+    start = 0
+    while window:
+        batches = text_batches(model, window, batch_size=batch_size, start=start)
+        readings = read_words(window, model.tokenizer, model.max_length)
+        pathways: dict[int, DecisionPathway] = {}
+        for batch in batches:
+            is_word = _word_tokens(batch, readings)
+            scores = score_tokens(
+                model.config, model.params, masks, model.heads, batch, asked.classes, is_word, attribution
+            )
+            scores = jax.device_get(scores)
+            for row in np.flatnonzero(batch.example_weight > 0):
+                n = int(batch.row_ids[row])
+                of_row = jax.tree.map(lambda leaf, row=row: leaf[row], scores)
+                pathways[n] = _pathway(model, window[n], readings[n], of_row, asked, attribution, subnetworks)
+        yield from (pathways[n] for n in range(len(window)))
+        start += len(window)
+        window = list(itertools.islice(texts, WINDOW_BATCHES * batch_size))
 
-    rows = [row(name, prediction.concept_probabilities[concept]) for concept, name in prediction.concepts.items()]
-    return [*rows, row(prediction.label, prediction.label_probabilities)]
+
+def pathway_schema() -> dict[str, Any]:
+    """The JSON Schema of `DecisionPathway.to_dict()`."""
+    return schema_of(DecisionPathway)
 
 
 def _resolve_target(schema: Schema, target: str | Mapping[str, str]) -> Target:
@@ -322,8 +242,9 @@ def _pathway(
     model: SparseCBM,
     text: str,
     reading: Reading,
-    values: TextGradients,
+    values: TokenScores,
     target: Target,
+    attribution: Attribution,
     subnetworks: Sequence[Subnetwork | None],
 ) -> DecisionPathway:
     schema, output = model.schema, values.output
@@ -339,7 +260,7 @@ def _pathway(
     concept_probabilities = _softmax(np.asarray(output.concept_logits))
     label_probabilities = _softmax(np.asarray(output.label_logits))
     explained = target.label if target.label >= 0 else int(label_probabilities.argmax())
-    squares = np.square(values.token_scores.astype(np.float64))
+    is_integrated = attribution.is_integrated
     concepts = tuple(
         ConceptPathway(
             name=name,
@@ -349,7 +270,9 @@ def _pathway(
             activations=by_name(schema.classes, output.activations[k]),
             contribution=float(values.contributions[k, explained]),
             contributions=by_name(schema.labels, values.contributions[k]),
-            word_scores=tuple(float(np.sqrt(squares[k, list(tokens)].sum())) for tokens in reading.tokens),
+            word_scores=_word_scores(np.asarray(values.token_scores[k]), reading, attribution.is_signed),
+            explained_logit=float(output.concept_logits[k, values.classes[k]]),
+            baseline_logit=float(values.baseline_logits[k]) if values.baseline_logits is not None else None,
             subnetwork=subnetworks[k],
         )
         for k, name in enumerate(schema.concepts)
@@ -357,6 +280,10 @@ def _pathway(
     return DecisionPathway(
         text=text,
         target=target.name,
+        method=attribution.method,
+        is_signed=attribution.is_signed,
+        baseline=attribution.baseline if is_integrated else None,
+        num_steps=attribution.num_steps if is_integrated else None,
         words=reading.words,
         is_truncated=reading.is_truncated,
         concepts=concepts,
@@ -366,6 +293,22 @@ def _pathway(
         label_logits=by_name(schema.labels, output.label_logits),
         bias=by_name(schema.labels, np.asarray(model.heads["predictor"]["bias"])),
     )
+
+
+def _word_tokens(batch: Batch, readings: Sequence[Reading]) -> Bool[np.ndarray, "B T"]:
+    """Which tokens of a batch belong to a word."""
+    is_word = np.zeros(batch.input_ids.shape, bool)
+    for row in np.flatnonzero(batch.example_weight > 0):
+        for tokens in readings[batch.row_ids[row]].tokens:
+            is_word[row, list(tokens)] = True
+    return is_word
+
+
+def _word_scores(token_scores: Float[np.ndarray, " T"], reading: Reading, is_signed: bool) -> tuple[float, ...]:
+    exact = token_scores.astype(np.float64)
+    if is_signed:
+        return tuple(float(exact[list(tokens)].sum()) for tokens in reading.tokens)
+    return tuple(float(np.sqrt(np.square(exact[list(tokens)]).sum())) for tokens in reading.tokens)
 
 
 def _softmax(logits: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "... n"]:

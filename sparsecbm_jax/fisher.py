@@ -100,7 +100,7 @@ def subnetwork_gradient(
       concept: k, traced.
       activations: σ(u) of all concepts for this batch.
     """
-    kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
+    kernels = masks_lib.kernels_of(params, mask)
     grads = jax.grad(lambda effective: subnetwork_loss(config, params, heads, batch, effective, concept, activations))(
         kernels
     )
@@ -112,8 +112,8 @@ def _input_squares(
     config: CBMConfig, params: Params, mask: Mapping[str, Bool[Array, "..."]], batch: Batch
 ) -> dict[str, Float[Array, "*layers inputs"]]:
     own = dict(params)
-    for path, kept in mask.items():
-        own = masks_lib.with_leaf(own, path, jnp.where(kept, masks_lib.leaf_at(params, path), 0))
+    for path, kernel in masks_lib.kernels_of(params, mask).items():
+        own = masks_lib.with_leaf(own, path, kernel)
     return input_squares(config.backbone, own, batch.input_ids, batch.attention_mask)
 
 

@@ -114,7 +114,7 @@ def _subnetwork(
     activations: Float[Array, "B K C"],
 ) -> CBMOutput:
     mask = masks_lib.concept(masks, concept)
-    kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
+    kernels = masks_lib.kernels_of(params, mask)
     return cbm.subnetwork_output(config, params, heads, batch, kernels, concept, activations)
 
 

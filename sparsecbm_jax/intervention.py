@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.cbm import CBMConfig
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit, is_traced, num_true
 from sparsecbm_jax.masks import Masks, Params
@@ -37,6 +37,14 @@ def signed(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Arra
     return -grad * weight
 
 
+def guarded(weight: Float[Array, "..."], grad: Float[Array, "..."], guard: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The signed fall of the loss over the root of what a change costs everything else, −G / (|θ| √guard).
+
+    Flipping a weight moves it by |θ|, which costs |θ|² · guard / 2 to second order: the weight's size cancels.
+    """
+    return -grad * jnp.sign(weight) / jnp.sqrt(guard)
+
+
 def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
     """The saliency as the paper prints it, S = |G ⊙ θ| with the mask's gradient G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
 
@@ -46,6 +54,10 @@ def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[A
     """
     return jnp.abs(grad * weight * weight)
 
+
+Guard = Mapping[str, Float[Array, "..."]]
+"""What changing a weight costs everything else, squared and to be compared within a concept: such as a Fisher diagonal
+by the effective weights. Gains are divided by its root."""
 
 SALIENCIES: Mapping[str, SaliencyFn] = {"signed": signed, "magnitude": magnitude}
 
@@ -70,6 +82,8 @@ def intervene(
     *,
     saliency: str | SaliencyFn = "signed",
     num_steps: int | Int[Array, ""] = 1,
+    scope: str = "global",
+    guard: Guard | None = None,
 ) -> tuple[Masks, MaskEdit]:
     r"""Moves concept k's mask so that it reads the batch as class `target`.
 
@@ -90,8 +104,11 @@ def intervene(
             rounded in float64 to the nearest integer, halves to even. A traced fraction is rounded in its own precision
             and cut to what the mask can give, since nothing can be refused then.
         label: task label to pull towards as well, for all rows or for each; None or −1 for none.
-        saliency: 'signed', 'magnitude', or a function of one's own (see `SaliencyFn`).
+        saliency: 'signed', 'magnitude', 'guarded', or a function of one's own (see `SaliencyFn`).
         num_steps: how often to differentiate and edit, at least 1.
+        scope: what weights compete with: all of the backbone ('global'), or those of their kernel and layer
+            ('per_kernel'), each of which then drops and grows its own share r, rounded by itself.
+        guard: for saliency 'guarded', what a change costs everything else; see `Guard`.
 
     Returns:
         The new masks, which differ in concept k only and keep exactly as many weights, and the edit: the difference
@@ -99,11 +116,14 @@ def intervene(
 
     Raises:
         ValueError: if concept, target, label or drop_fraction lies out of range, the subnetwork has fewer kept or
-            pruned weights than the fraction asks for, or the masks are missing or packed.
+            pruned weights than the fraction asks for, the masks are missing or packed, or saliency 'guarded' and a
+            guard do not go together.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
-    saliency_fn = find_saliency(saliency)
+    if (saliency == "guarded") != (guard is not None):
+        raise ValueError(f"saliency is {saliency!r}, but guard is {'' if guard is None else 'not '}None; expected both")
+    saliency_fn = None if guard is not None else find_saliency(saliency)
     check_masks(masks)
     if not is_traced(num_steps) and num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
@@ -120,9 +140,10 @@ def intervene(
         batch,
         jnp.asarray(concept, jnp.int32),
         jnp.broadcast_to(jnp.asarray(target, jnp.int32), (num_rows,)),
-        _change_count(masks, concept, drop_fraction),
+        _change_count(masks, concept, drop_fraction, scope),
         jnp.broadcast_to(jnp.asarray(label, jnp.int32), (num_rows,)),
         jnp.asarray(num_steps, jnp.int32),
+        guard,
         saliency_fn=saliency_fn,
     )
 
@@ -136,35 +157,55 @@ def _intervene(
     batch: Batch,
     concept: Int[Array, ""],
     target: Int[Array, " B"],
-    count: UInt[Array, ""],
+    count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"]],
     label: Int[Array, " B"],
     num_steps: Int[Array, ""],
+    guard: Guard | None,
     *,
-    saliency_fn: SaliencyFn,
+    saliency_fn: SaliencyFn | None,
 ) -> tuple[Masks, MaskEdit]:
     before = cbm.forward(config, params, masks, heads, batch)
     weights = {path: masks_lib.leaf_at(params, path) for path in masks}
     wanted = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
     corrected = batch._replace(concepts=wanted, label=label)  # type: ignore[arg-type]
 
-    def kernels_of(mask: Mapping[str, Bool[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-        return {path: jnp.where(mask[path], weights[path], 0) for path in mask}
-
     def step(_: Int[Array, ""], mask: dict[str, Bool[Array, "..."]]) -> dict[str, Bool[Array, "..."]]:
         grads = jax.grad(cbm.subnetwork_loss, argnums=4)(
-            config, params, heads, corrected, kernels_of(mask), concept, before.activations
+            config, params, heads, corrected, masks_lib.kernels_of(params, mask), concept, before.activations
         )
-        scores = {path: saliency_fn(weights[path], grads[path]) for path in mask}
+        if saliency_fn is None:
+            assert guard is not None
+            scores = {path: guarded(weights[path], grads[path], guard[path]) for path in mask}
+        else:
+            scores = {path: saliency_fn(weights[path], grads[path]) for path in mask}
         return masks_lib.drop_and_grow(mask, scores, scores, count).mask
 
     old = masks_lib.concept(masks, concept)
     new = jax.lax.fori_loop(0, num_steps, step, old)
-    after = cbm.subnetwork_output(config, params, heads, batch, kernels_of(new), concept, before.activations)
-    edit = MaskEdit(
+    after = cbm.subnetwork_output(
+        config, params, heads, batch, masks_lib.kernels_of(params, new), concept, before.activations
+    )
+    edit = edit_between(old, new, before, after, concept=concept, target=target, label=label, num_per_step=_sum(count))
+    return masks_lib.replace_concept(masks, concept, new), edit
+
+
+def edit_between(
+    old: Mapping[str, Bool[Array, "..."]],
+    new: Mapping[str, Bool[Array, "..."]],
+    before: CBMOutput,
+    after: CBMOutput,
+    *,
+    concept: Int[Array, ""],
+    target: Int[Array, " B"],
+    label: Int[Array, " B"],
+    num_per_step: Int[Array, ""] | UInt[Array, ""],
+) -> MaskEdit:
+    """The difference between two masks of a concept, with the model's output before and the subnetwork's after."""
+    return MaskEdit(
         concept=concept,
         target=target,
         label=label,
-        num_per_step=count,
+        num_per_step=num_per_step.astype(jnp.uint32),
         dropped={path: old[path] & ~new[path] for path in old},
         grown={path: new[path] & ~old[path] for path in old},
         concept_logits_before=before.concept_logits,
@@ -172,7 +213,6 @@ def _intervene(
         label_logits_before=before.label_logits,
         label_logits_after=after.label_logits,
     )
-    return masks_lib.replace_concept(masks, concept, new), edit
 
 
 def oracle_activations(
@@ -226,20 +266,55 @@ def check_index(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value}; expected an integer in [{low}, {high - 1}]")
 
 
-def _change_count(masks: Masks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""]) -> Array:
-    total = masks_lib.num_weights(masks)
-    kept = num_true(masks_lib.concept(masks, concept))
+def _sum(count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"]]) -> UInt[Array, ""]:
+    return sum((jnp.sum(part, dtype=jnp.uint32) for part in jax.tree.leaves(count)), jnp.uint32(0))
+
+
+def _change_count(
+    masks: Masks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""], scope: str
+) -> UInt[Array, ""] | dict[str, UInt[Array, "*layers"]]:
+    """How many weights a step drops and grows, of the whole backbone or of each kernel."""
+    if scope not in ("global", "per_kernel"):
+        raise ValueError(f"scope is {scope!r}; expected 'global' or 'per_kernel'")
+    mask = masks_lib.concept(masks, concept)
     if is_traced(drop_fraction, concept, masks):
-        asked = jnp.round(jnp.asarray(drop_fraction) * total).astype(jnp.uint32)
-        return jnp.minimum(asked, jnp.minimum(kept, jnp.uint32(total) - kept))
+        if scope == "global":
+            return _traced_count(drop_fraction, num_true(mask), masks_lib.num_weights(masks))
+        return {path: _traced_count(drop_fraction, *_kept_of_each(path, kept)) for path, kept in mask.items()}
     fraction = float(drop_fraction)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"drop_fraction is {fraction}; expected a share of the backbone in [0, 1]")
-    count, num_kept = round(fraction * total), int(kept)
-    for verb, kind, available in (("drop", "kept", num_kept), ("grow", "pruned", total - num_kept)):
+    if scope == "global":
+        return _checked_count(fraction, num_true(mask), masks_lib.num_weights(masks), f"concept {int(concept)}")
+    return {
+        path: _checked_count(fraction, *_kept_of_each(path, kept), f"concept {int(concept)} in {path}")
+        for path, kept in mask.items()
+    }
+
+
+def _kept_of_each(path: str, kept: Bool[Array, "..."]) -> tuple[UInt[Array, "*layers"], int]:
+    """Kept weights of each kernel that a leaf holds, one for every layer that it stacks, and the size of one."""
+    first = 1 if path.startswith("layers/") else 0
+    counts = jnp.sum(kept, axis=range(first, kept.ndim), dtype=jnp.uint32)
+    return counts, kept.size // max(counts.size, 1)
+
+
+def _traced_count(
+    drop_fraction: float | Float[Array, ""], kept: UInt[Array, "*layers"], total: int
+) -> UInt[Array, "*layers"]:
+    asked = jnp.round(jnp.asarray(drop_fraction) * total).astype(jnp.uint32)
+    return jnp.minimum(asked, jnp.minimum(kept, jnp.uint32(total) - kept))
+
+
+def _checked_count(fraction: float, kept: UInt[Array, "*layers"], total: int, where: str) -> UInt[Array, "*layers"]:
+    count, num_kept = round(fraction * total), np.asarray(kept, np.int64)
+    for verb, kind, available in (
+        ("drop", "kept", int(num_kept.min())),
+        ("grow", "pruned", total - int(num_kept.max())),
+    ):
         if count > available:
             raise ValueError(
-                f"drop_fraction {fraction:g} asks to {verb} {count} weights, but the subnetwork of concept "
-                f"{int(concept)} has only {available} {kind} ones of {total}; expected at most {available / total:g}"
+                f"drop_fraction {fraction:g} asks to {verb} {count} weights, but the subnetwork of {where} has only "
+                f"{available} {kind} ones of {total}; expected at most {available / total:g}"
             )
-    return jnp.asarray(count, jnp.uint32)
+    return jnp.full(kept.shape, count, jnp.uint32)

@@ -98,6 +98,16 @@ def apply(params: Params, masks: Masks, index: int) -> dict[str, Any]:
     return subnetwork
 
 
+def kernels_of(params: Params, mask: Mapping[str, Bool[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+    """θ_k on the maskable kernels alone, {path: where(mask, θ, 0)}: what one concept's loss is differentiated by.
+
+    >>> import jax.numpy as jnp
+    >>> kernels_of({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"].tolist()
+    [1.0, 0.0]
+    """
+    return {path: jnp.where(kept, leaf_at(params, path), 0) for path, kept in mask.items()}
+
+
 def num_kept(masks: Masks) -> np.ndarray:
     """Kept weights of each concept, [K], exact."""
     # On the devices, which may be several hosts'; the sum over kernels may pass 2³².
@@ -121,23 +131,31 @@ def overlap(masks: Masks) -> np.ndarray:
     At density d two random masks of equal density have about d / (2 − d) (`chance_overlap`).
     """
     k = num_concepts(masks)
-    both, either = np.zeros((k, k), np.int64), np.zeros((k, k), np.int64)
+    both = np.zeros((k, k), np.int64)
     for mask in masks.values():
         rows = np.asarray(mask).reshape(k, -1)
         for i in range(k):
-            for j in range(k):
+            for j in range(i, k):
                 both[i, j] += np.count_nonzero(rows[i] & rows[j])
-                either[i, j] += np.count_nonzero(rows[i] | rows[j])
+    both = both + np.triu(both, 1).T
+    kept = both.diagonal()
+    either = kept[:, None] + kept[None, :] - both
     return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
-def chance_overlap(density_value: float) -> float:
+def chance_overlap(density_value: float, other: float | None = None) -> float:
     """Expected Jaccard index of two random masks of the same density d: d / (2 − d).
+
+    Where the other one's density e differs, d e / (d + e − d e).
 
     >>> round(chance_overlap(0.25), 3)
     0.143
+    >>> round(chance_overlap(0.25, 0.5), 3)
+    0.2
     """
-    return density_value / (2 - density_value)
+    other = density_value if other is None else other
+    either = density_value + other - density_value * other
+    return density_value * other / either if either else 1.0
 
 
 def packed_dtype(k: int) -> Any:
@@ -218,7 +236,7 @@ def drop_and_grow(
     mask: Mapping[str, Bool[Array, "..."]],
     drop_score: Mapping[str, Float[Array, "..."]],
     grow_score: Mapping[str, Float[Array, "..."]],
-    count: int | Int[Array, ""],
+    count: int | Int[Array, ""] | Mapping[str, Int[Array, "*layers"]],
 ) -> DropGrow:
     """Drops the `count` kept weights of lowest drop score and grows the `count` pruned ones of highest grow score.
 
@@ -230,11 +248,31 @@ def drop_and_grow(
       mask: one concept's mask, {path: booleans}.
       drop_score: lowest is dropped first.
       grow_score: highest is grown first.
-      count: how many to drop and to grow; may be traced.
+      count: how many to drop and to grow in the whole tree, or {path: how many in each kernel}, a number for every
+        layer that a leaf stacks; may be traced.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention', after Evci et al. 2020 (RigL).
     """
     pruned = {path: ~kept_here for path, kept_here in mask.items()}
-    dropped = select_smallest(drop_score, count, mask)
-    grown = select_smallest({path: -score for path, score in grow_score.items()}, count, pruned)
+    lowest = {path: -score for path, score in grow_score.items()}
+    if isinstance(count, Mapping):
+        dropped, grown = _select_in_kernels(drop_score, count, mask), _select_in_kernels(lowest, count, pruned)
+    else:
+        dropped, grown = select_smallest(drop_score, count, mask), select_smallest(lowest, count, pruned)
     return DropGrow({path: (mask[path] & ~dropped[path]) | grown[path] for path in mask}, dropped, grown)
+
+
+def _select_in_kernels(
+    scores: Mapping[str, Float[Array, "..."]],
+    counts: Mapping[str, Int[Array, "*layers"]],
+    eligible: Mapping[str, Bool[Array, "..."]],
+) -> dict[str, Bool[Array, "..."]]:
+    """`select_smallest` of every kernel by itself."""
+
+    def in_one(score: Float[Array, "..."], count: Int[Array, ""], among: Bool[Array, "..."]) -> Bool[Array, "..."]:
+        return select_smallest({"kernel": score}, count, {"kernel": among})["kernel"]
+
+    return {
+        path: (jax.vmap(in_one) if counts[path].ndim else in_one)(scores[path], counts[path], eligible[path])
+        for path in scores
+    }

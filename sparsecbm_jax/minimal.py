@@ -18,13 +18,9 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit
-from sparsecbm_jax.intervention import check_index, check_masks
+from sparsecbm_jax.intervention import Guard, check_index, check_masks, edit_between, guarded, signed
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.selection import select_smallest
-
-Guard = Mapping[str, Float[Array, "..."]]
-"""What changing a weight costs everything else, squared and to be compared within a concept: such as a Fisher diagonal
-by the effective weights. Gains are divided by its root."""
 
 
 class MinimalEdit(NamedTuple):
@@ -113,18 +109,18 @@ def _minimal_edit(
     before = cbm.forward(config, params, masks, heads, batch)
     mask = masks_lib.concept(masks, concept)
     weights = {path: masks_lib.leaf_at(params, path) for path in mask}
-    kernels = {path: jnp.where(mask[path], weights[path], 0) for path in mask}
+    kernels = masks_lib.kernels_of(params, mask)
 
     def margin_of(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
         output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
         return least_margin(output.concept_logits[:, 0], target, batch.example_weight)
 
     grads = jax.grad(margin_of)(kernels)
-    # How much the margin gains where a weight is grown, and loses where it is dropped.
-    gains = {path: grads[path] * weights[path] for path in mask}
-    if guard is not None:
-        # A change costs the square of the weight times that of its gradients elsewhere: the weight's size cancels.
-        gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(guard[path]) for path in mask}
+    # How much the margin gains where a weight is grown, and loses where it is dropped: it is to rise, not to fall.
+    if guard is None:
+        gains = {path: signed(weights[path], -grads[path]) for path in mask}
+    else:
+        gains = {path: guarded(weights[path], -grads[path], guard[path]) for path in mask}
     dropped = _ranked(gains, mask, max_pairs)
     grown = _ranked(
         {path: -gain for path, gain in gains.items()}, {path: ~kept for path, kept in mask.items()}, max_pairs
@@ -146,17 +142,9 @@ def _minimal_edit(
     on = {path: nothing[path].at[grown.first(path, count)].set(True, mode="drop") for path in mask}
     new_mask = {path: (mask[path] & ~off[path]) | on[path] for path in mask}
     after = cbm.subnetwork_output(config, params, heads, batch, edited(count), concept, before.activations)
-    edit = MaskEdit(
-        concept=concept,
-        target=target,
-        label=jnp.full_like(target, -1),
-        num_per_step=count.astype(jnp.uint32),
-        dropped=off,
-        grown=on,
-        concept_logits_before=before.concept_logits,
-        concept_logits_after=before.concept_logits.at[:, concept].set(after.concept_logits[:, 0]),
-        label_logits_before=before.label_logits,
-        label_logits_after=after.label_logits,
+    no_label = jnp.full_like(target, -1)
+    edit = edit_between(
+        mask, new_mask, before, after, concept=concept, target=target, label=no_label, num_per_step=count
     )
     found = MinimalEdit(
         edit,

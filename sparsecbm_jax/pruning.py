@@ -224,7 +224,7 @@ def prune(
         for k in range(config.num_concepts):
             mask = masks_lib.concept(before, k)
             candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if cutting.regrow else mask
-            kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in candidates.items()}
+            kernels = masks_lib.kernels_of(params, candidates)
             scores = None if store is None else store.get(cut, k, kernels)
             report: Report = {"is_stored": scores is not None}
             if scores is None:
@@ -328,7 +328,7 @@ def optimal_update(
             "model of one concept"
         )
     mask, kept = masks_lib.concept(before, 0), masks_lib.concept(after, 0)
-    kernels = {path: jnp.where(old, masks_lib.leaf_at(params, path), 0) for path, old in mask.items()}
+    kernels = masks_lib.kernels_of(params, mask)
     pairs = _with_activations(config, params, before, heads, batches)
     gradients = fisher.SubnetworkGradients(
         config, params, mask, heads, pairs, 0, per_example=pruner.per_example, limit=pruner.num_grads

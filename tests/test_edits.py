@@ -1,9 +1,7 @@
 """Edits at rest and their log: to the bit and back, small, and whole after a power cut at any byte."""
 
-import itertools
 import json
-import os
-import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from sparsecbm_jax.edit_log import EditLog, EditLogError
 from sparsecbm_jax.edits import Positions, StoredEdit
 from sparsecbm_jax.masks import Masks
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 CONCEPTS = ("food", "service")
 SHAPE = (2, 8, 8)
 SEVEN = edits._encode(np.array([7]))
@@ -217,36 +216,30 @@ def test_damage_before_the_end_is_an_error_and_changes_nothing(tmp_path: Path) -
     assert path.read_bytes() == b"something else"
 
 
-_WRITER = """
+def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """A few of the kills of `launch/soak.sh`, which would say what was lost."""
+    command = [sys.executable, "launch/soak.py", "--kills=6", f"--workdir={tmp_path}"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("6 kills: nothing acknowledged was lost")
+    (acknowledged,) = re.findall(r"\((\d+) entries acknowledged", result.stdout)
+    assert int(acknowledged) > 0 and (tmp_path / "0.log").is_file()
+
+
+# A log that acknowledges before the entry is on disk, as it would be with its writes left to a buffer.
+_FORGETFUL = """
 import sys
-sys.path.insert(0, "tests")
-from pathlib import Path
-from test_edits import opened, random_masks, some_edit
-masks = random_masks()
-with opened(Path(sys.argv[1]), masks) as log:
-    while True:
-        for edit in (some_edit(masks), some_edit(masks, 3)):
-            print("+", log.append(edit), flush=True)
-        for edit in log.edits:
-            log._write("undo", edit, {"id": edit.id})
-            print("-", edit.id, flush=True)
+sys.argv = ["soak.py", "--kills=4", "--workdir=" + sys.argv[1]]
+sys.path.insert(0, "launch")
+import command_line, soak
+from sparsecbm_jax.edit_log import EditLog
+EditLog._write = lambda self, kind, edit, body: self._note(kind, edit)
+command_line.run(soak.main, keeps_memory=False)
 """
 
 
-def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    masks, path, expected = random_masks(), tmp_path / "log", dict[str, None]()
-    for wanted in (1, 6, 15):
-        with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            heard = list(itertools.islice(writer.stdout, wanted))
-            os.kill(writer.pid, signal.SIGKILL)
-            heard += [line for line in writer.stdout if line.endswith("\n")]
-        assert len(heard) >= wanted
-        for line in heard:
-            sign, edit_id = line.split()
-            expected = {**expected, edit_id: None} if sign == "+" else {k: None for k in expected if k != edit_id}
-        with opened(path, masks) as log:
-            # One more may have reached the disk without being heard of.
-            assert len({edit.id for edit in log.edits} ^ set(expected)) <= 1
-            log.undo_all(log.replay(masks))
-        expected = {}
+def test_a_log_that_forgets_is_found_out(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FORGETFUL, str(tmp_path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 2, result.stdout
+    assert re.match(r"error: .*0\.log: in force are \[\], \[\] once mended; acknowledged were \['", result.stderr)

@@ -1,22 +1,28 @@
 """Pathways: sums that add up, gradients that an independent model confirms, words, batches and the terminal."""
 
+import csv
 import dataclasses
+import io
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy_model import as_float64, complex_gradient, concept_logits, leaf_at, pooled
+from test_json_schema import problem
 from tiny_model import TEXTS, tiny_model
 
-from sparsecbm_jax import artifact
+from sparsecbm_jax import artifact, explanation
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.backbones import maskable_paths
 from sparsecbm_jax.data.words import read_words
-from sparsecbm_jax.explanation import DecisionPathway, explain, render_text, summarise_subnetworks
+from sparsecbm_jax.explanation import DecisionPathway, explain, explain_stream, pathway_schema
+from sparsecbm_jax.rendering import CSV_COLUMNS, csv_header, csv_rows, render_text
 
 SUM_TOLERANCE = 1e-5
 BATCH_TOLERANCE = 1e-5
@@ -105,6 +111,8 @@ def test_a_pathway_is_json(pathways: list[DecisionPathway]) -> None:
         assert "\n" not in pathway.to_json()
         assert content["words"][0].keys() == {"text", "start", "end", "is_read"}
         assert content["concepts"][0]["word_scores"] == list(pathway.concepts[0].word_scores)
+        assert problem(content, pathway_schema(), pathway_schema()) is None
+        assert problem({**content, "method": "guess"}, pathway_schema(), pathway_schema()) == "$.method is 'guess'"
 
 
 def test_targets() -> None:
@@ -123,20 +131,6 @@ def test_targets() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             explain(model, TEXTS[:1], target)
-
-
-def test_subnetworks() -> None:
-    model = tiny_model(num_layers=2)
-    masks = {path: np.asarray(mask) for path, mask in model.masks.items()}
-    total = sum(mask[0].size for mask in masks.values())
-    for k, subnetwork in enumerate(summarise_subnetworks(model.masks, model.schema.concepts)):
-        assert subnetwork.density == pytest.approx(sum(mask[k].sum() for mask in masks.values()) / total)
-        by_layer = [sum(mask[k, layer].sum() for mask in masks.values()) / (total / 2) for layer in range(2)]
-        assert subnetwork.density_per_layer == pytest.approx(by_layer)
-        assert list(subnetwork.overlap) == [name for j, name in enumerate(model.schema.concepts) if j != k]
-        # The masks are random.
-        assert list(subnetwork.overlap.values()) == pytest.approx([subnetwork.chance_overlap] * 2, abs=0.03)
-    assert summarise_subnetworks(None, model.schema.concepts) == (None, None, None)
 
 
 def test_what_cannot_be_explained_is_refused() -> None:
@@ -179,14 +173,77 @@ def test_render_text() -> None:
     lines = render_text(pathway, top=2).split("\n")
     assert lines[0] == f'"{TEXTS[2]}"'
     assert lines[1].startswith(f"label: {pathway.label} ")
-    assert f"bias {pathway.bias[pathway.label]:+.3f}" in lines[2]
+    assert lines[2] == "explained: food=Positive; words by gradient_norm (no sign)"
+    assert f"bias {pathway.bias[pathway.label]:+.3f}" in lines[3]
     food = pathway.concepts[0]
-    assert f"{food.predicted_class}" in lines[3] and f"{food.contribution:+.3f}" in lines[3]
-    assert f"{food.subnetwork.density:.1%} of weights" in lines[3]
-    assert lines[4].strip().startswith("for Positive: ")
+    assert f"{food.predicted_class}" in lines[4] and f"{food.contribution:+.3f}" in lines[4]
+    assert f"{food.subnetwork.density:.1%} of weights" in lines[4]
+    assert lines[5].strip().startswith("for Positive: ")
     top = max(zip(food.word_scores, pathway.words, strict=True), key=lambda pair: pair[0])
-    assert f"for Positive: {top[1].text} {top[0]:.3g}" in lines[4]
-    assert len(lines) == 3 + 2 * 3
+    assert f"for Positive: {top[1].text} {top[0]:.3g}" in lines[5]
+    assert len(lines) == 4 + 2 * 3
+
+
+def signed(pathway: DecisionPathway) -> DecisionPathway:
+    """The same with every second score below zero."""
+    concepts = tuple(
+        dataclasses.replace(lane, word_scores=tuple((-1) ** i * s for i, s in enumerate(lane.word_scores)))
+        for lane in pathway.concepts
+    )
+    path = {"method": "integrated_gradients", "is_signed": True, "baseline": "zero", "num_steps": 8}
+    return dataclasses.replace(pathway, concepts=concepts, **path)
+
+
+def test_signs_are_shown_and_do_not_change_the_order(pathways: list[DecisionPathway]) -> None:
+    lines = render_text(signed(pathways[2]), top=99).split("\n")
+    assert lines[2].endswith("words by integrated_gradients (signed, from zero in 8 steps)")
+    plain = [shown.split() for shown in render_text(pathways[2], top=99).split("\n")[5].strip().split("  ")]
+    for (word, score), shown in zip(plain, lines[5].strip().split("  "), strict=True):
+        assert shown in (f"{word} +{score}", f"{word} -{score}")
+    assert "-" in lines[5]
+
+
+def test_csv(pathways: list[DecisionPathway]) -> None:
+    text = 'great,\n"=1+1"'
+    pathway = dataclasses.replace(signed(pathways[3]), text=text)
+    assert [word.text for word in pathway.words] == ["great"]
+    rows = list(csv.DictReader(io.StringIO(csv_header(2) + csv_rows(pathway, 7, 2))))
+    assert list(rows[0]) == [*CSV_COLUMNS, "word_1", "score_1", "word_2", "score_2"]
+    for row, lane in zip(rows, pathway.concepts, strict=True):
+        assert (row["text_number"], row["text"], row["concept"], row["method"]) == (
+            "7",
+            text,
+            lane.name,
+            pathway.method,
+        )
+        assert float(row["probability"]) == lane.probabilities[lane.predicted_class]
+        assert (row["word_1"], float(row["score_1"])) == ("great", lane.word_scores[0])
+        assert (row["word_2"], row["score_2"]) == ("", "")
+
+
+def test_a_stream_reads_no_further_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(num_layers=1)
+    monkeypatch.setattr(explanation, "WINDOW_BATCHES", 2)
+    given: list[str] = []
+
+    def endless() -> Iterator[str]:
+        for text in itertools.cycle(TEXTS):
+            given.append(text)
+            yield text
+
+    stream = explain_stream(model, endless(), batch_size=2)
+    assert not given
+    found = [pathway.text for pathway in itertools.islice(stream, 5)]
+    assert found == given[:5] and len(given) == 8
+    stream = explain_stream(model, iter([*TEXTS, "fine", " "]), batch_size=2)
+    assert [next(stream).text for _ in TEXTS] == list(TEXTS)
+    with pytest.raises(ValueError, match=r"texts\[5\] is ' '"):
+        next(stream)
+    # What is asked is looked at before any text.
+    with pytest.raises(ValueError, match="there is no label 'goood'"):
+        explain_stream(model, endless(), "goood")
+    with pytest.raises(TypeError, match="expected a sequence of texts"):
+        explain_stream(model, "fine")
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +259,7 @@ def launch(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
 def test_launch_explain(saved: Path, tmp_path: Path) -> None:
     reviews = tmp_path / "reviews.txt"
     reviews.write_text(f"{TEXTS[0]}\n\n{TEXTS[1]}\r\n", encoding="utf-8")
-    output, page = tmp_path / "pathways.jsonl", tmp_path / "pages" / "pathways.html"
+    output = tmp_path / "pathways.jsonl"
     done = launch(
         "explain.py",
         f"--model={saved}",
@@ -210,16 +267,45 @@ def test_launch_explain(saved: Path, tmp_path: Path) -> None:
         f"--file={reviews}",
         "--json",
         f"--output={output}",
-        f"--html={page}",
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (0, f"3 explained: {output}\n"), done.stderr
-    assert f"3 explained: {page}\n" in done.stderr
-    assert "great 🎉" in page.read_text(encoding="utf-8")
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     wanted = explain(tiny_model(num_layers=1), ["great 🎉", *TEXTS[:2]])
     assert [pathway["text"] for pathway in found] == [pathway.text for pathway in wanted]
     assert [pathway["label"] for pathway in found] == [pathway.label for pathway in wanted]
+
+
+def test_launch_explain_as_a_table(saved: Path, tmp_path: Path) -> None:
+    asked = ("--csv", "--method=gradient_x_input", "--top=1")
+    done = launch("explain.py", f"--model={saved}", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["concept"] for row in rows] == ["food", "ambiance", "service"]
+    assert {row["method"] for row in rows} == {"gradient_x_input"}
+    assert {row["word_1"] for row in rows} == {"great"} and all(float(row["score_1"]) for row in rows)
+
+
+def test_launch_explain_as_a_page(saved: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "pathways.html"
+    asked = (f"--html={page}", "--method=integrated_gradients", "--baseline=pad", "--num_steps=4")
+    done = launch("explain.py", f"--model={saved}", "--text=great 🎉", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"2 explained: {page}\n"), done.stderr
+    written = page.read_text(encoding="utf-8")
+    assert "great 🎉" in written
+    assert '"method":"integrated_gradients","is_signed":true,"baseline":"pad","num_steps":4' in written
+
+
+def test_launch_explain_prints_the_schema(tmp_path: Path) -> None:
+    done = launch("explain.py", "--schema", cwd=tmp_path)
+    assert json.loads(done.stdout) == pathway_schema(), done.stderr
+
+
+def test_launch_explain_prints_the_subnetworks(saved: Path, tmp_path: Path) -> None:
+    output = tmp_path / "subnetworks.json"
+    done = launch("explain.py", f"--model={saved}", "--subnetworks", f"--output={output}", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"written: {output}\n"), done.stderr
+    assert [one["name"] for one in json.loads(output.read_text())["concepts"]] == ["food", "ambiance", "service"]
 
 
 def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
@@ -249,6 +335,17 @@ def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
         ("explain.py", ["--text=fine"], "--model is missing"),
         ("explain.py", ["--model=MODEL"], "nothing to explain"),
         ("explain.py", ["--model=MODEL", "--file=absent.txt"], "absent.txt"),
+        ("explain.py", ["--model=MODEL", "--text=fine", "--json", "--csv"], "--json and --csv are two things to print"),
+        (
+            "explain.py",
+            ["--model=MODEL", "--text=fine", "--json", "--html=page.html"],
+            "--json and --html are two things",
+        ),
+        (
+            "explain.py",
+            ["--model=MODEL", "--text=fine", "--output=o", "--html=page.html"],
+            "--output=o does not go with",
+        ),
         ("explain.py", ["--model=MODEL", "--texts=fine"], "did you mean --text?"),
         ("intervene.py", ["--model=MODEL", "--find", "--text=fine"], "it goes with --concept, not --text"),
         ("intervene.py", ["--model=MODEL", "--text=fine", "--concept=food"], "--target missing"),

@@ -26,7 +26,7 @@ from sparsecbm_jax import artifact, correction, edits, intervention
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.explanation import render_correction
+from sparsecbm_jax.rendering import render_correction
 
 LOGIT_TOLERANCE = 1e-5
 SERVICE = 2
@@ -82,6 +82,34 @@ def test_an_edit_keeps_the_sparsity_and_touches_one_concept(
         np.testing.assert_array_equal(~old[path][concept] & new[path][concept], grown)
 
 
+def test_every_kernel_of_every_layer_may_have_its_own_share(model: SparseCBM, batch: Batch) -> None:
+    masks, edit = edit_of(model, batch, SERVICE, NEGATIVE, 0.02, scope="per_kernel")
+    old = as_numpy(masks_lib.concept(model.masks, SERVICE))
+    dropped, grown = as_numpy(edit.dropped), as_numpy(edit.grown)
+    for path, kept in old.items():
+        wanted = [round(0.02 * layer.size) for layer in kept]
+        assert [layer.sum() for layer in dropped[path]] == [layer.sum() for layer in grown[path]] == wanted
+    assert int(edit.num_per_step) == sum(flags.sum() for flags in dropped.values())
+    chex.assert_trees_all_equal(edits.undo(masks, edit), model.masks)
+
+    def traced(fraction: jax.Array) -> tuple[Any, Any]:
+        return edit_of(model, batch, SERVICE, NEGATIVE, fraction, scope="per_kernel")
+
+    chex.assert_trees_all_equal(jax.jit(traced)(0.02)[0], masks)
+
+
+def test_a_guard_spares_what_is_dear(model: SparseCBM, batch: Batch) -> None:
+    guard = {path: jnp.ones(mask.shape[1:]) for path, mask in model.masks.items()}
+    dear = "layers/ffn_in/kernel"
+    _, free = edit_of(model, batch, SERVICE, NEGATIVE, 0.02, saliency="guarded", guard=guard)
+    _, spared = edit_of(
+        model, batch, SERVICE, NEGATIVE, 0.02, saliency="guarded", guard={**guard, dear: 1e12 * guard[dear]}
+    )
+    counts = [edits.count_true({dear: edit.dropped[dear] | edit.grown[dear]}) for edit in (free, spared)]
+    assert counts[0] > counts[1] == 0
+    assert edits.num_changed(free) == edits.num_changed(spared)
+
+
 def test_undo_and_apply_are_exact(model: SparseCBM, batch: Batch) -> None:
     masks, edit = edit_of(model, batch, SERVICE, NEGATIVE, 0.02)
     chex.assert_trees_all_equal(edits.undo(masks, edit), model.masks)
@@ -130,7 +158,7 @@ def test_concept_target_and_fraction_may_be_traced(model: SparseCBM, batch: Batc
     masks, edit = jax.eval_shape(traced, jnp.int32(0), jnp.int32(0), jnp.float32(0.1))
     assert masks.keys() == model.masks.keys()
     assert edit.dropped["layers/ffn_in/kernel"].shape == (1, 16, 24)
-    count = jax.jit(lambda r: intervention._change_count(model.masks, 0, r))
+    count = jax.jit(lambda r: intervention._change_count(model.masks, 0, r, "global"))
     pruned = masks_lib.num_weights(model.masks) - int(masks_lib.num_kept(model.masks)[0])
     assert [int(count(r)) for r in (0.0, 0.02, 1.0)] == [0, 36, pruned]
 

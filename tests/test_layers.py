@@ -17,7 +17,18 @@ MAX_LINES = 500
 
 # Within a floor the order counts too.
 FLOORS = (
-    ("config", "host_memory", "cholesky", "woodfisher", "patterns", "selection", "masks", "metrics", "sharding"),
+    (
+        "config",
+        "json_schema",
+        "host_memory",
+        "cholesky",
+        "woodfisher",
+        "patterns",
+        "selection",
+        "masks",
+        "metrics",
+        "sharding",
+    ),
     ("backbones", "data", "checkpoint", "edits", "edit_log"),
     ("cbm", "fisher"),
     (
@@ -29,12 +40,26 @@ FLOORS = (
         "pruning",
         "intervention",
         "minimal",
+        "guards",
         "correction",
         "arms",
         "impact",
+        "subnetworks",
+        "attribution",
         "explanation",
+        "rendering",
     ),
-    ("evaluation", "streams", "logs", "steps", "vocabulary", "preparation", "training"),
+    (
+        "evaluation",
+        "streams",
+        "logs",
+        "named_arms",
+        "intervention_suite",
+        "steps",
+        "vocabulary",
+        "preparation",
+        "training",
+    ),
     ("report", "app"),
 )
 RANK = {room: rank for rank, room in enumerate(room for floor in FLOORS for room in floor)}

@@ -14,7 +14,13 @@ ZERO_WIDTH_JOINER = "\u200d"
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word of the text: `text[start:end]`, and whether the model read it (not cut off, not cleaned away)."""
+    """A word of the text, and whether the model read it.
+
+    Attributes:
+        text: the word.
+        start, end: where it stands in the text, in characters (Unicode code points), `text[start:end]`.
+        is_read: False where it was cut off or cleaned away.
+    """
 
     text: str
     start: int

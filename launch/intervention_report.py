@@ -1,0 +1,251 @@
+"""Tables and plots of the intervention suite, from the report that `evaluate.py` makes."""
+
+from __future__ import annotations
+
+import statistics
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import plots
+
+if typing.TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Report = dict[str, Any]
+
+TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
+STYLES = {"magnitude": 1, "signed": 0, "random": 2}
+
+
+def render(report: Report) -> str:
+    """The report as Markdown, a section for each part that it has."""
+    sections = {"undone": _undone_table, "minimal": _minimal_table, "streams": _streams_table}
+    found = [render_section(report) for name, render_section in sections.items() if name in report]
+    return "\n\n".join([f"# Interventions, {report['split']} split", *found])
+
+
+def draw(report: Report, workdir: Path) -> None:
+    """Draws a figure for each part of the report; says so where matplotlib is not there to do it."""
+    if (pyplot := plots.pyplot()) is None:
+        return
+    for name, draw_part in {"undone": _draw_undone, "minimal": _draw_minimal, "streams": _draw_streams}.items():
+        if name in report:
+            plots.save(draw_part(report, pyplot), workdir, name)
+
+
+def percent(value: float | None, digits: int = 1, *, is_signed: bool = False) -> str:
+    """A share in percent; – for None."""
+    if value is None:
+        return "–"
+    return f"{100 * value:+.{digits}f}" if is_signed else f"{100 * value:.{digits}f}"
+
+
+def share(value: float) -> str:
+    """A share of the backbone in percent, as short as it is exact.
+
+    >>> [share(value) for value in (0.0, 0.0001, 0.03)]
+    ['0', '0.01 %', '3 %']
+    """
+    return f"{100 * value:g} %" if value else "0"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _changes(point: Report, name: str) -> list[float]:
+    """What each tried edit did to an accuracy on held-out rows."""
+    pairs = [(side[f"{name}_before"], side[f"{name}_after"]) for side in point["side"]]
+    return [after - before for before, after in pairs if before is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def _undone_table(report: Report) -> str:
+    found = report["undone"]
+    rows = []
+    for point in found["points"]:
+        rows.append([TITLES[point["ranking"]], share(point["ratio"]), f"{point['changed']:.0f}"])
+        rows[-1] += [percent(point[name]) for name in ("repaired", "concept", "task")]
+        for name in ("concept", "task"):
+            rows[-1].append(percent(_mean(_changes(point, name)), is_signed=True))
+        rows[-1].append("–" if point["seconds"] is None else f"{point['seconds']:.2f}")
+    rows.append(["oracle activation", *"–––", "set", percent(found["oracle"]["task"]), *"–––"])
+    if found["dense"]:
+        scores = [percent(found["dense"][name]) for name in ("concept", "task")]
+        rows.append(["dense model, no intervention", *"–––", *scores, *"–––"])
+    heads = "ranking", "r", "changed", "repaired", "concepts", "task", "held-out concept", "held-out task", "seconds"
+    num_cells, sides = found["points"][0]["num_cells"], len(found["points"][0]["side"])
+    return "\n\n".join(
+        [
+            "## Oracle-triggered, undone",
+            f"Gold labels pick the wrong cells ({num_cells} of them are corrected), and each edit is "
+            "undone, so that the accuracy on concepts cannot fall. The held-out columns can: points that the edited "
+            f"concept and the task gain on reviews of other originals, mean of {sides} edits. Percent; r of the "
+            "weights are dropped, and as many grown.",
+            _table(heads, rows),
+        ]
+    )
+
+
+def _minimal_table(report: Report) -> str:
+    found = report["minimal"]
+    rows = []
+    for name, one in {"all concepts": found["all"], **found["concepts"]}.items():
+        counts, shares = one["changed"], one["share"]
+        row = [name, f"{one['num_cells']}", percent(one["repaired"])]
+        row += ["–" if counts[q] is None else f"{counts[q]:.0f}" for q in ("0.25", "0.5", "0.75", "0.9", "1.0")]
+        row += ["–" if shares[q] is None else f"{100 * shares[q]:.2g}" for q in ("0.5", "0.9")]
+        rows.append([*row, "–" if one["seconds"] is None else f"{one['seconds']:.2f}"])
+    heads = ["concept", "wrong cells", "repaired %", "25 %", "median", "75 %", "90 %", "most", "median, % of backbone"]
+    heads += ["90 %, % of backbone", "seconds"]
+    words = "Weights changed, dropped and grown together, among the cells that were repaired; each cell by itself."
+    return "\n\n".join(["## Smallest edits", words, _table(heads, rows)])
+
+
+# Of a stream's report: column, value of a number in it, whether it is a difference in points.
+_STREAM_COLUMNS: tuple[tuple[str, Callable[[Report], float | None], bool], ...] = (
+    ("repaired", lambda r: r["repaired"], False),
+    ("still right", lambda r: r["retained"], False),
+    ("before reveal", lambda r: r["prequential"], False),
+    ("gain over none", lambda r: _less(r["prequential"], r["without"]), True),
+    ("held-out concepts", lambda r: _less(r["held_out_after"], r["held_out_before"]), True),
+    ("held-out task", lambda r: _less(r["label_after"], r["label_before"]), True),
+    ("same siblings", lambda r: _less(r["generality_after"], r["generality_before"]), True),
+    ("other siblings kept", lambda r: r["locality"], False),
+    ("other concepts changed", lambda r: r["others_changed"], False),
+)
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _values(arm: Report, of: Callable[[Report], float | None]) -> list[float]:
+    return [value for value in map(of, arm["orders"]) if value is not None]
+
+
+def _streams_table(report: Report) -> str:
+    found = report["streams"]
+    rows = []
+    for arm in found.values():
+        row = [arm["title"]]
+        for _, of, is_signed in _STREAM_COLUMNS:
+            values = _values(arm, of)
+            spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row.append(percent(_mean(values), is_signed=is_signed) + spread)
+        for name, digits in (("num_reviews", 0), ("num_edits", 0), ("changed", 0), ("seconds", 2)):
+            mean = arm["summary"][name]["mean"]
+            row.append("–" if mean is None else f"{mean:.{digits}f}")
+        rows.append(row)
+    heads = ["arm", *(name for name, _, _ in _STREAM_COLUMNS), "reviews", "corrections", "changed", "seconds"]
+    orders = len(next(iter(found.values()))["orders"])
+    words = (
+        f"All corrections stay in force; mean ± standard deviation over {orders} orders of the reviews, in percent or, "
+        "with a sign, in points. *Still right*: corrected cells, at the end. *Before reveal*: accuracy of each review "
+        "before it is corrected; *gain* over the same reviews without corrections. *Same siblings*: of a corrected "
+        "cell's siblings with the same gold class, points gained; *other siblings kept*: of those with another class, "
+        "the share still read rightly. The oracle sets an activation of the text at hand: right by definition, and the "
+        "model learns nothing. *Wrong label* counts as repaired where the text got the wrong class that was asked."
+    )
+    return "\n\n".join(["## Streams", words, _table(heads, rows)])
+
+
+def _grid(axes: Sequence[Axes]) -> None:
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_undone(report: Report, pyplot: Any) -> Any:
+    found = report["undone"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.6), layout="constrained", sharex=True)
+    ratios = sorted({point["ratio"] for point in found["points"]})
+    places = {ratio: i for i, ratio in enumerate(ratios)}
+    for ranking in dict.fromkeys(point["ranking"] for point in found["points"] if point["ranking"] != "none"):
+        points = [point for point in found["points"] if point["ranking"] in ("none", ranking)]
+        where, style = [places[point["ratio"]] for point in points], plots.style(STYLES[ranking])
+        for column, name in enumerate(("concept", "task")):
+            levels = [float("nan") if point[name] is None else 100 * point[name] for point in points]
+            axes[0, column].plot(where, levels, label=TITLES[ranking], **style)
+            changes = [[100 * change for change in _changes(point, name)] for point in points]
+            if all(changes):
+                axes[1, column].plot(where, [statistics.mean(c) for c in changes], **style)
+                low, high = [min(c) for c in changes], [max(c) for c in changes]
+                axes[1, column].fill_between(where, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    lines = [("dense model", "--", found["dense"]), ("oracle activation", ":", found["oracle"])]
+    for label, dash, scores in lines:
+        for column, name in enumerate(("concept", "task")):
+            if scores and scores.get(name) is not None:
+                axes[0, column].axhline(100 * scores[name], color="0.35", linestyle=dash, linewidth=1.2, label=label)
+    for column, name in enumerate(("concepts", "task")):
+        axes[0, column].set(title=name, ylabel=f"accuracy on {report['split']} (%),\ngold-triggered, undone")
+        axes[1, column].axhline(0, color="0.35", linewidth=0.8)
+        axes[1, column].set(
+            xlabel="r, share of the backbone dropped, and grown", ylabel="change (points),\nother texts, one edit"
+        )
+        axes[1, column].set_xticks(list(places.values()), [share(ratio) for ratio in ratios])
+    _grid(axes.flat)
+    handles = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _draw_minimal(report: Report, pyplot: Any) -> Any:
+    found, total = report["minimal"], report["num_weights"]
+    figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    num_cells, changed = found["all"]["num_cells"], found["changed"]
+    where = [100 * count / total for count in changed]
+    level = [100 * (i + 1) / num_cells for i in range(len(changed))]
+    axis.step(where, level, where="post", color="black", linewidth=1.6, label="smallest signed edit of each cell")
+    for point in report.get("undone", {}).get("points", ()):
+        if point["ratio"]:
+            style = plots.style(STYLES[point["ranking"]])
+            is_first = TITLES[point["ranking"]] not in axis.get_legend_handles_labels()[1]
+            label = TITLES[point["ranking"]] if is_first else None
+            # As many are grown as are dropped.
+            axis.plot(200 * point["ratio"], 100 * point["repaired"], linestyle="none", label=label, **style)
+    axis.set(xscale="log", ylim=(-3, 103))
+    axis.set(xlabel="weights changed (% of the backbone)", ylabel=f"wrong cells repaired (% of {num_cells})")
+    _grid([axis])
+    axis.legend(loc="center right", fontsize="small", framealpha=0.9, edgecolor="none")
+    return figure
+
+
+_PANELS = (
+    ("gain before\nthe reveal (points)", "gain over none"),
+    ("held-out concepts\n(points)", "held-out concepts"),
+    ("corrected cells\nstill right (%)", "still right"),
+    ("same siblings\n(points)", "same siblings"),
+    ("other siblings\nkept (%)", "other siblings kept"),
+)
+
+
+def _draw_streams(report: Report, pyplot: Any) -> Any:
+    found = report["streams"]
+    of_column = {name: (of, is_signed) for name, of, is_signed in _STREAM_COLUMNS}
+    height = 1.3 + 0.3 * len(found)
+    figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(10, height), layout="constrained", sharey=True)
+    for axis, (title, column) in zip(axes, _PANELS, strict=True):
+        of, is_signed = of_column[column]
+        for place, arm in enumerate(found.values()):
+            values = [100 * value for value in _values(arm, of)]
+            if values:
+                axis.plot(
+                    [min(values), max(values)], [place, place], color="0.6", linewidth=2.5, solid_capstyle="round"
+                )
+                axis.plot(statistics.mean(values), place, markersize=6, **plots.style(0))
+        if is_signed:
+            axis.axvline(0, color="0.35", linewidth=0.8)
+        axis.set_xlabel(title)
+    axes[0].set_yticks(range(len(found)), [arm["title"] for arm in found.values()])
+    axes[0].invert_yaxis()
+    _grid(axes)
+    return figure

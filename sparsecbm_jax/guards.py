@@ -1,0 +1,92 @@
+"""What changing a weight costs everything that a concept already reads rightly: the guards of `minimal`.
+
+The Fisher says by how much a concept's loss over training texts rises where a weight of its subnetwork moves. The
+pruner asks that of the kept weights; an edit also grows pruned ones, so here the gradients are those of the loss
+*through the masked subnetwork*, read at all positions.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsecbm_jax import cbm
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.cbm import CBMConfig, Heads
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.minimal import Guard
+
+
+def fisher_guard(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Heads,
+    batches: Sequence[Batch],
+    concept: int,
+    *,
+    floor: float = 0.01,
+    on_gradient: Callable[[], object] = lambda: None,
+) -> Guard:
+    r"""The diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
+
+    $(1/m) \sum_i g_i^2 + floor \cdot mean$, with g_i the gradient of CE(u_k, c_k), averaged over minibatch i, by the
+    effective kernels θ_k. Where a weight is pruned its gradient is that of growing it.
+
+    Args:
+      masks: booleans of all K concepts.
+      batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
+      concept: k.
+      floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
+      on_gradient: called after each minibatch.
+
+    Returns:
+      {path: positive array of the kernel's shape}.
+
+    Raises:
+      ValueError: if there are no batches, or the concept has no gradient in any of them.
+    """
+    mask = masks_lib.concept(masks, concept)
+    total = {path: jnp.zeros(kept.shape, jnp.float32) for path, kept in mask.items()}
+    for batch in batches:
+        total = _add_squares(config, total, params, mask, heads, batch, jnp.int32(concept))
+        # A stream's programs would otherwise pile up, each with a gradient of the whole backbone.
+        jax.block_until_ready(total)
+        on_gradient()
+    mean = float(_sum(total)) / sum(leaf.size for leaf in total.values())
+    if not mean > 0:
+        raise ValueError(
+            f"concept {concept}: the squared gradients over {len(batches)} batches add up to {mean}; expected training "
+            "batches in which the concept is labelled"
+        )
+    return {path: (leaf + floor * mean) / len(batches) for path, leaf in total.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add_squares(
+    config: CBMConfig,
+    total: dict[str, Float[Array, "..."]],
+    params: Params,
+    mask: Mapping[str, Bool[Array, "..."]],
+    heads: Heads,
+    batch: Batch,
+    concept: Int[Array, ""],
+) -> dict[str, Float[Array, "..."]]:
+    cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
+    # The label hangs on the other concepts' activations; the concept, whose loss this is, does not.
+    others = jnp.zeros((cells.shape[0], config.num_concepts, config.num_classes))
+
+    def loss(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
+        output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, others)
+        return cbm.concept_loss(config, output, batch._replace(concepts=cells))[0]
+
+    grads = jax.grad(loss)({path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()})
+    return {path: total[path] + jnp.square(grad.astype(jnp.float32)) for path, grad in grads.items()}
+
+
+@jax.jit
+def _sum(tree: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
+    return sum((jnp.sum(leaf) for leaf in tree.values()), jnp.float32(0))

@@ -1,0 +1,83 @@
+"""The evaluation main: goes on where it was stopped, and refuses by name before it computes."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_model import SCHEMA, TEXTS, tiny_model
+
+from sparsecbm_jax import artifact
+from sparsecbm_jax.config import from_config_dict, to_dict
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ASKED = "--rankings=signed --ratios=0,0.01 --max_cells=2 --side_edits=1 --max_minimal=2 --arms=none,minimal --orders=0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that says what it was trained on: a few reviews in a table, two of each original."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for split in ("train", "validation", "test"):
+        with (root / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", *SCHEMA.concepts, "label", "original"])
+            for n, text in enumerate(TEXTS):
+                classes = [SCHEMA.classes[(n + k) % 3] for k in range(3)]
+                writer.writerow([f"{text} {split}", *classes, SCHEMA.labels[n % 2], n // 2])
+    data = {"preset": "columns", "path": str(root), "text_column": "text", "label_column": "label", "max_length": 16}
+    data |= {"concept_columns": SCHEMA.concepts, "group_column": "original"}
+    run = from_config_dict({"data": data, "backbone": {"name": "tiny"}, "pruner": {"num_grads": 1}})
+    model = dataclasses.replace(tiny_model(num_layers=1), metadata={"run_config": to_dict(run)})
+    artifact.save(model, root / "model")
+    return root
+
+
+def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/evaluate.py", f"--model={folder / 'model'}", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_suite_goes_on_where_it_was_stopped(folder: Path) -> None:
+    workdir = folder / "edits"
+    asked = ["--suite=intervention", f"--workdir={workdir}", *ASKED.split(), "--max_edits=2"]
+    first = evaluate(folder, *asked)
+    assert first.returncode == 0, first.stderr
+    lines = (workdir / "results.jsonl").read_text().splitlines()
+    names = [line["key"][:2] for line in map(json.loads, lines)]
+    expected = [["undone", "none"], ["undone", "signed"], ["oracle", 2], ["stream", "none"], ["stream", "minimal"]]
+    assert [name for name in names if name[0] != "minimal"] == expected
+    text = (workdir / "intervention.md").read_text()
+    assert text.strip() in first.stdout and "| smallest edit |" in text and "| oracle activation |" in text
+    report = json.loads((workdir / "intervention.json").read_text())
+    assert set(report) == {"split", "num_weights", "undone", "minimal", "streams"}
+    # As if it had been stopped in the last line: what is whole is not made again.
+    kept = json.loads(lines[0])
+    kept["value"]["changed"] = 77
+    (workdir / "results.jsonl").write_text("\n".join([json.dumps(kept), *lines[1:-1]]) + '\n{"key": ["str')
+    again = evaluate(folder, *asked)
+    assert again.returncode == 0, again.stderr
+    assert len((workdir / "results.jsonl").read_text().splitlines()) == len(lines)
+    assert "| no intervention | 0 | 77 |" in again.stdout
+    other = evaluate(folder, *asked, "--split=validation")
+    assert other.returncode == 2 and 'split: saved "test", current "validation"' in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--suite=intervention", "error: --workdir is missing"),
+        ("--suite=intervention --workdir=x --ratios=0.9", "error: --ratios=0.9: expected shares from 0 to 0."),
+    ],
+)
+def test_what_cannot_be_is_refused(folder: Path, arguments: str, message: str) -> None:
+    result = evaluate(folder, *arguments.split())
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+def test_a_models_scores_are_printed(folder: Path) -> None:
+    result = evaluate(folder, "--suite=classification")
+    assert result.returncode == 0 and result.stdout.startswith("%  ") and "all concepts" in result.stdout

@@ -1,0 +1,70 @@
+"""Guards: the squared gradients of the masked subnetwork's loss, at kept and at pruned positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import TEXTS, tiny_model
+
+from sparsecbm_jax import artifact, cbm, guards
+from sparsecbm_jax import masks as masks_lib
+from sparsecbm_jax.artifact import SparseCBM
+from sparsecbm_jax.data.batches import Batch
+
+CONCEPT = 1
+
+
+@pytest.fixture(scope="module")
+def model() -> SparseCBM:
+    return tiny_model(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def batches(model: SparseCBM) -> list[Batch]:
+    """Two rows and a row of padding, twice; a cell of the second batch is missing."""
+    found = [next(artifact.text_batches(model, TEXTS[i : i + 2], batch_size=3)) for i in (0, 2)]
+    concepts = np.array([[0, 1, 2], [2, 0, 1], [0, 2, 0]], np.int32)
+    missing = np.where(np.arange(3)[:, None] == 1, -1, concepts)
+    return [found[0]._replace(concepts=concepts), found[1]._replace(concepts=missing)]
+
+
+def squares_by_another_way(model: SparseCBM, batch: Batch) -> dict[str, np.ndarray]:
+    """Of the dense model whose weights are those of the subnetwork, so that no mask hides a gradient."""
+    assert model.masks is not None
+    params = masks_lib.apply(model.params, model.masks, CONCEPT)
+
+    def loss(params: masks_lib.Params) -> jax.Array:
+        logits = cbm.forward(model.config, params, None, model.heads, batch).concept_logits[:, CONCEPT]
+        gold = batch.concepts[:, CONCEPT]
+        counted = np.flatnonzero((gold >= 0) & (batch.example_weight > 0))
+        return -jnp.mean(jax.nn.log_softmax(logits)[counted, gold[counted]])
+
+    grads = jax.grad(loss)(params)
+    return {path: np.square(np.asarray(masks_lib.leaf_at(grads, path))) for path in model.masks}
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.01])
+def test_a_guard_is_the_mean_square_of_gradients_at_all_positions(
+    model: SparseCBM, batches: list[Batch], floor: float
+) -> None:
+    assert model.masks is not None
+    seen: list[None] = []
+    arrays = (model.config, model.params, model.masks, model.heads)
+    found = guards.fisher_guard(*arrays, batches, CONCEPT, floor=floor, on_gradient=lambda: seen.append(None))
+    assert len(seen) == 2
+    each = [squares_by_another_way(model, batch) for batch in batches]
+    expected = {path: (each[0][path] + each[1][path]) / 2 for path in model.masks}
+    mean = np.concatenate([leaf.ravel() for leaf in expected.values()]).mean()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf + floor * mean, rtol=1e-4, atol=1e-6 * mean)
+        pruned = ~np.asarray(model.masks[path][CONCEPT])
+        assert (leaf[pruned] > 0).mean() > 0.9
+
+
+def test_a_concept_without_labels_has_no_guard(model: SparseCBM, batches: list[Batch]) -> None:
+    assert model.masks is not None
+    arrays = (model.config, model.params, model.masks, model.heads)
+    unlabelled = [batch._replace(concepts=np.full((3, 3), -1, np.int32)) for batch in batches]
+    for given in ([], unlabelled):
+        with pytest.raises(ValueError, match=rf"concept 1: .* over {len(given)} batches add up to 0.0; expected train"):
+            guards.fisher_guard(*arrays, given, CONCEPT)
