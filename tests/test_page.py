@@ -275,13 +275,34 @@ def test_nothing_overflows_on_a_phone(
         assert page.eval_on_selector_all(".card, .fall, .share, .class, .review, h1, p", spilling) == []
 
 
-def test_signed_scores_and_missing_fields(open_page: Any, pathways: list[DecisionPathway]) -> None:
+def test_signed_scores_show_their_sign_and_their_method(open_page: Any) -> None:
+    model = tiny_model(num_layers=1)
+    (pathway,) = explain(model, TEXTS[:1], method="integrated_gradients", baseline="pad", num_steps=8)
+    page = open_page([pathway])
+    stated = "words by integrated_gradients (signed, from pad in 8 steps)"
+    assert stated in page.text_content(".explained")
+    k, lane = next((k, lane) for k, lane in enumerate(pathway.concepts) if min(lane.word_scores) < 0)
+    page.locator(".pin").nth(k).click()
+    assert f"purple words speak for {lane.name} = {lane.explained_class}" in page.text_content(
+        ".shading span:not(.absent)"
+    )
+    against = [word.text for word, score in zip(pathway.words, lane.word_scores, strict=True) if score < 0]
+    assert page.locator(".word.against").all_text_contents() == against
+    page.locator("summary").click()
+    row = page.locator(".table", has_text=f"scored for, by {stated[9:]}").locator("tbody tr").nth(k).locator("td")
+    stated_numbers = (lane.explained_logit, lane.baseline_logit, sum(lane.word_scores))
+    assert row.all_text_contents() == [lane.explained_class, *(f"{n:+.2f}".replace("-", "−") for n in stated_numbers)]
+    cells = page.locator(".table", has_text="Score of each word").locator(f"tbody tr td:nth-child({k + 2})")
+    signs = ["−" if score < 0 else "+" for score in lane.word_scores]
+    assert [text[0] for text in cells.all_text_contents()] == signs
+    assert page.problems == []
+
+
+def test_a_dense_model_and_no_predictor(open_page: Any, pathways: list[DecisionPathway]) -> None:
     first, *rest = pathways[1].concepts
-    scores = tuple(-score if i % 2 else score for i, score in enumerate(first.word_scores))
-    lanes = (dataclasses.replace(first, word_scores=scores, subnetwork=None), *rest)
-    page = open_page([dataclasses.replace(pathways[1], concepts=lanes)])
-    page.locator(".pin").first.click()
-    assert page.locator(".word.against").count() == len(scores) // 2
+    page = open_page([dataclasses.replace(pathways[1], concepts=(dataclasses.replace(first, subnetwork=None), *rest))])
+    assert "words by gradient_norm (no sign)" in page.text_content(".explained")
+    assert page.locator(".word.against").count() == 0
     assert page.text_content(".subnetwork .small") == "all weights (dense)"
     assert page.locator("button.class").count() == 0  # without the predictor nothing can be set
     assert page.problems == []

@@ -21,7 +21,9 @@
   };
   const count = (n) => n.toLocaleString("en");
   const largest = (numbers) => Math.max(0, ...numbers.map(Math.abs)) || 1;
-  const shade = (score, strongest) => `${Math.round(100 * (score / strongest) ** 2)}%`; // a word's part of the squared norm
+  /** Signed scores add up, so that a word's part is its size; of scores without sign, the squares do. */
+  const shade = (score, strongest, isSigned) => `${Math.round(100 * Math.abs(score / strongest) ** (isSigned ? 1 : 2))}%`;
+  const worded = (score, isSigned) => (isSigned && score > 0 ? "+" : "") + brief(score);
   const best = (shares) => Object.keys(shares).reduce((a, b) => (shares[b] > shares[a] ? b : a));
 
   function softmax(logits) {
@@ -29,6 +31,12 @@
     const raised = Object.entries(logits).map(([name, logit]) => [name, Math.exp(logit - top)]);
     const total = raised.reduce((sum, [, value]) => sum + value, 0);
     return Object.fromEntries(raised.map(([name, value]) => [name, value / total]));
+  }
+
+  /** How the words were scored, such as 'integrated_gradients (signed, from zero in 32 steps)'. */
+  function methodWords(pathway) {
+    const from = pathway.baseline === null ? "" : `, from ${pathway.baseline} in ${pathway.num_steps} steps`;
+    return `${pathway.method} (${pathway.is_signed ? "signed" : "no sign"}${from})`;
   }
 
   /** What the label is made of where `chosen` maps concepts to the classes that a person set. */
@@ -114,9 +122,9 @@
     });
 
     // The lane of words.
-    const characters = Array.from(pathway.text); // offsets count characters, not UTF-16 units
+    const characters = Array.from(pathway.text); // offsets count code points, not UTF-16 units
     const words = pathway.words.map((word, i) =>
-      make("span", { class: word.is_read ? "word" : "word unread", "data-word": i }, characters.slice(word.start, word.end).join("")));
+      make("span", { class: word.is_read ? "word" : "word unread", "data-word": i }, word.text));
     const review = make("p", { class: "review", dir: "auto", tabindex: "0", role: "group", "aria-describedby": `${id}-shading`,
       "aria-label": "Review; the left and right arrow keys step through its words" });
     let reached = 0;
@@ -126,8 +134,10 @@
     });
     review.append(characters.slice(reached).join(""));
     // All in one place and one of them seen, so that nothing moves under a pointer that passes.
-    const shadings = [`Underlined: the ${TRACKED_WORDS} words that each concept answers to most.`,
-      ...lanes.map((lane) => `Shaded: how strongly ${lane.name} = ${lane.explained_class} answers to each word.`)].map((text) => make("span", {}, text));
+    const isSigned = pathway.is_signed;
+    const shadings = [`Underlined: the ${TRACKED_WORDS} words that each concept answers to most${isSigned ? ", dashed where against its class" : ""}.`,
+      ...lanes.map((lane) => isSigned ? `Shaded: purple words speak for ${lane.name} = ${lane.explained_class}, orange ones against it.`
+        : `Shaded: how strongly ${lane.name} = ${lane.explained_class} answers to each word.`)].map((text) => make("span", {}, text));
     const shading = make("p", { class: "hint shading", id: `${id}-shading` }, shadings);
     const read = make("span", {});
     const scores = lanes.map(() => exact("", "–"));
@@ -142,7 +152,7 @@
       read.replaceChildren(...(i === null ? ["Point at a word, or step with the arrow keys, for its scores."] : ["Scores of ", make("strong", {}, words[i].textContent)]));
       scores.forEach((score, k) => {
         score.value = i === null ? "" : lanes[k].word_scores[i];
-        score.textContent = i === null ? "–" : pathway.words[i].is_read ? brief(lanes[k].word_scores[i]) : "not read";
+        score.textContent = i === null ? "–" : pathway.words[i].is_read ? worded(lanes[k].word_scores[i], isSigned) : "not read";
       });
     }
     readWord(null);
@@ -176,7 +186,7 @@
       if (!mask) item.append(make("p", { class: "small" }, "all weights (dense)"));
       else {
         item.append(make("p", { class: "small" }, exact(mask.density, percent(mask.density)), " of weights kept"));
-        const layers = mask.density_per_layer ?? [];
+        const layers = mask.density_per_layer;
         item.append(make("div", { class: "layers", role: "img", "aria-label": `Kept by layer: ${layers.map((share) => percent(share)).join(", ")}` },
           layers.map((share) => make("span", { "--height": `${(100 * share) / densest}%`, "--colour": CIVIDIS[Math.min(9, Math.floor(10 * share))] }))));
       }
@@ -245,7 +255,7 @@
       concepts.forEach(({ pin }, i) => pin.setAttribute("aria-pressed", String(pinned === i)));
       words.forEach((word, i) => {
         const score = k === null ? 0 : lanes[k].word_scores[i];
-        word.style.setProperty("--strength", k === null ? "0%" : shade(score, strongest[k]));
+        word.style.setProperty("--strength", k === null ? "0%" : shade(score, strongest[k], isSigned));
         word.classList.toggle("against", score < 0);
       });
       shadings.forEach((text, i) => text.classList.toggle("absent", i !== (k === null ? 0 : k + 1)));
@@ -260,7 +270,7 @@
         make("strong", { class: "decided" }, label), exact(probabilities[label], percent(probabilities[label])));
       if (reference && !chosen.size && reference.label !== label) verdict.append(make("span", { class: "changed" }, `changed: was ${reference.label}`));
       explained.textContent = `Explained: label ${shownLabel}` + (shownLabel === pathway.explained_label ? ` (asked: ${pathway.target})` : "")
-        + (pathway.method ? `, word scores by ${pathway.method}` : "");
+        + `; words by ${methodWords(pathway)}`;
       status.textContent = chosen.size
         ? `With ${[...chosen].map(([name, value]) => `${name} = ${value}`).join(", ")} the label is ${label}; the model said ${pathway.label} (${percent(pathway.label_probabilities[pathway.label])}).` : "";
       for (const share of shares) {
@@ -333,7 +343,7 @@
           const edge = text.right + 4;
           links.push(path(stacked ? `M ${word.left} ${y} ${bend(text.left - 8 - slot * j, y, mask.left, mask.middle)}`
             : `M ${word.right} ${y} H ${edge} ${curve(edge, y, mask.left, mask.middle)}`, style(1.25, "carrier")),
-          path(`M ${word.left} ${y} H ${word.right}`, style(1 + 1.5 * score, "link")));
+          path(`M ${word.left} ${y} H ${word.right}`, style(1 + 1.5 * score, lane.word_scores[i] < 0 ? "link against" : "link")));
         }
         links.push(path(`M ${mask.right} ${mask.middle} ${curve(mask.right, mask.middle, concept.left, mask.middle)}`, style(2, "link")));
         const weight = Math.abs(decision.contributions[j][shownLabel]) / largest(decision.contributions.map((part) => part[shownLabel]));
@@ -358,27 +368,31 @@
   /** The same in numbers, for those who cannot or would not look at a drawing. */
   function tables(pathway, strongest) {
     const lanes = pathway.concepts, labels = Object.keys(pathway.label_logits), classes = Object.keys(lanes[0].probabilities);
+    const hasBaseline = pathway.baseline !== null;
     const parts = [
-      table("Concepts as the model reads them", ["Concept", "Class", "Explained", ...classes.map((name) => `P(${name})`), ...classes.map((name) => `a(${name})`)],
-        lanes.map((lane) => [lane.name, lane.predicted_class, lane.explained_class, ...classes.map((name) => percent(lane.probabilities[name])),
+      table("Concepts as the model reads them", ["Concept", "Class", ...classes.map((name) => `P(${name})`), ...classes.map((name) => `a(${name})`)],
+        lanes.map((lane) => [lane.name, lane.predicted_class, ...classes.map((name) => percent(lane.probabilities[name])),
           ...classes.map((name) => brief(lane.activations[name]))])),
+      table(`What the words are scored for, by ${methodWords(pathway)}`, ["Concept", "Explained", "Its logit", ...(hasBaseline ? [`Logit at ${pathway.baseline}`, "Sum of words"] : [])],
+        lanes.map((lane) => [lane.name, lane.explained_class, ...[lane.explained_logit, ...(hasBaseline ? [lane.baseline_logit, lane.word_scores.reduce((sum, score) => sum + score, 0)] : [])].map(signed)])),
       table("What adds up to each label’s logit", ["Label", "Bias", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
         labels.map((label) => [label, signed(pathway.bias[label]), ...lanes.map((lane) => signed(lane.contributions[label])),
           signed(pathway.label_logits[label]), percent(pathway.label_probabilities[label])])),
       table("Score of each word", ["Word", ...lanes.map((lane) => `${lane.name} = ${lane.explained_class}`)],
         pathway.words.map((word, i) => [word.text, ...lanes.map((lane, k) => {
           const score = lane.word_scores[i];
-          return make("td", { class: score < 0 ? "shaded against" : "shaded", "--strength": shade(score, strongest[k]) },
-            word.is_read ? brief(score) : "not read");
+          return make("td", { class: score < 0 ? "shaded against" : "shaded", "--strength": shade(score, strongest[k], pathway.is_signed) },
+            word.is_read ? worded(score, pathway.is_signed) : "not read");
         })])),
     ];
     const masks = lanes.filter((lane) => lane.subnetwork);
     if (masks.length) {
-      const layers = masks[0].subnetwork.density_per_layer ?? [];
+      const layers = masks[0].subnetwork.density_per_layer;
       parts.push(table("Share of weights that each subnetwork keeps", ["Concept", "All", ...layers.map((_, n) => `Layer ${n + 1}`)],
-        masks.map(({ name, subnetwork }) => [name, percent(subnetwork.density), ...(subnetwork.density_per_layer ?? []).map((share) => percent(share))])));
-      parts.push(table("Overlap of subnetworks (Jaccard index)", ["Concept", ...masks.map((lane) => lane.name), "By chance"],
-        masks.map(({ name, subnetwork }) => [name, ...masks.map((lane) => (lane.name === name ? "" : brief(subnetwork.overlap[lane.name]))), brief(subnetwork.chance_overlap)])));
+        masks.map(({ name, subnetwork }) => [name, percent(subnetwork.density), ...subnetwork.density_per_layer.map((share) => percent(share))])));
+      parts.push(table("Overlap of subnetworks (Jaccard index; in brackets by chance), and their parts in common", ["Concept", ...masks.map((lane) => lane.name), "Kept by it alone", "Kept by all"],
+        masks.map(({ name, subnetwork }) => [name, ...masks.map((lane) => (lane.name === name ? ""
+          : `${brief(subnetwork.overlap[lane.name])} (${brief(subnetwork.chance_overlaps[lane.name])})`)), percent(subnetwork.exclusive), percent(subnetwork.shared)])));
     }
     return make("details", { class: "tables" }, make("summary", {}, "All numbers as tables"), parts);
   }
