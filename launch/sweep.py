@@ -218,6 +218,7 @@ def plot(results: list[Result], workdir: Path) -> None:
                 level = statistics.mean(100 * getattr(result, name) for result in of_models)
                 axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense")
         axis.set(xlabel="sparsity of each subnetwork", ylabel="accuracy on test (%)", title=title)
+        axis.set_xticks(sorted({s for (_, s) in groups if s}))
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize="small")
     plots.save(figure, workdir, "sweep")
