@@ -17,8 +17,9 @@ from sparsecbm_jax import cbm, intervention
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.masks import Masks, Params
-from sparsecbm_jax.minimal import Guard, least_margin, minimal_edit
+from sparsecbm_jax.minimal import least_margin, minimal_edit
 
 
 class State(NamedTuple):
@@ -64,6 +65,33 @@ def minimal(guards: Mapping[int, Guard] | None = None, *, margin: float = 0.0, m
             max_pairs=max_pairs,
         )
         return Outcome(state._replace(masks=masks), 2 * int(found.num_pairs), bool(found.is_repaired))
+
+    return correct
+
+
+def rehearsed(
+    guards: Mapping[int, Guard] | None = None, *, margin: float = 0.0, max_rounds: int = 8, max_pairs: int = 4096
+) -> Arm:
+    """`minimal`, and then again for the corrected text that is read worst, until all are read as they were asked to be.
+
+    An arm remembers the texts that it has corrected: it is for one stream. Where `max_rounds` edits do not do, the one
+    that is worst then stays wrong.
+    """
+    correct_one = minimal(guards, margin=margin, max_pairs=max_pairs)
+    remembered: dict[int, list[tuple[Batch, int]]] = {}
+
+    def correct(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> Outcome:
+        cells = remembered.setdefault(concept, [])
+        cells.append((batch, target))
+        num_changed, worst = 0, len(cells) - 1
+        for _ in range(max_rounds):
+            outcome = correct_one(config, state, cells[worst][0], concept, cells[worst][1])
+            state, num_changed = outcome.state, num_changed + outcome.num_changed
+            margins = [_margin(config, state, text, concept, asked) for text, asked in cells]
+            worst = min(range(len(cells)), key=margins.__getitem__)
+            if margins[worst] > 0:
+                break
+        return Outcome(state, num_changed, margins[-1] > 0)
 
     return correct
 
@@ -155,6 +183,11 @@ def _kernels(state: State, concept: int | Int[Array, ""]) -> dict[str, Float[Arr
 def _project(heads: Heads, z: Float[Array, "B 1 D"], concept: int | Int[Array, ""]) -> Float[Array, "B C"]:
     own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
     return cbm.project({"projector": own}, z)[:, 0]
+
+
+def _margin(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> float:
+    logits = _concept_logits(config, state, batch, concept)
+    return float(least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight))
 
 
 def _is_read_as(logits: Float[Array, "B C"], target: int, batch: Batch) -> bool:

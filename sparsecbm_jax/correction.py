@@ -16,9 +16,9 @@ from sparsecbm_jax.artifact import Predictions, SparseCBM, text_batches
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema, did_you_mean
 from sparsecbm_jax.edits import MaskEdit, StoredEdit, num_changed, positions_of, text_hash
-from sparsecbm_jax.intervention import SaliencyFn, check_masks, intervene
+from sparsecbm_jax.intervention import Guard, SaliencyFn, check_masks, intervene
 from sparsecbm_jax.masks import Masks
-from sparsecbm_jax.minimal import Guard, minimal_edit
+from sparsecbm_jax.minimal import minimal_edit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.masks import Masks, Params
-from sparsecbm_jax.minimal import Guard
 
 
 def fisher_guard(
@@ -29,22 +30,25 @@ def fisher_guard(
     concept: int,
     *,
     floor: float = 0.01,
+    power: float = 0.5,
     on_gradient: Callable[[], object] = lambda: None,
 ) -> Guard:
     r"""The diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
 
-    $(1/m) \sum_i g_i^2 + floor \cdot mean$, with g_i the gradient of CE(u_k, c_k), averaged over minibatch i, by the
-    effective kernels θ_k. Where a weight is pruned its gradient is that of growing it.
+    $F = (1/m) \sum_i g_i^2 + floor \cdot mean$, with g_i the gradient of CE(u_k, c_k), averaged over minibatch i, by
+    the effective kernels θ_k. Where a weight is pruned its gradient is that of growing it.
 
     Args:
       masks: booleans of all K concepts.
       batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
       concept: k.
       floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
+      power: gains are divided by F to this power. Were the effects of single changes on other texts all of one sign,
+        1/2 would cost least for a gain; were they independent, 1 would.
       on_gradient: called after each minibatch.
 
     Returns:
-      {path: positive array of the kernel's shape}.
+      A guard without directions.
 
     Raises:
       ValueError: if there are no batches, or the concept has no gradient in any of them.
@@ -62,7 +66,65 @@ def fisher_guard(
             f"concept {concept}: the squared gradients over {len(batches)} batches add up to {mean}; expected training "
             "batches in which the concept is labelled"
         )
-    return {path: (leaf + floor * mean) / len(batches) for path, leaf in total.items()}
+    return Guard({path: ((leaf + floor * mean) / len(batches)) ** (2 * power) for path, leaf in total.items()})
+
+
+def logit_directions(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Heads,
+    batches: Sequence[Batch],
+    concept: int,
+    *,
+    on_gradient: Callable[[], object] = lambda: None,
+) -> dict[str, Float[Array, "P ..."]]:
+    """Mean gradients of a concept's logits over training texts, by gold class: what an edit of one text is to spare.
+
+    Args:
+      config, params, masks, heads, batches, concept: as for `fisher_guard`.
+      on_gradient: called after each minibatch, once for every gold class.
+
+    Returns:
+      {path: P gradients by the effective kernels}, P = C · C: each class's logit over the texts of each gold class.
+      Those of a gold class that no text has are zero.
+    """
+    mask, found = masks_lib.concept(masks, concept), []
+    for gold in range(config.num_classes):
+        total = {path: jnp.zeros((config.num_classes, *kept.shape), jnp.float32) for path, kept in mask.items()}
+        num_texts = 0.0
+        for batch in batches:
+            weights = (np.asarray(batch.concepts)[:, concept] == gold) * np.asarray(batch.example_weight, np.float32)
+            if weights.any():
+                total = _add_logits(config, total, params, mask, heads, batch, jnp.int32(concept), weights)
+                num_texts += float(weights.sum())
+                jax.block_until_ready(total)
+            on_gradient()
+        found.append({path: leaf / max(num_texts, 1.0) for path, leaf in total.items()})
+    return {path: jnp.concatenate([of_class[path] for of_class in found]) for path in mask}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add_logits(
+    config: CBMConfig,
+    total: dict[str, Float[Array, "C ..."]],
+    params: Params,
+    mask: Mapping[str, Bool[Array, "..."]],
+    heads: Heads,
+    batch: Batch,
+    concept: Int[Array, ""],
+    weights: Float[Array, " B"],
+) -> dict[str, Float[Array, "C ..."]]:
+    others = jnp.zeros((weights.shape[0], config.num_concepts, config.num_classes))
+
+    def logits(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, " C"]:
+        output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, others)
+        return weights @ output.concept_logits[:, 0]
+
+    _, pull_back = jax.vjp(logits, masks_lib.kernels_of(params, mask))
+    # One class after another: side by side they would take as much more memory.
+    grads = jax.lax.map(lambda one: pull_back(one)[0], jnp.eye(config.num_classes))
+    return {path: total[path] + grad for path, grad in grads.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -83,7 +145,7 @@ def _add_squares(
         output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, others)
         return cbm.concept_loss(config, output, batch._replace(concepts=cells))[0]
 
-    grads = jax.grad(loss)({path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()})
+    grads = jax.grad(loss)(masks_lib.kernels_of(params, mask))
     return {path: total[path] + jnp.square(grad.astype(jnp.float32)) for path, grad in grads.items()}
 
 

@@ -22,6 +22,9 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit, is_traced, num_true
 from sparsecbm_jax.masks import Masks, Params
 
+# Added to the products of a guard's directions with themselves, as a share of their mean square.
+_RIDGE = 1e-4
+
 SaliencyFn = Callable[[Any, Any], Any]
 """(weights, gradient of the loss by the effective weights) -> score; the lowest are dropped, the highest grown."""
 
@@ -37,12 +40,50 @@ def signed(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Arra
     return -grad * weight
 
 
-def guarded(weight: Float[Array, "..."], grad: Float[Array, "..."], guard: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The signed fall of the loss over the root of what a change costs everything else, −G / (|θ| √guard).
+class Guard(NamedTuple):
+    """What an edit of one concept's mask costs everything else that the concept is read from.
 
-    Flipping a weight moves it by |θ|, which costs |θ|² · guard / 2 to second order: the weight's size cancels.
+    Attributes:
+        costs: {path: positive numbers}, squared and to be compared within a concept, such as a Fisher diagonal by the
+            effective weights. Gains are divided by their root.
+        directions: {path: [P, ...]}, gradients by the effective weights of P quantities that an edit is to leave where
+            they are, to first order; None for none.
     """
-    return -grad * jnp.sign(weight) / jnp.sqrt(guard)
+
+    costs: Mapping[str, Float[Array, "..."]]
+    directions: Mapping[str, Float[Array, "P ..."]] | None = None
+
+
+def guarded(weight: Float[Array, "..."], grad: Float[Array, "..."], cost: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The signed fall of the loss over the root of what a change costs everything else, −G / (|θ| √cost).
+
+    Flipping a weight moves it by |θ|, which costs |θ|² · cost / 2 to second order: the weight's size cancels.
+    """
+    return -grad * jnp.sign(weight) / jnp.sqrt(cost)
+
+
+def spare(grads: Mapping[str, Float[Array, "..."]], guard: Guard) -> dict[str, Float[Array, "..."]]:
+    r"""The gradient without what would move the guarded quantities.
+
+    $g - \sum_p \lambda_p h_p$ with λ such that the step that follows it, weight by weight over its cost, is orthogonal
+    to every direction h_p. Costs of single changes add up as squares only where their effects do not agree; along
+    these directions they do.
+
+    Reference: after A-GEM (Chaudhry et al. 2019), which projects by one direction and without costs.
+    """
+    if guard.directions is None:
+        return dict(grads)
+    products, against = jnp.float32(0), jnp.float32(0)
+    for path, own in guard.directions.items():
+        axes = tuple(range(1, own.ndim))
+        weighted = own / guard.costs[path]
+        with jax.default_matmul_precision("highest"):
+            products += jnp.tensordot(weighted, own, axes=(axes, axes))
+            against += jnp.tensordot(weighted, grads[path], axes=(axes, tuple(range(grads[path].ndim))))
+    # Directions may depend on each other; those of a class that no text has are zero.
+    ridge = _RIDGE * jnp.trace(products) / products.shape[0] + jnp.finfo(products.dtype).tiny
+    amounts = jnp.linalg.solve(products + ridge * jnp.eye(products.shape[0]), against)
+    return {path: grad - jnp.tensordot(amounts, guard.directions[path], axes=1) for path, grad in grads.items()}
 
 
 def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -54,10 +95,6 @@ def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[A
     """
     return jnp.abs(grad * weight * weight)
 
-
-Guard = Mapping[str, Float[Array, "..."]]
-"""What changing a weight costs everything else, squared and to be compared within a concept: such as a Fisher diagonal
-by the effective weights. Gains are divided by its root."""
 
 SALIENCIES: Mapping[str, SaliencyFn] = {"signed": signed, "magnitude": magnitude}
 
@@ -175,7 +212,8 @@ def _intervene(
         )
         if saliency_fn is None:
             assert guard is not None
-            scores = {path: guarded(weights[path], grads[path], guard[path]) for path in mask}
+            grads = spare(grads, guard)
+            scores = {path: guarded(weights[path], grads[path], guard.costs[path]) for path in mask}
         else:
             scores = {path: saliency_fn(weights[path], grads[path]) for path in mask}
         return masks_lib.drop_and_grow(mask, scores, scores, count).mask

@@ -18,7 +18,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit
-from sparsecbm_jax.intervention import Guard, check_index, check_masks, edit_between, guarded, signed
+from sparsecbm_jax.intervention import Guard, check_index, check_masks, edit_between, guarded, signed, spare
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.selection import select_smallest
 
@@ -120,7 +120,8 @@ def _minimal_edit(
     if guard is None:
         gains = {path: signed(weights[path], -grads[path]) for path in mask}
     else:
-        gains = {path: guarded(weights[path], -grads[path], guard[path]) for path in mask}
+        grads = spare(grads, guard)
+        gains = {path: guarded(weights[path], -grads[path], guard.costs[path]) for path in mask}
     dropped = _ranked(gains, mask, max_pairs)
     grown = _ranked(
         {path: -gain for path, gain in gains.items()}, {path: ~kept for path, kept in mask.items()}, max_pairs

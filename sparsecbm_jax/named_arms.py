@@ -1,17 +1,19 @@
 """The arms that the intervention suite compares, by name: the one place to add another."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparsecbm_jax import arms
 from sparsecbm_jax.arms import Arm, Outcome, State
-from sparsecbm_jax.cbm import CBMConfig
+from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.guards import fisher_guard
+from sparsecbm_jax.guards import fisher_guard, logit_directions
+from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.logs import progress
-from sparsecbm_jax.minimal import Guard
+from sparsecbm_jax.masks import Masks, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,14 +32,33 @@ class Kit:
     @functools.cached_property
     def guards(self) -> dict[int, Guard]:
         """Of each concept, what a change costs the training texts; made when an arm first asks."""
-        num_concepts = self.config.num_concepts
-        bar = progress(description="guards", total=num_concepts * len(self.batches), unit="gradient")
-        move = functools.partial(bar.update, 1)
-        made = {
-            k: fisher_guard(self.config, *self.state, self.batches, k, on_gradient=move) for k in range(num_concepts)
-        }
-        bar.close()
+        with self._bar("guards", 1) as bar:
+            move = functools.partial(bar.update, 1)
+            return {k: fisher_guard(*self._arrays, self.batches, k, on_gradient=move) for k in self._concepts}
+
+    @functools.cached_property
+    def sparing_guards(self) -> dict[int, Guard]:
+        """The same, dearer where texts are moved more, and with the logits of training texts to be left alone."""
+        made = {}
+        with self._bar("guards that spare logits", 1 + self.config.num_classes) as bar:
+            move = functools.partial(bar.update, 1)
+            for k in self._concepts:
+                guard = fisher_guard(*self._arrays, self.batches, k, power=0.75, on_gradient=move)
+                directions = logit_directions(*self._arrays, self.batches, k, on_gradient=move)
+                made[k] = guard._replace(directions=directions)
         return made
+
+    @property
+    def _arrays(self) -> tuple[CBMConfig, Params, Masks, Heads]:
+        return self.config, self.state.params, self.state.masks, self.state.heads
+
+    @property
+    def _concepts(self) -> range:
+        return range(self.config.num_concepts)
+
+    def _bar(self, description: str, per_batch: int) -> contextlib.closing[Any]:
+        total = self.config.num_concepts * len(self.batches) * per_batch
+        return contextlib.closing(progress(description=description, total=total, unit="gradient"))
 
 
 def _no_correction(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> Outcome:
@@ -61,6 +82,12 @@ ARMS: Mapping[str, NamedArm] = {
     "minimal": NamedArm("smallest edit", lambda kit, seed: arms.minimal()),
     "guarded": NamedArm("smallest edit, guarded", lambda kit, seed: arms.minimal(kit.guards)),
     "guarded_margin": NamedArm("the same, margin 1", lambda kit, seed: arms.minimal(kit.guards, margin=1.0)),
+    "sparing": NamedArm(
+        "smallest edit, sparing, margin 0.3", lambda kit, seed: arms.minimal(kit.sparing_guards, margin=0.3)
+    ),
+    "rehearsed": NamedArm(
+        "sparing, margin 1, rehearsed", lambda kit, seed: arms.rehearsed(kit.sparing_guards, margin=1.0)
+    ),
     "magnitude": NamedArm("magnitude (paper), 1 %", lambda kit, seed: arms.fixed_share("magnitude", 0.01)),
     "random": NamedArm("random, 1 %", lambda kit, seed: arms.random_share(0.01, seed)),
     "projector": NamedArm("SGD on the projector", lambda kit, seed: arms.projector_sgd(0.05)),

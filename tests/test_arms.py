@@ -60,6 +60,19 @@ def test_an_arm_changes_what_it_says(model: SparseCBM, batch: Batch, name: str) 
         np.testing.assert_allclose(after[others], before[others], atol=1e-5)
 
 
+def test_what_was_corrected_is_corrected_again(model: SparseCBM) -> None:
+    assert model.masks is not None
+    state = State(model.params, model.masks, model.heads)
+    texts = [next(artifact.text_batches(model, [text], batch_size=1)) for text in TEXTS[:2]]
+    targets = [int(np.argsort(logits(model, state, text)[CONCEPT])[-2]) for text in texts]
+    arm = arms.rehearsed(margin=0.01, max_pairs=64)
+    for text, target in zip(texts, targets, strict=True):
+        outcome = arm(model.config, state, text, CONCEPT, target)
+        state = outcome.state
+    assert outcome.is_repaired
+    assert [logits(model, state, text)[CONCEPT].argmax() for text in texts] == targets
+
+
 def test_a_wrong_label_is_the_next_class(model: SparseCBM, batch: Batch) -> None:
     assert model.masks is not None
     state = State(model.params, model.masks, model.heads)

@@ -56,9 +56,39 @@ def test_a_guard_is_the_mean_square_of_gradients_at_all_positions(
     expected = {path: (each[0][path] + each[1][path]) / 2 for path in model.masks}
     mean = np.concatenate([leaf.ravel() for leaf in expected.values()]).mean()
     for path, leaf in expected.items():
-        np.testing.assert_allclose(found[path], leaf + floor * mean, rtol=1e-4, atol=1e-6 * mean)
+        np.testing.assert_allclose(found.costs[path], leaf + floor * mean, rtol=1e-4, atol=1e-6 * mean)
         pruned = ~np.asarray(model.masks[path][CONCEPT])
         assert (leaf[pruned] > 0).mean() > 0.9
+
+
+def test_a_power_is_of_what_gains_are_divided_by(model: SparseCBM, batches: list[Batch]) -> None:
+    assert model.masks is not None
+    arrays = (model.config, model.params, model.masks, model.heads)
+    plain, dearer = (guards.fisher_guard(*arrays, batches, CONCEPT, power=power) for power in (0.5, 0.75))
+    for path, costs in plain.costs.items():
+        np.testing.assert_allclose(dearer.costs[path], np.asarray(costs) ** 1.5, rtol=1e-4)
+
+
+def test_directions_are_mean_gradients_of_logits_by_gold_class(model: SparseCBM, batches: list[Batch]) -> None:
+    assert model.masks is not None
+    found = guards.logit_directions(model.config, model.params, model.masks, model.heads, batches, CONCEPT)
+    params = masks_lib.apply(model.params, model.masks, CONCEPT)
+    for gold, logit in ((0, 2), (1, 0)):
+
+        def mean_logit(params: masks_lib.Params, gold: int = gold, logit: int = logit) -> jax.Array:
+            values = [
+                cbm.forward(model.config, params, None, model.heads, batch).concept_logits[row, CONCEPT, logit]
+                for batch in batches
+                for row in np.flatnonzero((batch.concepts[:, CONCEPT] == gold) & (batch.example_weight > 0))
+            ]
+            return jnp.mean(jnp.stack(values))
+
+        grads = jax.grad(mean_logit)(params)
+        for path, leaf in found.items():
+            expected = np.asarray(masks_lib.leaf_at(grads, path))
+            np.testing.assert_allclose(leaf[3 * gold + logit], expected, rtol=1e-3, atol=1e-6)
+    # Class 2 stands in a row of padding alone.
+    assert not any(np.asarray(leaf[6:]).any() for leaf in found.values())
 
 
 def test_a_concept_without_labels_has_no_guard(model: SparseCBM, batches: list[Batch]) -> None:

@@ -26,6 +26,7 @@ from sparsecbm_jax import artifact, correction, edits, intervention
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.rendering import render_correction
 
 LOGIT_TOLERANCE = 1e-5
@@ -99,15 +100,30 @@ def test_every_kernel_of_every_layer_may_have_its_own_share(model: SparseCBM, ba
 
 
 def test_a_guard_spares_what_is_dear(model: SparseCBM, batch: Batch) -> None:
-    guard = {path: jnp.ones(mask.shape[1:]) for path, mask in model.masks.items()}
+    costs = {path: jnp.ones(mask.shape[1:]) for path, mask in model.masks.items()}
     dear = "layers/ffn_in/kernel"
-    _, free = edit_of(model, batch, SERVICE, NEGATIVE, 0.02, saliency="guarded", guard=guard)
-    _, spared = edit_of(
-        model, batch, SERVICE, NEGATIVE, 0.02, saliency="guarded", guard={**guard, dear: 1e12 * guard[dear]}
-    )
+    asked = (model, batch, SERVICE, NEGATIVE, 0.02)
+    _, free = edit_of(*asked, saliency="guarded", guard=Guard(costs))
+    _, spared = edit_of(*asked, saliency="guarded", guard=Guard({**costs, dear: 1e12 * costs[dear]}))
     counts = [edits.count_true({dear: edit.dropped[dear] | edit.grown[dear]}) for edit in (free, spared)]
     assert counts[0] > counts[1] == 0
     assert edits.num_changed(free) == edits.num_changed(spared)
+
+
+def test_what_is_spared_does_not_move_to_first_order(model: SparseCBM) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {path: mask.shape[1:] for path, mask in model.masks.items()}
+    draw = {path: jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32) for path, shape in shapes.items()}
+    grads = {path: leaf[0] + leaf[2] for path, leaf in draw.items()}
+    costs = {path: jnp.exp(leaf[1]) for path, leaf in draw.items()}
+    # The second direction is the first one again, and the third nothing at all.
+    directions = {path: jnp.stack([leaf[0], leaf[0], 0 * leaf[0], leaf[1]]) for path, leaf in draw.items()}
+    left = intervention.spare(grads, Guard(costs, directions))
+    for p in (0, 3):
+        moved, full = (sum(jnp.vdot(directions[path][p] / costs[path], g[path]) for path in g) for g in (left, grads))
+        assert abs(float(moved)) < 1e-3 * abs(float(full)) + 1e-2
+    assert all(np.isfinite(leaf).all() for leaf in left.values())
+    chex.assert_trees_all_equal(intervention.spare(grads, Guard(costs)), grads)
 
 
 def test_undo_and_apply_are_exact(model: SparseCBM, batch: Batch) -> None:

@@ -143,14 +143,17 @@ def test_a_summary_counts_those_that_were_repaired() -> None:
     assert suite.summarise_minimal([], 1000)["changed"]["0.5"] is None
 
 
-@pytest.mark.parametrize("name", ["none", "oracle", "guarded", "wrong_label"])
+@pytest.mark.parametrize("name", ["none", "oracle", "guarded", "rehearsed", "wrong_label"])
 def test_an_arm_is_what_it_is_called(subject: Subject, name: str) -> None:
     row, k = 1, 1
     batch = batch_of(subject.split, [row])
     kit = Kit(subject.config, subject.state, [batch])
     reading = int(subject.readings.concepts[row, k])
     outcome = ARMS[name].make(kit, 0)(subject.config, subject.state, batch, k, (reading + 1) % 3)
-    assert ("guards" in vars(kit)) == (name == "guarded")
+    assert vars(kit).keys() & {"guards", "sparing_guards"} == {
+        "guarded": {"guards"},
+        "rehearsed": {"sparing_guards"},
+    }.get(name, set())
     if name in ("none", "oracle"):
         assert outcome == Outcome(subject.state, 0, name == "oracle")
         return

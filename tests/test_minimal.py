@@ -15,6 +15,7 @@ from sparsecbm_jax import artifact, cbm, edits, minimal, sharding
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.minimal import MinimalEdit, least_margin
 
 SERVICE = 2
@@ -56,7 +57,7 @@ def changed(model: SparseCBM, batch: Batch, concept: int, target: int, n: int, g
     grads = jax.grad(margin)({path: jnp.where(kept, weights[path], 0) for path, kept in mask.items()})
     gains = {path: grads[path] * weights[path] for path in mask}
     if guard is not None:
-        gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(guard[path]) for path in mask}
+        gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(guard.costs[path]) for path in mask}
     return masks_lib.replace_concept(model.masks, concept, masks_lib.drop_and_grow(mask, gains, gains, n).mask)
 
 
@@ -66,10 +67,11 @@ def test_n_repairs_and_one_less_does_not(
 ) -> None:
     guard = None
     if is_guarded:
-        guard = {
+        costs = {
             path: jnp.exp(jax.random.normal(jax.random.key(number), mask.shape[1:]))
             for number, (path, mask) in enumerate(model.masks.items())
         }
+        guard = Guard(costs)
     masks, found = search(model, batch, concept, target, guard=guard)
     before = margin_with(model, model.masks, batch, concept, target)
     count = int(found.num_pairs)
