@@ -60,17 +60,27 @@ def test_an_arm_changes_what_it_says(model: SparseCBM, batch: Batch, name: str) 
         np.testing.assert_allclose(after[others], before[others], atol=1e-5)
 
 
-def test_what_was_corrected_is_corrected_again(model: SparseCBM) -> None:
+def test_what_was_corrected_is_corrected_again(model: SparseCBM, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts' margins are scripted: what the second correction breaks is edited once more, and nothing after that."""
     assert model.masks is not None
     state = State(model.params, model.masks, model.heads)
-    texts = [next(artifact.text_batches(model, [text], batch_size=1)) for text in TEXTS[:2]]
-    targets = [int(np.argsort(logits(model, state, text)[CONCEPT])[-2]) for text in texts]
-    arm = arms.rehearsed(margin=0.01, max_pairs=64)
-    for text, target in zip(texts, targets, strict=True):
-        outcome = arm(model.config, state, text, CONCEPT, target)
-        state = outcome.state
-    assert outcome.is_repaired
-    assert [logits(model, state, text)[CONCEPT].argmax() for text in texts] == targets
+    edited: list[int] = []
+
+    def correct(config: cbm.CBMConfig, state: State, batch: Batch, concept: int, target: int) -> arms.Outcome:
+        edited.append(target)
+        return arms.Outcome(state, 10, True)
+
+    margins = iter([0.5, -0.5, 0.5, 0.1, 0.2, 0.3, 0.3, -1.0, 0.3, -1.0])
+    monkeypatch.setattr(arms, "minimal", lambda guards, **kwargs: correct)
+    monkeypatch.setattr(arms, "_margin", lambda *args: next(margins))
+    arm = arms.rehearsed(max_rounds=2)
+    outcomes = [arm(model.config, state, batch, CONCEPT, target) for target in (0, 1)]
+    assert edited == [0, 1, 0] and [outcome.num_changed for outcome in outcomes] == [10, 20]
+    assert all(outcome.is_repaired for outcome in outcomes)
+    # Another concept has no past; and what two rounds do not do is said.
+    assert arm(model.config, state, batch, 0, 2).is_repaired
+    assert not arm(model.config, state, batch, 0, 1).is_repaired
+    assert next(margins, None) is None
 
 
 def test_a_wrong_label_is_the_next_class(model: SparseCBM, batch: Batch) -> None:
