@@ -155,8 +155,10 @@ def explain(
     Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
     """
     check_texts(texts)
-    asked = {"method": method, "baseline": baseline, "num_steps": num_steps, "batch_size": batch_size}
-    return list(explain_stream(model, texts, target, **asked))  # type: ignore[arg-type]
+    pathways = explain_stream(
+        model, texts, target, method=method, baseline=baseline, num_steps=num_steps, batch_size=batch_size
+    )
+    return list(pathways)
 
 
 def explain_stream(
