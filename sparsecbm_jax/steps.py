@@ -1,5 +1,6 @@
 """One training step: the state, the optimiser, the jitted update, and the label predictor that is fitted apart."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class TrainState(NamedTuple):
     packed: Packed | None
 
 
+@functools.lru_cache(maxsize=32)
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Adam with one learning rate for the backbone and one for the heads, warm-up, decay and norm clipping.
 
@@ -92,6 +94,7 @@ def init_state(params: Any, heads: Any, tx: optax.GradientTransformation, mesh: 
     return TrainState(step, params, heads, opt_state, None)
 
 
+@functools.lru_cache(maxsize=32)
 def make_train_step(
     config: CBMConfig,
     tx: optax.GradientTransformation,
@@ -101,7 +104,7 @@ def make_train_step(
     backbone: Backbone | None = None,
     dropout: bool = True,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """A jitted function (state, batch, rng) → (state, metrics) whose state is donated.
+    """A jitted function (state, batch, rng) → (state, metrics) whose state is donated; the same for equal arguments.
 
     Args:
       config: the model.

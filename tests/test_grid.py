@@ -5,8 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from small_sample import small_data
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-SETTINGS = ("strategy=standard", "training.num_epochs=1", "training.batch_size=32", "data.max_length=16")
+SETTINGS = (
+    "strategy=standard",
+    "training.num_epochs=1",
+    "training.batch_size=16",
+    *(f"data.{key}={value}" for key, value in small_data().items()),
+)
 
 
 def grid(workdir: Path, text: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_sample import small_data
 
 import sparsecbm_jax
 from sparsecbm_jax import training
@@ -23,8 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-4, 1e-5
 SETTINGS: dict[str, Any] = {
     "backbone": {"name": "tiny"},
-    "data": {"max_length": 16},
-    "training": {"num_epochs": 2, "batch_size": 32, "eval_batch_size": 32, "log_every_steps": 1},
+    "data": small_data(num_train=170),
+    "training": {"num_epochs": 2, "batch_size": 16, "eval_batch_size": 16, "log_every_steps": 1},
     "sparsity": {"start_epoch": 0, "end_epoch": 1},
     "pruner": {"num_grads": 2, "block_size": 32},
     "mesh": {"data": 2},

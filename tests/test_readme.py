@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_sample import small_data
 from test_cbm import random_batch
 from tiny_model import tiny_model
 
@@ -15,8 +16,8 @@ from sparsecbm_jax.config import from_config_dict
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL_RUN = {
     "backbone": {"name": "tiny"},
-    "data": {"max_length": 16},
-    "training": {"num_epochs": 2, "batch_size": 32},
+    "data": small_data(),
+    "training": {"num_epochs": 2, "batch_size": 16},
     "sparsity": {"start_epoch": 0, "end_epoch": 1},
     "pruner": {"num_grads": 2, "block_size": 32},
 }

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_sample import small_data
 
 from sparsecbm_jax import artifact, training
 from sparsecbm_jax import masks as masks_lib
@@ -14,9 +15,9 @@ from sparsecbm_jax.config import from_config_dict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS = {
-    "data.max_length": 16,
-    "training.batch_size": 32,
-    "training.eval_batch_size": 32,
+    **{f"data.{key}": value for key, value in small_data().items()},
+    "training.batch_size": 16,
+    "training.eval_batch_size": 16,
     "pruner.num_grads": 2,
     "pruner.block_size": 32,
     "backbone.name": "tiny",

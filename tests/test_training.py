@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_sample import small_data
 
 from sparsecbm_jax import artifact, cbm, checkpoint, preparation, pruning, training
 from sparsecbm_jax import masks as masks_lib
@@ -24,12 +25,12 @@ def tiny_run(strategy: str = "sparse", **changes: Any) -> RunConfig:
     base = {
         "strategy": strategy,
         "backbone": {"name": "tiny"},
-        "data": {"max_length": 24},  # two length buckets: most of these tests' time is compiling
+        "data": small_data(max_length=24),  # two length buckets: most of these tests' time is compiling
         "optim": {"learning_rate": 1e-3},
         "training": {
             "num_epochs": 3,
-            "batch_size": 32,
-            "eval_batch_size": 32,
+            "batch_size": 16,
+            "eval_batch_size": 16,
             "predictor_epochs": 3,
             "log_every_steps": 2,
         },
@@ -62,8 +63,8 @@ def test_a_run_leaves_what_it_promises(finished: training.TrainResult) -> None:
 def test_a_saved_model_is_pruned_further(finished: training.TrainResult, tmp_path: Path) -> None:
     command = ["launch/prune.py", f"--model={finished.workdir / 'model'}", f"--save={tmp_path / 'pruned'}"]
     settings = {
-        "data.max_length": 24,
-        "training.eval_batch_size": 32,
+        **{f"data.{key}": value for key, value in small_data(max_length=24).items()},
+        "training.eval_batch_size": 16,
         "sparsity.per_concept": "0.8,0.9,0.95,0.9",
         "pruner.criterion": "magnitude",
     }
@@ -98,8 +99,8 @@ def test_a_finished_run_is_given_back_and_another_refused(
 
 def test_a_run_that_could_not_start_leaves_the_folder_free(tmp_path: Path) -> None:
     for changes, message in (
-        ({"data": {"preset": "cebab", "path": str(tmp_path / "absent")}}, "does not exist"),
-        ({"training": {"eval_batch_size": 33}, "mesh": {"data": 2}}, "eval_batch_size is 33, but must be a multiple"),
+        ({"data": {"path": str(tmp_path / "absent")}}, "does not exist"),
+        ({"training": {"eval_batch_size": 17}, "mesh": {"data": 2}}, "eval_batch_size is 17, but must be a multiple"),
     ):
         with pytest.raises(ValueError, match=message):
             training.train(tiny_run(**changes), tmp_path / "run")
@@ -139,7 +140,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     monkeypatch.setattr(training, "make_train_step", make)
 
 
-@pytest.mark.parametrize("stop", [4, 11, 24], ids=["dense phase", "right after a pruning event", "last epoch"])
+@pytest.mark.parametrize("stop", [4, 7, 15], ids=["dense phase", "right after a pruning event", "last epoch"])
 def test_resuming_mid_epoch_continues_to_the_bit(
     stop: int,
     finished: training.TrainResult,
