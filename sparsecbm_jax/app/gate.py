@@ -3,14 +3,16 @@
 import dataclasses
 import hmac
 import ipaddress
+import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparsecbm_jax.app.forms import Problem, Refusal
@@ -119,7 +121,7 @@ class Gate:
         if not self._is_known(host):
             raise Refusal(403, f"Host is {host!r}, which is no name of this server; --allowed_hosts adds names")
         origin = request.headers.get("origin")
-        if origin is not None and (urlsplit(origin).scheme not in ("http", "https") or urlsplit(origin).netloc != host):
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise Refusal(403, f"Origin is {origin!r}; expected this server's own page")
         if request.method not in ("GET", "HEAD"):
             if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
@@ -127,13 +129,14 @@ class Gate:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise Refusal(415, f"Content-Type is {kind!r}; expected 'application/json'")
-        if request.url.path in OPEN_PATHS:
+        path = request.scope["path"]
+        if path in OPEN_PATHS:
             return None
         if seconds := self._rates.wait(request.client.host if request.client else ""):
             raise too_many("too many requests from this address", seconds)
         if self._token is None:
             return None
-        if request.url.path == "/" and "token" in request.query_params:
+        if path == "/" and "token" in request.query_params:
             if not self._is_token(request.query_params["token"]):
                 raise Refusal(401, "the token is wrong; expected the one printed when the server was started")
             # Out of the address bar, into a cookie that scripts cannot read and other sites' requests do not carry.
@@ -160,10 +163,14 @@ class Gate:
         return name in self._names or _is_address(name)
 
 
-def refuse(refusal: Refusal) -> JSONResponse:
+def as_json(answer: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A dataclass as JSON in ASCII, whatever characters a request may have put into it."""
+    return Response(json.dumps(dataclasses.asdict(answer), allow_nan=False), status, headers, "application/json")
+
+
+def refuse(refusal: Refusal) -> Response:
     """The answer that a refusal is."""
-    problem = dataclasses.asdict(Problem(str(refusal), refusal.field))
-    return JSONResponse(problem, refusal.status, refusal.headers)
+    return as_json(Problem(str(refusal), refusal.field), refusal.status, refusal.headers)
 
 
 def too_many(message: str, seconds: float) -> Refusal:

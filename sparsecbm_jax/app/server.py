@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
-import json
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +16,7 @@ from starlette.routing import Route
 from sparsecbm_jax.app import forms
 from sparsecbm_jax.app.desk import Desk
 from sparsecbm_jax.app.forms import Refusal
-from sparsecbm_jax.app.gate import Gate, Limits, refuse, too_many
+from sparsecbm_jax.app.gate import Gate, Limits, as_json, refuse, too_many
 from sparsecbm_jax.app.openapi import document
 from sparsecbm_jax.app.page import live_page
 from sparsecbm_jax.edits import StoredEdit
@@ -221,7 +219,7 @@ def _rendered(answer: Any) -> Response:
     if isinstance(answer, StoredEdit):
         headers = {"Content-Disposition": f'attachment; filename="edit-{answer.id}.json"'}
         return JSONResponse(answer.to_dict(), headers=headers)
-    return Response(json.dumps(dataclasses.asdict(answer), allow_nan=False), media_type="application/json")
+    return as_json(answer)
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
@@ -254,7 +252,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {request.scope['path']}"
     return refuse(Refusal(error.status_code, f"{where}: {error.detail}; see /openapi.json", headers=error.headers))
 
 
