@@ -71,6 +71,8 @@ def main() -> None:
         for length in progress(desk.warm_up(), description="compiling", total=desk.num_lengths, unit="length"):
             print(f"compiled for texts of up to {length} tokens", flush=True)
         app = create_app(desk, token=token, host_names=[FLAGS.host, socket.gethostname(), *FLAGS.allowed_hosts])
+        # Who reads this may ask at once: requests are kept until the loop runs.
+        bound.listen(256)
         print(f"serving at {_address(bound, token)} (Ctrl+C ends it)", flush=True)
         uvicorn.Server(
             uvicorn.Config(

@@ -36,6 +36,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from sparsecbm_jax.app import Desk, Limits, create_app, forms, gate, is_loopback
+from sparsecbm_jax.app import desk as desk_lib
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ADDRESS = "http://127.0.0.1:8000"
@@ -44,8 +45,8 @@ TOKEN = "a token, of the test"
 
 
 def model() -> artifact.SparseCBM:
-    """Reads at most 24 tokens: two widths to compile for."""
-    return dataclasses.replace(tiny_model(num_layers=1), metadata={"max_length": 24})
+    """Reads at most 16 tokens: one width to compile for."""
+    return dataclasses.replace(tiny_model(num_layers=1), metadata={"max_length": 16})
 
 
 def sample() -> Examples:
@@ -211,7 +212,7 @@ ASKED = {"text": TEXTS[0], "concept": "service", "target": "Positive"}
         ("explain", {}, 400, "text", "'text' is missing"),
         ("explain", {"text": 3}, 400, "text", "'text' is a number; expected a string"),
         ("explain", {"text": None}, 400, "text", "'text' is null; expected a string"),
-        ("explain", {"text": "a", "txt": "b"}, 400, "txt", "there is no field 'txt'; did you mean 'text'?"),
+        ("explain", {"text": "a", "txt": "b"}, 400, "txt", "there is no field 'txt' (did you mean 'text'?)"),
         ("explain", b'{"text": "a", "\\ud800": 1}', 400, "\ud800", "there is no field '\\ud800'"),
         ("explain", {"text": "  "}, 400, "text", "'text' is '  '"),
         ("explain", b'{"text": "\\ud800"}', 400, "text", "'text' is not valid Unicode: character 0"),
@@ -223,14 +224,14 @@ ASKED = {"text": TEXTS[0], "concept": "service", "target": "Positive"}
             ASKED | {"concept": "servce"},
             400,
             "concept",
-            "there is no concept 'servce'; did you mean 'service'",
+            "there is no concept 'servce' (did you mean 'service'?)",
         ),
         (
             "preview",
             ASKED | {"target": "positive"},
             400,
             "target",
-            "there is no class 'positive'; did you mean 'Positive'",
+            "there is no class 'positive' (did you mean 'Positive'?)",
         ),
         ("preview", ASKED | {"target": ["Positive"]}, 400, "target", "'target' is an array; expected a string"),
         ("apply", ASKED | {"edit": 5}, 400, "edit", "'edit' is a number; expected a string or null"),
@@ -404,7 +405,7 @@ def test_the_document_describes_the_routes(desk: Desk) -> None:
 
 
 def test_nothing_is_compiled_after_the_warm_up(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    assert list(desk.warm_up()) == [16, 24] and desk.num_lengths == 2
+    assert list(desk.warm_up()) == [16] and desk.num_lengths == 1
     assert not desk.edits
     with jax.log_compiles():
         for text in (TEXTS[3], TEXTS[2], TEXTS[1] * 20):
@@ -417,6 +418,20 @@ def test_nothing_is_compiled_after_the_warm_up(desk: Desk, caplog: pytest.LogCap
                     desk.apply(forms.Order(text, lane.name, target, edit))
                     desk.undo(edit)
     assert "Compiling" not in caplog.text
+
+
+def test_every_width_of_a_text_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(Desk(tiny_model(num_layers=1), tmp_path / "edits.log")) as desk:
+        widths = []
+
+        def looked_at(text: str) -> DecisionPathway:
+            (batch,) = artifact.text_batches(desk.model, [text], batch_size=1)
+            widths.append(batch.input_ids.shape[1])
+            return explain(model(), TEXTS[3:])[0]
+
+        monkeypatch.setattr(desk, "explain", looked_at)
+        monkeypatch.setattr(desk, "_correct", lambda asked: (desk_lib.Found(None, False),))
+        assert list(desk.warm_up()) == widths == [16, 24, 32, 40] and desk.num_lengths == 4
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
@@ -476,7 +491,7 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
     page.click(f".concept[data-concept='2'] .class[data-class='{target}']")
     assert "Label, what if" in page.text_content(".verdict")
     assert page.input_value("#concept") == lane.name and page.input_value("#target") == target
-    page.click("text=Preview")
+    page.click("button:text('Preview')")
     page.wait_for_selector(".preview")
     assert f"Asked: {lane.name} = {target}" in page.text_content(".place")
     assert "What it does to 4 held-out texts" in page.text_content(".preview")
@@ -493,7 +508,7 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
     page.reload()
     page.wait_for_selector(f"code:text('{edit.id}')")
     page.fill("#text", TEXTS[0])
-    page.click("text=Explain")
+    page.click("button:text('Explain')")
     page.wait_for_selector(".decided")
     page.click(f"[aria-label='Undo edit {edit.id}']")
     page.wait_for_selector(f"text=Undone: edit {edit.id}")
@@ -504,13 +519,13 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
 
 def test_what_is_typed_stays_text(page: Any) -> None:
     page.fill("#text", HOSTILE)
-    page.click("text=Explain")
+    page.click("button:text('Explain')")
     page.wait_for_selector(".decided")
     assert page.text_content(".review") == HOSTILE
-    page.click("text=Preview")
-    page.wait_for_function("document.querySelector('main').getAttribute('aria-busy') === null")
+    page.click("button:text('Preview')")
+    page.wait_for_selector("main:not([aria-busy])")
     page.fill("#text", " ")
-    page.click("text=Explain")
+    page.click("button:text('Explain')")
     page.wait_for_selector(".problem:not(:empty)")
     assert "'text' is ' '" in page.text_content(".problem")
     assert page.get_attribute("#text", "aria-invalid") == "true"
@@ -524,10 +539,10 @@ def test_axe_finds_nothing_serious_on_the_live_page(page: Any, axe: str) -> None
     target = next(name for name in pathway.concepts[0].probabilities if name != pathway.concepts[0].predicted_class)
     page.evaluate(axe)
     page.fill("#text", TEXTS[0])
-    page.click("text=Explain")
+    page.click("button:text('Explain')")
     page.wait_for_selector(".decided")
     page.select_option("#target", target)
-    page.click("text=Preview")
+    page.click("button:text('Preview')")
     page.wait_for_selector(".preview")
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 844})

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sparsecbm_jax import impact
 from sparsecbm_jax.app.forms import (
     Applied,
@@ -24,7 +26,7 @@ from sparsecbm_jax.correction import CorrectionReport, correct_minimally, name_i
 from sparsecbm_jax.data.batches import BUCKETS, Batch, eval_batches, tokenize
 from sparsecbm_jax.data.schema import Examples
 from sparsecbm_jax.edit_log import EditLog
-from sparsecbm_jax.edits import StoredEdit, apply_stored, overlapping, undo_stored
+from sparsecbm_jax.edits import Positions, StoredEdit, apply_stored, overlapping, text_hash, undo_stored
 from sparsecbm_jax.explanation import DecisionPathway, explain
 from sparsecbm_jax.intervention import check_masks
 
@@ -177,17 +179,25 @@ class Desk:
     def warm_up(self) -> Iterator[int]:
         """Compiles what requests will run, one width of texts after another, and yields each; nothing is changed."""
         schema = self.model.schema
+        self._flip_and_back()
+        if self._sample:
+            self._impact(self.model, schema.concepts[0])
         for length in self._lengths():
             text = " ".join(["a"] * (length - self.model.tokenizer.num_special_tokens_to_add()))
             reading = self.explain(text).concepts[0]
             target = next(name for name in schema.classes if name != reading.predicted_class)
-            question = Question(text, schema.concepts[0], target)
-            if (edit := self._correct(question)[0].edit) is not None:
-                # Made and undone, aside, since flipping weights has programs of its own.
-                undo_stored(apply_stored(self._masks(), edit, schema.concepts), edit, schema.concepts)
+            self._correct(Question(text, schema.concepts[0], target))
             yield length
-        if self._sample:
-            self._impact(self.model, schema.concepts[0])
+
+    def _flip_and_back(self) -> None:
+        """Makes and undoes an edit of every kernel, aside: what few flipped weights of any need is compiled then."""
+        masks, concepts = self._masks(), self.model.schema.concepts
+        positions = {}
+        for path, mask in masks.items():
+            kept = np.asarray(mask[0])
+            positions[path] = Positions(kept.shape, np.flatnonzero(kept)[:1], np.flatnonzero(~kept)[:1])
+        edit = StoredEdit(concepts[0], self.model.schema.classes[0], None, text_hash(""), "signed", 1, positions)
+        undo_stored(apply_stored(masks, edit, concepts), edit, concepts)
 
     def _lengths(self) -> list[int]:
         longest = self.model.max_length
@@ -246,7 +256,7 @@ class Desk:
                 was: {now: int(found.flips[i, j]) for j, now in enumerate(classes) if i != j}
                 for i, was in enumerate(classes)
             },
-            changed_texts=tuple(self._sample_texts[row] for row in found.changed_rows[:MAX_CHANGED_TEXTS]),
+            changed_texts=tuple(self._sample_texts[row] for row in sorted(found.changed_rows)[:MAX_CHANGED_TEXTS]),
         )
 
 
