@@ -23,13 +23,15 @@ from sparsecbm_jax.app.forms import (
 from sparsecbm_jax.artifact import SparseCBM, text_batches
 from sparsecbm_jax.cbm import CBMOutput
 from sparsecbm_jax.correction import CorrectionReport, correct_minimally, name_index
-from sparsecbm_jax.data.batches import BUCKETS, Batch, eval_batches, tokenize
+from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
 from sparsecbm_jax.data.schema import Examples
 from sparsecbm_jax.edit_log import EditLog
 from sparsecbm_jax.edits import Positions, StoredEdit, apply_stored, overlapping, text_hash, undo_stored
 from sparsecbm_jax.explanation import DecisionPathway, explain
 from sparsecbm_jax.intervention import check_masks
 
+# What single texts are padded to.
+WIDTHS = (64, 128, 256, 512)
 SAMPLE_BATCH = 32
 MAX_CHANGED_TEXTS = 5
 MAX_REMEMBERED = 64
@@ -69,15 +71,16 @@ class Desk:
         """
         check_masks(model.masks)
         assert model.masks is not None
-        # Written-out layers would cost more to compile than single texts can win back.
-        model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+        # Written-out layers, and many widths, would cost more to compile than single texts can win back.
+        config = dataclasses.replace(model.config, unroll_layers=False)
+        model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
         self._log = EditLog(log, model.masks, model.schema.concepts)
         self._state = State(dataclasses.replace(model, masks=self._log.replay(model.masks)), self._log.edits)
         self._sample: list[Batch] = []
         self._sample_texts: dict[int, str] = {}
         if sample is not None and sample.texts:
             tokens = tokenize(sample, model.tokenizer, model.max_length)
-            self._sample = list(eval_batches(tokens, batch_size=SAMPLE_BATCH))
+            self._sample = list(eval_batches(tokens, batch_size=SAMPLE_BATCH, buckets=WIDTHS))
             self._sample_texts = dict(zip(sample.row_ids.tolist(), sample.texts, strict=True))
         # What the sample was read as, and in which state; and the edits that questions led to lately.
         self._readings: tuple[State | None, list[tuple[Batch, CBMOutput]]] = (None, [])
@@ -201,7 +204,7 @@ class Desk:
 
     def _lengths(self) -> list[int]:
         longest = self.model.max_length
-        return [length for length in BUCKETS if length < longest] + [longest]
+        return [length for length in self.model.buckets if length < longest] + [longest]
 
     def _masks(self) -> dict:
         masks = self.model.masks
