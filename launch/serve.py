@@ -8,7 +8,7 @@ Wants the extra `app`. Corrections are kept in --edits, a log that `launch/edits
 read, too; each is on disk before it is acknowledged, and made again when the server starts. Only this machine reaches
 the server, unless --host says otherwise: then a token is wanted, that of the variable SPARSECBM_TOKEN or one that is
 made and printed. It travels in the clear: put a proxy that speaks TLS before the server, or use an SSH tunnel.
-Programs are compiled before the first request.
+Programs are compiled before the first request; with JAX_COMPILATION_CACHE_DIR=FOLDER, they are kept for the next start.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import os
 import random
 import re
 import subprocess
@@ -39,7 +40,7 @@ flags.DEFINE_string("model", None, "Folder of the saved model.")
 flags.DEFINE_integer("clients", 50, "Clients at once.", lower_bound=1)
 flags.DEFINE_float("seconds", 60.0, "Until the server is killed.", lower_bound=0.5)
 flags.DEFINE_integer("seed", 0, "Of what the clients ask.")
-flags.DEFINE_string("workdir", None, "Folder to keep the log of edits in; by default it is thrown away.")
+flags.DEFINE_string("workdir", None, "Folder to keep the log and what is compiled in; by default they are thrown away.")
 
 SERVE = Path(__file__).with_name("serve.py")
 PATIENCE = 120.0
@@ -78,8 +79,10 @@ def started(folder: Path, model: str) -> Iterator[Server]:
         ValueError: if it does not come up; its last words are given.
     """
     command = [sys.executable, str(SERVE), f"--model={model}", "--port=0", f"--edits={folder / 'edits.log'}"]
+    # What the first server compiles, the second need not.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), **os.environ}
     with (folder / "server.txt").open("a+") as output:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment)
         try:
             assert process.stdout is not None
             for line in process.stdout:

@@ -54,8 +54,8 @@ class State(NamedTuple):
 class Desk:
     """A model that takes corrections, one after another, each as small as repairs its concept.
 
-    What it is asked it does at once, in the caller's thread, and one thing at a time. `edits` and `get` alone may be
-    called from another thread meanwhile: they read a state that is replaced as a whole.
+    What it is asked it does at once, in the caller's thread, and one thing at a time. `edits`, `num_edits` and `get`
+    alone may be called from another thread meanwhile: they read a state that is replaced as a whole.
     """
 
     def __init__(self, model: SparseCBM, log: str | Path, sample: Examples | None = None) -> None:
@@ -82,8 +82,8 @@ class Desk:
             tokens = tokenize(sample, model.tokenizer, model.max_length)
             self._sample = list(eval_batches(tokens, batch_size=SAMPLE_BATCH, buckets=WIDTHS))
             self._sample_texts = dict(zip(sample.row_ids.tolist(), sample.texts, strict=True))
-        # What the sample was read as, and in which state; and the edits that questions led to lately.
-        self._readings: tuple[State | None, list[tuple[Batch, CBMOutput]]] = (None, [])
+        # What the sample was read as, with which edits; and the edits that questions led to lately.
+        self._readings: tuple[tuple[StoredEdit, ...] | None, list[tuple[Batch, CBMOutput]]] = (None, [])
         self._found: dict[tuple[tuple[str, ...], Question], Found] = {}
 
     def close(self) -> None:
@@ -99,6 +99,11 @@ class Desk:
     def edits(self) -> tuple[EditSummary, ...]:
         """The edits in force, oldest first."""
         return tuple(map(EditSummary.of, self._state.edits))
+
+    @property
+    def num_edits(self) -> int:
+        """How many edits are in force."""
+        return len(self._state.edits)
 
     def get(self, edit_id: str) -> StoredEdit:
         """An edit in force.
@@ -242,9 +247,9 @@ class Desk:
     def _impact(self, corrected: SparseCBM, concept: str) -> SampleImpact:
         model = self.model
         arrays = (model.config, model.params)
-        if self._readings[0] is not self._state:
+        if self._readings[0] is not self._state.edits:
             assert model.masks is not None
-            self._readings = self._state, impact.readings(*arrays, model.masks, model.heads, self._sample)
+            self._readings = self._state.edits, impact.readings(*arrays, model.masks, model.heads, self._sample)
         assert corrected.masks is not None
         k, classes = model.schema.concepts.index(concept), model.schema.classes
         found = impact.preview(*arrays, corrected.masks, model.heads, self._readings[1], k)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import sparsecbm_jax
+from sparsecbm_jax import __version__
 from sparsecbm_jax.app.forms import Problem
 from sparsecbm_jax.app.gate import COOKIE, OPEN_PATHS, Limits
 from sparsecbm_jax.json_schema import schema_of
@@ -34,7 +34,7 @@ def document(operations: Iterable["Operation"], limits: Limits, *, is_token_want
         "openapi": VERSION,
         "info": {
             "title": "sparsecbm_jax, live",
-            "version": sparsecbm_jax.__version__,
+            "version": __version__,
             "summary": "Explains texts and takes corrections of their concepts.",
             "description": f"A request has at most {limits.max_body:,} bytes, a text at most {limits.max_text:,} "
             f"characters. One address may ask {limits.rate:g} times a second, {limits.burst} times at once; "
@@ -46,10 +46,10 @@ def document(operations: Iterable["Operation"], limits: Limits, *, is_token_want
 
 
 def _operation(one: "Operation", schemas: dict[str, Any], is_token_wanted: bool) -> dict[str, Any]:
-    refusals = set(one.refusals)
+    refusals = {403, *one.refusals}
     is_open = one.path in OPEN_PATHS
     if not is_open:
-        refusals |= {403, 429} | ({401} if is_token_wanted else set())
+        refusals |= {429} | ({401} if is_token_wanted else set())
     if one.form is not None:
         refusals |= {408, 413, 415}
     answers: dict[str, Any] = {"200": {"description": "The answer.", "content": _json(one.answer, schemas)}}
