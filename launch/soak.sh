@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# Kills 200 writers of an edit log at random points and checks that no acknowledged edit is lost; see soak.py.
-# Arguments go to it:
+# Kills 200 writers of an edit log at random points and checks that no acknowledged edit is lost; see soak.py. With
+# 'server', 50 clients press the live page's server for a minute, and it is killed under them; see soak_server.py.
+# Arguments go to them:
 #
 #   bash launch/soak.sh
 #   bash launch/soak.sh --kills=1000 --seed=1
+#   bash launch/soak.sh server --model=runs/quickstart/model
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ "${1:-}" == server ]]; then
+    shift
+    exec python launch/soak_server.py "$@"
+fi
 exec python launch/soak.py "$@"

@@ -32,7 +32,7 @@ from sparsecbm_jax import __version__, model_card, sharding
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig, init_params, maskable_paths
 from sparsecbm_jax.cbm import CBMConfig, CBMOutput, Heads, init_heads, make_forward
-from sparsecbm_jax.data.batches import Batch, eval_batches, load_tokenizer, tokenize
+from sparsecbm_jax.data.batches import BUCKETS, Batch, eval_batches, load_tokenizer, tokenize
 from sparsecbm_jax.data.schema import MISSING, Examples, Schema
 from sparsecbm_jax.masks import Masks, Params
 
@@ -80,8 +80,9 @@ class SparseCBM:
         schema: names of concepts, classes and labels.
         tokenizer: a fast tokeniser with a pad token.
         strategy: how it was trained: 'standard', 'independent', 'sequential', 'joint' or 'sparse'.
-        metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text) and 'metrics' (kept
-            in `metrics.json`). Shown on the card: 'seed', 'dataset', 'backbone' (names).
+        metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text), 'buckets' (widths
+            that texts are padded to; for each, programs are compiled) and 'metrics' (kept in `metrics.json`). Shown on
+            the card: 'seed', 'dataset', 'backbone' (names).
     """
 
     config: CBMConfig
@@ -97,6 +98,11 @@ class SparseCBM:
     def max_length(self) -> int:
         """Most tokens of a text, special tokens included; what is beyond is cut."""
         return min(int(self.metadata.get("max_length") or MAX_LENGTH), self.config.backbone.max_length)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Widths that texts are padded to, rising; see `data.batches.bucket_length`."""
+        return tuple(self.metadata.get("buckets") or BUCKETS)
 
 
 class Predictions(NamedTuple):
@@ -439,7 +445,7 @@ def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int, sta
     tokenized = tokenize(examples, model.tokenizer, model.max_length)
     for n in np.flatnonzero(tokenized.lengths <= model.tokenizer.num_special_tokens_to_add()).tolist():
         raise ValueError(f"texts[{start + n}] is {texts[n][:40]!r}, in which the tokeniser finds nothing to read")
-    return eval_batches(tokenized, batch_size=batch_size)
+    return eval_batches(tokenized, batch_size=batch_size, buckets=model.buckets)
 
 
 def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mesh: Mesh | None = None) -> Predictions:

@@ -42,7 +42,7 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "description": (inspect.getdoc(cls) or "").partition("\n")[0],
         "properties": properties,
-        "required": list(properties),
+        "required": [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING],
         "additionalProperties": False,
     }
 

@@ -1,7 +1,8 @@
 "use strict";
 
-// Draws the page from the JSON that it holds. Texts enter as text nodes only, never as markup.
-(() => {
+// Draws the page from the JSON that it holds. Texts enter as text nodes only, never as markup. What it draws with, the
+// live page's script uses, too.
+const drawing = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const TRACKED_WORDS = 3; // of each concept, while none is followed
@@ -93,9 +94,10 @@
    *
    * @param {object} pathway - `DecisionPathway.to_dict()`.
    * @param {object} about - `heading`; `beside`, a pathway to share a scale with; `followed`, the concept followed at
-   *   first; and for what an edit made, its `report`: what differs from `beside` is marked.
+   *   first; for what an edit made, its `report`: what differs from `beside` is marked; and `onset`, to be told the
+   *   concept and the class that a person sets.
    */
-  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null } = {}) {
+  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null, onset = null } = {}) {
     const id = `view${numViews++}`;
     const lanes = pathway.concepts;
     const strongest = lanes.map((lane) => largest(lane.word_scores));
@@ -209,7 +211,10 @@
         return make("button", { type: "button", class: kind, "data-class": name, "aria-pressed": "false",
           onclick: () => {
             if (chosen.get(lane.name) === name) chosen.delete(lane.name);
-            else chosen.set(lane.name, name);
+            else {
+              chosen.set(lane.name, name);
+              onset?.(lane.name, name);
+            }
             update();
           } }, unseen(`Set ${lane.name} to `), content, isPredicted ? unseen(" as the model reads it") : null);
       });
@@ -431,7 +436,7 @@
     main.append(make("p", { class: "chooser" }, make("label", { for: "choice" }, `One of ${views.length}`), " ", choice));
   }
   main.append(place);
-  place.append(views[0].render());
+  if (views.length) place.append(views[0].render());
 
   // On paper nothing can be opened, and links are drawn before the browser lays its pages out: the class gives the
   // document the width of paper beforehand.
@@ -448,4 +453,6 @@
     document.documentElement.classList.remove("printing");
     redraw();
   });
+
+  return { data, main, place, count, exact, make, percent, table, correctionView, pathwayView };
 })();

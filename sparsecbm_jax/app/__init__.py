@@ -1,0 +1,15 @@
+"""The page of pathways, live: a text is explained, a concept corrected, the correction previewed, made, undone.
+
+This room is a small server around explanation, correction and the log of edits. It needs the extra `app`.
+"""
+
+try:
+    import starlette as _starlette  # noqa: F401
+except ImportError:
+    raise ImportError("the live page needs starlette: pip install 'sparsecbm-jax[app]'") from None
+
+from sparsecbm_jax.app.desk import Desk
+from sparsecbm_jax.app.gate import Limits, is_loopback
+from sparsecbm_jax.app.server import create_app
+
+__all__ = ["Desk", "Limits", "create_app", "is_loopback"]

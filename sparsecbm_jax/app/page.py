@@ -1,0 +1,34 @@
+"""The live page: the static page's template, styles and scripts, with a form and a script that asks the API."""
+
+import jinja2
+
+from sparsecbm_jax.app.gate import Limits
+from sparsecbm_jax.artifact import SparseCBM
+from sparsecbm_jax.report.page import TEMPLATES, fill, predictor_weights
+
+_BOTH = jinja2.ChoiceLoader([jinja2.PackageLoader(__package__), TEMPLATES])
+
+
+def live_page(model: SparseCBM, title: str, limits: Limits) -> tuple[str, str]:
+    """The page, which corrections do not change, and its content-security policy: it may ask this server alone."""
+    schema = model.schema
+    content = {
+        "pathways": [],
+        "corrections": [],
+        "predictor": predictor_weights(model),
+        "concepts": schema.concepts,
+        "classes": schema.classes,
+        "max_text": limits.max_text,
+    }
+    page, policy = fill(
+        _BOTH,
+        "live.html",
+        content,
+        title,
+        styles=("page.css", "live.css"),
+        scripts=("page.js", "live.js"),
+        allowed="connect-src 'self'; ",
+        num_omitted=0,
+    )
+    # What browsers take from a header alone.
+    return page, f"{policy}; frame-ancestors 'none'"
