@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -51,6 +54,18 @@ _WELL_COMPILED = (
     "test_selection",
     "test_sharded_pruning",
     "test_woodfisher",
+)
+_AXE = "axe-core@4.14.1"
+_PATIENCE = 120_000  # milliseconds, for a machine with much else to do
+_CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_CHROMIUM_OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 )
 WORDS = tuple(
     "the food service was good bad not great and but noise ambiance soup cold loud friendly i we it a .".split()
@@ -163,6 +178,44 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
         mask_token="[MASK]",
         model_max_length=64,
     )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright not here: pip install playwright")
+    chromium = next(filter(None, map(shutil.which, _CHROMIUM)), None)
+    if chromium is None:
+        pytest.skip("chromium not here: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=list(_CHROMIUM_OPTIONS), timeout=_PATIENCE)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def context(browser: Any) -> Iterator[Any]:
+    """A browser's context of its own: pages without any other's cookies."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(_PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core, Deque's checks of accessibility; it is no part of the repository."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm not here to fetch axe-core with")
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "pack", "--silent", _AXE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        pytest.skip("axe-core cannot be had here: npm pack axe-core")
+    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+        member = archive.extractfile("package/axe.min.js")
+        assert member is not None
+        return member.read().decode()
 
 
 def _vocabulary() -> dict[str, int]:

@@ -2,10 +2,7 @@
 
 import dataclasses
 import html
-import shutil
-import subprocess
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from tiny_model import TEXTS, tiny_model
 from sparsecbm_jax.correction import CorrectionReport, TextPrediction
 from sparsecbm_jax.explanation import DecisionPathway, explain
 from sparsecbm_jax.intervention import oracle_activations
+from sparsecbm_jax.subnetworks import EditChange, KernelChange
 
 pytest.importorskip("jinja2", reason="jinja2 not here: pip install 'sparsecbm-jax[report]'")
 
@@ -24,19 +22,7 @@ from sparsecbm_jax.report import page as page_lib
 
 TOLERANCE = 1e-6
 SUM_TOLERANCE = 1e-5
-AXE = "axe-core@4.14.1"
 PHONE = 390
-PATIENCE = 120_000  # milliseconds, for a machine with much else to do
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM_OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 HOSTILE = (
     '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">',
     """<!-- <script> & "quotes" 'and' {{ 7 * 7 }} {% if %} \u2028\u2029 &amp; 🎉 naïve""",
@@ -66,7 +52,10 @@ def comparison(pathways: list[DecisionPathway]) -> report.Comparison:
     counts = {"drop_fraction": 0.001, "num_steps": 1, "num_dropped": 12, "num_grown": 12, "num_weights": 12345}
     edit: Any = None
     readings = {"before": _prediction(before), "after": _prediction(after)}
-    return report.Comparison(CorrectionReport(**asked, **counts, **readings, edit=edit), before, after)
+    made = CorrectionReport(**asked, **counts, **readings, edit=edit)
+    kernel = KernelChange("layers/attention/query/kernel", dropped=(7,), grown=(5,), rows=(3,))
+    change = EditChange(lane.name, 12, 12, (12,), (12,), ((7, 5),), ((5, 7),), (kernel,))
+    return report.Comparison(made, before, after, change)
 
 
 def _prediction(pathway: DecisionPathway) -> TextPrediction:
@@ -78,23 +67,9 @@ def _prediction(pathway: DecisionPathway) -> TextPrediction:
     )
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright not here: pip install playwright")
-    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if chromium is None:
-        pytest.skip("chromium not here: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, args=list(CHROMIUM_OPTIONS), timeout=PATIENCE)
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def open_page(context: Any, tmp_path: Path) -> Callable[..., Any]:
     """Opens a page from disk; whatever it asked for and got wrong is in `requests` and `problems`."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(PATIENCE)
 
     def opened(*given: Any, **options: Any) -> Any:
         path = tmp_path / "page.html"
@@ -107,24 +82,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         page.goto(path.as_uri())
         return page
 
-    yield opened
-    context.close()
-
-
-@pytest.fixture(scope="session")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, Deque's checks of accessibility; it is no part of the repository."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm not here to fetch axe-core with")
-    folder = tmp_path_factory.mktemp("axe")
-    command = ["npm", "pack", "--silent", AXE]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        pytest.skip("axe-core cannot be had here: npm pack axe-core")
-    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
-        member = archive.extractfile("package/axe.min.js")
-        assert member is not None
-        return member.read().decode()
+    return opened
 
 
 def embedded(page: Any) -> Any:
@@ -318,6 +276,10 @@ def test_a_correction_states_what_changed(open_page: Any, comparison: report.Com
     assert f"changed: was {changed.before.concepts['service']}" in after.text_content()
     assert "12 dropped, 12 grown" in after.text_content()
     assert page.locator(".pathway").first.locator(".changed").count() == 0
+    changes = page.locator(".table", has_text="Where the mask of service changed").locator("tbody tr")
+    assert changes.locator("th, td").all_text_contents() == ["attention query", "−7 +5, 3 rows"]
+    page = open_page([], [comparison._replace(change=None)])
+    assert "Where the mask" not in page.text_content("main") and page.problems == []
 
 
 def test_a_page_stays_below_two_megabytes(pathways: list[DecisionPathway], tmp_path: Path) -> None:

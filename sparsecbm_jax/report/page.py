@@ -4,12 +4,10 @@ The page holds `to_dict()` of what it was given as JSON, and a script that draws
 """
 
 import base64
-import functools
 import hashlib
 import html
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ import numpy as np
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.correction import CorrectionReport
 from sparsecbm_jax.explanation import DecisionPathway
+from sparsecbm_jax.subnetworks import EditChange
 
 try:
     import jinja2
@@ -25,6 +24,7 @@ except ImportError:
     raise ImportError("the page needs jinja2: pip install 'sparsecbm-jax[report]'") from None
 
 MAX_BYTES = 2_000_000
+TEMPLATES = jinja2.PackageLoader(__package__)
 
 # In a script element only these can end it, or begin a comment; the two separators once ended a line of JavaScript.
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
@@ -33,11 +33,12 @@ Predictor = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 class Comparison(NamedTuple):
-    """One correction, with the pathway of its text before and after."""
+    """One correction, with the pathway of its text before and after, and where it changed the concept's mask."""
 
     report: CorrectionReport
     before: DecisionPathway
     after: DecisionPathway
+    change: EditChange | None = None
 
 
 def predictor_weights(model: SparseCBM) -> dict[str, dict[str, dict[str, float]]]:
@@ -152,21 +153,50 @@ def _render(
 ) -> str:
     content = {
         "pathways": [pathway.to_dict() for pathway in pathways],
-        "corrections": [{name: part.to_dict() for name, part in one._asdict().items()} for one in corrections],
+        "corrections": [
+            {name: None if part is None else part.to_dict() for name, part in one._asdict().items()}
+            for one in corrections
+        ],
         "predictor": predictor,
     }
-    style, script = _source("page.css"), _source("page.js")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_source("page.html"))
-    return template.render(
-        title=title,
-        policy=f"default-src 'none'; script-src {_checksum(script)}; style-src {_checksum(style)}; "
-        "base-uri 'none'; form-action 'none'",
-        style=style,
-        script=script,
-        content=embed_json(content),
-        num_pathways=len(pathways),
-        num_omitted=num_omitted,
+    return fill(TEMPLATES, "page.html", content, title, num_pathways=len(pathways), num_omitted=num_omitted)[0]
+
+
+def fill(
+    templates: jinja2.BaseLoader,
+    name: str,
+    content: Any,
+    title: str,
+    *,
+    styles: Sequence[str] = ("page.css",),
+    scripts: Sequence[str] = ("page.js",),
+    allowed: str = "",
+    **values: Any,
+) -> tuple[str, str]:
+    """A template with its styles and scripts in it.
+
+    Args:
+        templates: where all are looked for.
+        name: of the template.
+        content: what the scripts find as JSON.
+        title: the page's heading.
+        styles, scripts: names of files, in order.
+        allowed: what the policy allows beside them, such as "connect-src 'self'; ".
+        values: what else the template asks for.
+
+    Returns:
+        The page, and its content-security policy.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=templates)
+    style, script = ("".join(_source(environment, one) for one in names) for names in (styles, scripts))
+    policy = (
+        f"default-src 'none'; script-src {_checksum(script)}; style-src {_checksum(style)}; {allowed}"
+        "base-uri 'none'; form-action 'none'"
     )
+    page = environment.get_template(name).render(
+        title=title, policy=policy, style=style, script=script, content=embed_json(content), **values
+    )
+    return page, policy
 
 
 def embed_json(content: Any) -> str:
@@ -182,6 +212,7 @@ def _checksum(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-@functools.cache
-def _source(name: str) -> str:
-    return resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
+def _source(environment: jinja2.Environment, name: str) -> str:
+    assert environment.loader is not None
+    # Browsers end lines so before they take a checksum.
+    return environment.loader.get_source(environment, name)[0].replace("\r\n", "\n")

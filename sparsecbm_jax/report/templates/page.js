@@ -1,7 +1,8 @@
 "use strict";
 
-// Draws the page from the JSON that it holds. Texts enter as text nodes only, never as markup.
-(() => {
+// Draws the page from the JSON that it holds. Texts enter as text nodes only, never as markup. What it draws with, the
+// live page's script uses, too.
+const drawing = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const TRACKED_WORDS = 3; // of each concept, while none is followed
@@ -93,9 +94,10 @@
    *
    * @param {object} pathway - `DecisionPathway.to_dict()`.
    * @param {object} about - `heading`; `beside`, a pathway to share a scale with; `followed`, the concept followed at
-   *   first; and for what an edit made, its `report`: what differs from `beside` is marked.
+   *   first; for what an edit made, its `report`: what differs from `beside` is marked; and `onset`, to be told the
+   *   concept and the class that a person sets.
    */
-  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null } = {}) {
+  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null, onset = null } = {}) {
     const id = `view${numViews++}`;
     const lanes = pathway.concepts;
     const strongest = lanes.map((lane) => largest(lane.word_scores));
@@ -209,7 +211,10 @@
         return make("button", { type: "button", class: kind, "data-class": name, "aria-pressed": "false",
           onclick: () => {
             if (chosen.get(lane.name) === name) chosen.delete(lane.name);
-            else chosen.set(lane.name, name);
+            else {
+              chosen.set(lane.name, name);
+              onset?.(lane.name, name);
+            }
             update();
           } }, unseen(`Set ${lane.name} to `), content, isPredicted ? unseen(" as the model reads it") : null);
       });
@@ -399,7 +404,19 @@
 
   // --- One correction ------------------------------------------------------------------------------------------------
 
-  function correctionView({ report, before, after }) {
+  /** The kernels and layers that an edit changed: a table whose shades make it a picture. */
+  function changeView({ concept, kernels }) {
+    const numLayers = Math.max(1, ...kernels.map((kernel) => kernel.dropped.length));
+    const most = largest(kernels.flatMap(({ dropped, grown }) => dropped.map((n, layer) => n + grown[layer])));
+    const cell = (dropped, grown, rows) => make("td", { class: "shaded", "--strength": `${Math.round(100 * (dropped + grown) / most)}%` },
+      dropped + grown ? `−${count(dropped)} +${count(grown)}, ${count(rows)} ${rows === 1 ? "row" : "rows"}` : "–");
+    return table(`Where the mask of ${concept} changed: weights dropped (−) and grown (+), and in how many rows, by kernel and layer`,
+      ["Kernel", ...Array.from({ length: numLayers }, (_, n) => `Layer ${n + 1}`)],
+      kernels.map(({ path, dropped, grown, rows }) => [path.replace(/^layers\/|\/kernel$/g, "").replace(/[/_]/g, " "),
+        ...dropped.map((n, layer) => cell(n, grown[layer], rows[layer]))]));
+  }
+
+  function correctionView({ report, before, after, change = null }) {
     const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was so before" : "repaired";
     const followed = before.concepts.findIndex((lane) => lane.name === report.concept);
     const rows = before.concepts.map(({ name }) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
@@ -412,6 +429,7 @@
             exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)} (${report.saliency}, ${report.num_steps} step${report.num_steps > 1 ? "s" : ""}). No parameter changed.`)),
         table("Before and after", ["", "Before", "After", "Changed"], rows.map(([name, old, oldShares, now, nowShares]) =>
           [name, `${old} (${percent(oldShares[old])})`, `${now} (${percent(nowShares[now])})`, old === now ? "no" : make("strong", {}, "yes")]))),
+      change && change.kernels.length ? changeView(change) : null,
       make("div", { class: "pair" },
         pathwayView(before, { heading: "Before", followed, beside: after }),
         pathwayView(after, { heading: "After", followed, beside: before, report })));
@@ -431,7 +449,7 @@
     main.append(make("p", { class: "chooser" }, make("label", { for: "choice" }, `One of ${views.length}`), " ", choice));
   }
   main.append(place);
-  place.append(views[0].render());
+  if (views.length) place.append(views[0].render());
 
   // On paper nothing can be opened, and links are drawn before the browser lays its pages out: the class gives the
   // document the width of paper beforehand.
@@ -448,4 +466,6 @@
     document.documentElement.classList.remove("printing");
     redraw();
   });
+
+  return { data, main, place, count, exact, make, percent, table, correctionView, pathwayView };
 })();
