@@ -344,10 +344,11 @@ def test_a_page_that_would_be_too_large_is_refused(whole: report.RunReport, tmp_
 
 def test_a_figure_is_the_same_file_again(whole: report.RunReport, tmp_path: Path) -> None:
     (figure,) = (figure for figure in whole.figures if figure.name == "pruning_schedule")
-    plots.write([figure], tmp_path)
+    for folder in ("one", "two"):
+        plots.write([figure], tmp_path / folder)
     for ending, start in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
-        content = (tmp_path / f"pruning_schedule.{ending}").read_bytes()
-        assert content.startswith(start) and content == plots.draw(figure, ending)
+        one, two = ((tmp_path / folder / f"pruning_schedule.{ending}").read_bytes() for folder in ("one", "two"))
+        assert one.startswith(start) and one == two
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
 
 
 def _image(figure: Figure, number: int) -> _Image:
-    drawn = plots.draw(figure, "svg")
+    (drawn,) = plots.draw(figure, "svg")
     # Its markup alone: what stands before it names a place on the network, which nothing would ask anyway.
     drawn = drawn[drawn.index(b"<svg") :]
     size = re.search(rb'width="([\d.]+)pt" height="([\d.]+)pt"', drawn)

@@ -95,26 +95,29 @@ def legend(figure: "MatplotlibFigure") -> None:
     figure.legend(list(found.values()), list(found), loc="outside upper center", ncols=columns, **layout)
 
 
-def draw(figure: Figure, ending: str) -> bytes:
-    """A figure as the content of a file: 'png', 'svg' or 'pdf'."""
-    plt, content = pyplot(), io.BytesIO()
+def draw(figure: Figure, *endings: str) -> tuple[bytes, ...]:
+    """A figure as the content of files: 'png', 'svg' or 'pdf'."""
+    plt, found = pyplot(), []
     with plt.rc_context(_SETTINGS), warnings.catch_warnings():
         # A name in letters that the font lacks is drawn as boxes; the figure's table has it.
         warnings.filterwarnings("ignore", message="Glyph")
         drawn = figure.draw(plt)
-        drawn.savefig(content, format=ending, dpi=200, metadata=_METADATA[ending])
+        for ending in endings:
+            content = io.BytesIO()
+            drawn.savefig(content, format=ending, dpi=200, metadata=_METADATA[ending])
+            found.append(content.getvalue())
         plt.close(drawn)
-    return content.getvalue()
+    return tuple(found)
 
 
 def write(figures: Sequence[Figure], folder: Path) -> None:
     """Writes figures as PNG, SVG and PDF and says where, or that matplotlib is not there to do it."""
     try:
         for figure in figures:
-            content = {ending: draw(figure, ending) for ending in _ENDINGS}
+            contents = draw(figure, *_ENDINGS)
             folder.mkdir(parents=True, exist_ok=True)
-            for ending, part in content.items():
-                (folder / f"{figure.name}.{ending}").write_bytes(part)
+            for ending, content in zip(_ENDINGS, contents, strict=True):
+                (folder / f"{figure.name}.{ending}").write_bytes(content)
             print(f"drawn: {folder / figure.name}.png, .svg and .pdf")
     except ImportError as error:
         print(f"no plot: {error}")

@@ -18,25 +18,18 @@ def training_section(log: RunLog, best_epoch: int | None) -> Section:
         log: the run's.
         best_epoch: the epoch that was kept, from 0; None where the run has not ended.
     """
-    losses = _losses(log)
-    figures = []
+    losses, figures = _losses(log), []
+    each = f"each logged step, and the mean of each epoch.{_cuts(log)}"
     if log.train:
         draw = functools.partial(_draw_series, log, losses, "loss")
-        figures.append(
-            Figure(
-                "training_loss", f"Loss of training: each logged step, and the mean of each epoch.{_cuts(log)}", draw
-            )
-        )
-        draw = functools.partial(_draw_series, log, ["grad_norm"], "norm of the gradient")
-        if any("grad_norm" in record for record in log.train):
-            words = (
-                f"Norm of the gradient, before it is clipped: each logged step, and the mean of each epoch.{_cuts(log)}"
-            )
-            figures.append(Figure("gradient_norm", words, draw))
+        figures.append(Figure("training_loss", f"Loss of training: {each}", draw))
     if log.validation:
         kept = "" if best_epoch is None else f" The ring marks epoch {best_epoch + 1}, which was kept."
-        words = f"Accuracy on validation after each epoch.{kept}{_cuts(log)}"
-        figures.insert(1, Figure("validation_accuracy", words, functools.partial(_draw_validation, log, best_epoch)))
+        caption = f"Accuracy on validation after each epoch.{kept}{_cuts(log)}"
+        figures.append(Figure("validation_accuracy", caption, functools.partial(_draw_validation, log, best_epoch)))
+    if any("grad_norm" in record for record in log.train):
+        draw = functools.partial(_draw_series, log, ["grad_norm"], "norm of the gradient")
+        figures.append(Figure("gradient_norm", f"Norm of the gradient, before it is clipped: {each}", draw))
     state = "" if best_epoch is not None else " The run has not ended, or was stopped."
     last = max(record["step"] for record in itertools.chain(*log))
     words = f"{_num_epochs(log)} epochs, {last:,} steps.{state}"
