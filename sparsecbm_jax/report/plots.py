@@ -87,6 +87,8 @@ def tidy(axes: Iterable["Axes"]) -> None:
 def legend(figure: "MatplotlibFigure") -> None:
     """What the series of a figure's axes are, above them, in as few lines as they fit in."""
     found = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if not found:
+        return
     # Inches of a marker and its gaps, and of a letter.
     width = sum(0.38 + 0.06 * len(label) for label in found)
     num_lines = math.ceil(width / figure.get_figwidth())

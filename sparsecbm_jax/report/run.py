@@ -92,12 +92,13 @@ def _draw_series(log: RunLog, keys: Sequence[str], label: str, pyplot: Any) -> A
         ends[record["epoch"]] = record["step"]
     for number, key in enumerate(keys):
         style = plots.style(number)
-        points = [(record["step"], record[key]) for record in log.train if record.get(key) is not None]
-        axis.plot(*zip(*points, strict=True), color=style["color"], alpha=0.3, linewidth=0.7)
-        means = [(end, mean) for epoch, end in ends.items() if (mean := _epoch_mean(log, key, epoch)) is not None]
-        axis.plot(*zip(*means, strict=True), label=_spoken(key), **style)
+        records = [record for record in log.train if record.get(key) is not None]
+        steps, values = [record["step"] for record in records], [record[key] for record in records]
+        axis.plot(steps, values, color=style["color"], alpha=0.3, linewidth=0.7)
+        means = {end: mean for epoch, end in ends.items() if (mean := _epoch_mean(log, key, epoch)) is not None}
+        axis.plot(list(means), list(means.values()), label=plots.label(_spoken(key)), **style)
     _mark_cuts(axis, log)
-    axis.set(xlabel="step", ylabel=label, yscale="log")
+    axis.set(xlabel="step", ylabel=label, yscale="log", xlim=(0, None))
     plots.tidy([axis])
     if len(keys) > 1:
         plots.legend(figure)
@@ -176,6 +177,7 @@ def _score_tables(log: RunLog, names: Sequence[str]) -> list[Table]:
     """Mean g² over ζ of each kernel at the last event that says: by how much gradients outweigh the damping."""
     for number, record in reversed(list(enumerate(log.prune, 1))):
         found = [one.get("mean_square_over_damping") for one in record.get("concepts", []) if isinstance(one, Mapping)]
+        found = found[-len(names) :]  # of the last cut, where an event has several
         if len(found) == len(names) and all(isinstance(one, Mapping) for one in found):
             kernels = dict.fromkeys(path for one in found for path in one)
             rows = [
@@ -196,7 +198,7 @@ def _draw_schedule(log: RunLog, names: Sequence[str], pyplot: Any) -> Any:
     is_one = all(_is_one(record["density"]) for record in log.prune)
     for k, name in enumerate(["every concept"] if is_one else names):
         kept = [100 * share for share in (*series[k], series[k][-1])]
-        axis.step(where, kept, where="post", label=name, markevery=slice(1, -1), **plots.style(k))
+        axis.step(where, kept, where="post", label=plots.label(name), markevery=slice(1, -1), **plots.style(k))
     axis.set(xlabel="step", ylabel="weights kept (%)", ylim=(0, 103), xlim=(0, None))
     plots.tidy([axis])
     plots.legend(figure)
