@@ -17,7 +17,8 @@ split:
 
 Results go to results.jsonl, a line each: given again, the command goes on where it was stopped; a workdir is of one
 model and config. At the end intervention.md, intervention.json and, where matplotlib is installed (extra `report`),
-plots as PNG and SVG. Takes hours for CEBaB on two cores with the defaults; --max_cells and --max_edits make it less.
+plots as PNG, SVG and PDF. Takes hours for CEBaB on two cores with the defaults; --max_cells and --max_edits make it
+less.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import typing
 from pathlib import Path
 
 import command_line
-import intervention_report
 import saved
 from absl import flags
 from result_lines import Results
@@ -67,6 +67,7 @@ def main() -> None:
         raise ValueError("--workdir is missing; expected a folder for the results of the intervention suite")
 
     from sparsecbm_jax import artifact, evaluation
+    from sparsecbm_jax.report import intervention, plots
 
     given = FLAGS["config"].value is not None
     run = command_line.run_config() if given else saved.own_run(artifact.load(FLAGS.model), FLAGS.model, "--config")
@@ -77,11 +78,11 @@ def main() -> None:
         print(evaluation.render_table(found.scores(run, FLAGS.split, found.model.masks)))
         return
     report = corrected(found, run, Path(FLAGS.workdir))
-    text = intervention_report.render(report)
-    for name, content in (("json", json.dumps(report, indent=1)), ("md", text)):
-        (Path(FLAGS.workdir) / f"intervention.{name}").write_text(content + "\n", encoding="utf-8")
+    text, path = intervention.render(report), Path(FLAGS.workdir) / intervention.FILE
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    intervention_report.draw(report, Path(FLAGS.workdir))
+    plots.write([figure for section in intervention.sections(report) for figure in section.figures], path.parent)
 
 
 def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, typing.Any]:

@@ -74,7 +74,7 @@ def main() -> None:
 
     # Before the work, so that a missing library, or a folder that cannot be written to, costs none.
     if FLAGS.html:
-        importlib.import_module("sparsecbm_jax.report")
+        importlib.import_module("sparsecbm_jax.report.page")
     if file := FLAGS.html or FLAGS.output:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).touch()

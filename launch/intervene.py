@@ -77,7 +77,7 @@ def main() -> None:
 
     if FLAGS.html:
         # Before the work, so that a folder that cannot be written to, or a missing library, costs none.
-        importlib.import_module("sparsecbm_jax.report")
+        importlib.import_module("sparsecbm_jax.report.page")
         Path(FLAGS.html).parent.mkdir(parents=True, exist_ok=True)
         Path(FLAGS.html).touch()
 
@@ -126,10 +126,12 @@ def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport
     """Writes `--html`: both pathways explain the class that was asked for, so that their words compare."""
     from sparsecbm_jax.explanation import explain
     from sparsecbm_jax.report import Comparison, predictor_weights, write_page
+    from sparsecbm_jax.subnetworks import view_edit
 
     target = {report.concept: report.target}
     before, after = (explain(one, [report.text], target)[0] for one in (model, corrected))
-    comparison = Comparison(report, before, after)
+    change = view_edit(report.edit, model.config.backbone, model.schema.concepts)
+    comparison = Comparison(report, before, after, change)
     title = "A correction, before and after"
     write_page(FLAGS.html, [], [comparison], predictor=predictor_weights(model), title=title)
 

@@ -12,12 +12,12 @@ RUN=runs/quickstart
 TEXT="The food was delicious, but our waiter was slow and never smiled."
 
 step() {
-    printf '\n[%s/5] %s\n' "$1" "$2"
+    printf '\n[%s/6] %s\n' "$1" "$2"
 }
 
 step 1 "Python environment in .venv, with the package"
 make_venv
-install_once package --editable "$(with_extras)"
+install_once quickstart --editable "$(with_extras report)"
 "$VENV_PYTHON" --version
 
 step 2 "MiniLM's pretrained weights"
@@ -36,6 +36,9 @@ step 4 "Explaining a prediction"
 step 5 "Correcting a concept that a held-out review gets wrong"
 "$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find | tee "$RUN/intervention.txt"
 
+step 6 "A report of the run"
+"$VENV_PYTHON" launch/report.py --workdir="$RUN"
+
 cat <<END
 
 Done. This is in $CHECKOUT:
@@ -43,4 +46,5 @@ Done. This is in $CHECKOUT:
   $RUN/metrics.json      its scores on held-out reviews
   $RUN/explanation.txt   why it predicted what it did
   $RUN/intervention.txt  a wrong prediction, before and after one correction
+  $RUN/report.html       all that the run left, on a page that opens from disk
 END

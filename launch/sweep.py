@@ -8,26 +8,25 @@ Every dense model is pruned once for each criterion and sparsity, scores being m
 --epochs, pruning is the first step of a training run from the dense model, whose settings (learning rates, batch size)
 are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped; a
 workdir is of one config. At the end tables of means and of differences paired by model (sweep.md) and, where matplotlib
-is installed (extra `report`), a plot (sweep.png, sweep.svg) of means over the models with their range.
+is installed (extra `report`), a plot (sweep.png, .svg and .pdf) of means over the models with their range.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import sys
 import typing
 from pathlib import Path
 
 import command_line
-import plots
 import result_lines
 import saved
 from absl import flags
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.config import RunConfig
+    from sparsecbm_jax.report.sweep import Result
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -39,17 +38,6 @@ flags.DEFINE_integer("epochs", 0, "Epochs of training under the masks.", lower_b
 flags.DEFINE_string("workdir", None, "Folder that results are written to.")
 
 _SCORES = ("concept", "task")
-
-
-class Result(typing.NamedTuple):
-    """Accuracies on the test split of one model, pruned in one way."""
-
-    model: str
-    criterion: str
-    sparsity: float
-    epochs: int
-    concept: float
-    task: float
 
 
 def main() -> None:
@@ -64,6 +52,8 @@ def main() -> None:
 
     from sparsecbm_jax.checkpoint import check_same_run
     from sparsecbm_jax.config import to_dict
+    from sparsecbm_jax.report import plots
+    from sparsecbm_jax.report.sweep import Result, render, section
 
     # What the flags vary apart, results of one folder are of one config.
     check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
@@ -80,10 +70,11 @@ def main() -> None:
             print(f"{folder}: {describe(result)}", flush=True)
     asked = {(criterion, s) for criterion in wanted for s in sparsities}
     shown = [r for r in found if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
-    table = "\n\n".join(filter(None, (render(shown), render_differences(shown))))
+    made = section(shown, FLAGS.criteria)
+    table = render(made)
     (workdir / "sweep.md").write_text(table + "\n", encoding="utf-8")
     print(table)
-    plot(shown, workdir)
+    plots.write(made.figures, workdir)
 
 
 def _is_asked(result: Result, asked: set[tuple[str, float]], epochs: int) -> bool:
@@ -104,6 +95,8 @@ def _read(folder: str, run: RunConfig) -> saved.Saved:
 
 
 def _dense(folder: str, found: saved.Saved, run: RunConfig) -> Result:
+    from sparsecbm_jax.report.sweep import Result
+
     report = found.scores(run, "test", None)
     return Result(folder, "dense", 0.0, 0, *(report[name]["accuracy"] for name in _SCORES))
 
@@ -114,6 +107,7 @@ def _pruned(
     """The results of pruning alone; the scores of a criterion are kept until its last sparsity is done."""
     from sparsecbm_jax import checkpoint, pruning
     from sparsecbm_jax.logs import progress
+    from sparsecbm_jax.report.sweep import Result
 
     found = _read(folder, next(iter(runs.values())))
     yield _dense(folder, found, next(iter(runs.values())))
@@ -136,6 +130,7 @@ def _tuned(
 ) -> typing.Iterator[Result]:
     """The results of pruning before the first step of a training run."""
     from sparsecbm_jax import artifact, training
+    from sparsecbm_jax.report.sweep import Result
 
     found = _read(folder, next(iter(runs.values())))
     yield _dense(folder, found, next(iter(runs.values())))
@@ -155,73 +150,6 @@ def describe(result: Result) -> str:
     """A result in a line."""
     accuracies = f"concepts {100 * result.concept:.1f} %, task {100 * result.task:.1f} %"
     return f"{result.criterion} at {result.sparsity:g}: {accuracies}"
-
-
-def grouped(results: list[Result]) -> dict[tuple[str, float], list[Result]]:
-    """The models' results of each criterion and sparsity, in order."""
-    groups: dict[tuple[str, float], dict[str, Result]] = {}
-    for result in sorted(results, key=lambda r: (r.sparsity, FLAGS.criteria.index(r.criterion) if r.sparsity else -1)):
-        groups.setdefault((result.criterion, result.sparsity), {})[result.model] = result
-    return {key: list(of_models.values()) for key, of_models in groups.items()}
-
-
-def render(results: list[Result]) -> str:
-    """A Markdown table of means ± sample standard deviations over the models."""
-    lines = ["| criterion | sparsity | concepts | task | models |", "| --- | ---: | ---: | ---: | ---: |"]
-    for (criterion, sparsity), of_models in grouped(results).items():
-        cells = [mean_and_deviation([100 * getattr(result, name) for result in of_models]) for name in _SCORES]
-        lines.append(f"| {criterion} | {sparsity:g} | {cells[0]} | {cells[1]} | {len(of_models)} |")
-    return "\n".join(lines)
-
-
-def render_differences(results: list[Result]) -> str:
-    """A Markdown table of each criterion less the first one, model by model; empty with a single criterion."""
-    first, groups = FLAGS.criteria[0], grouped(results)
-    lines = []
-    for (criterion, sparsity), of_models in groups.items():
-        paired = {result.model: result for result in groups.get((first, sparsity), [])}
-        pairs = [(result, paired[result.model]) for result in of_models if result.model in paired]
-        if criterion == first or not pairs:
-            continue
-        cells = [
-            mean_and_deviation([100 * (getattr(one, name) - getattr(other, name)) for one, other in pairs])
-            for name in _SCORES
-        ]
-        lines.append(f"| {criterion} | {sparsity:g} | {cells[0]} | {cells[1]} | {len(pairs)} |")
-    head = f"| less {first} | sparsity | concepts | task | pairs |\n| --- | ---: | ---: | ---: | ---: |\n"
-    return head + "\n".join(lines) if lines else ""
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """mean ± sample standard deviation, or the one value."""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def plot(results: list[Result], workdir: Path) -> None:
-    """Draws sweep.png and sweep.svg; says so where matplotlib is not there to do it."""
-    if (pyplot := plots.pyplot()) is None:
-        return
-    groups = grouped(results)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, name, title in zip(axes, _SCORES, ("concepts", "task"), strict=True):
-        for i, criterion in enumerate(FLAGS.criteria):
-            points = [(s, [100 * getattr(r, name) for r in rs]) for (c, s), rs in groups.items() if c == criterion]
-            where, values = [s for s, _ in points], [of_models for _, of_models in points]
-            style = plots.style(i)
-            axis.plot(where, [statistics.mean(v) for v in values], label=criterion, **style)
-            axis.fill_between(
-                where, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15
-            )
-        for (criterion, _), of_models in groups.items():
-            if criterion == "dense":
-                level = statistics.mean(100 * getattr(result, name) for result in of_models)
-                axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense")
-        axis.set(xlabel="sparsity of each subnetwork", ylabel="accuracy on test (%)", title=title)
-        axis.set_xticks(sorted({s for (_, s) in groups if s}))
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize="small")
-    plots.save(figure, workdir, "sweep")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,8 @@ _COLUMNS = (
 )
 
 
-def _sections(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def sections_of(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The parts of a report that a table has a row for, with their scores: each concept, all of them, and the task."""
     rows = list(report.get("concepts", {}).items())
     rows += [("all concepts", report["concept"])] if "concept" in report else []
     return [*rows, ("task", report["task"])]
@@ -232,7 +233,7 @@ def render_table(report: Mapping[str, Any]) -> str:
         report: what `evaluate` returned.
     """
     rows = [["%", *(title for _, title in _COLUMNS), "labelled"]]
-    for name, scores in _sections(report):
+    for name, scores in sections_of(report):
         rows.append([name, *(_percent(scores[key]) for key, _ in _COLUMNS), f"{scores['num']:.0f}"])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -257,7 +258,7 @@ def summarise_runs(workdirs: Sequence[str | Path]) -> dict[str, Any]:
         ValueError: a file is not JSON, the files do not have the same keys, or the runs' configurations differ in more
             than the seed.
     """
-    reports = [_read_json(Path(workdir) / METRICS_FILE) for workdir in workdirs]
+    reports = [read_metrics(workdir) for workdir in workdirs]
     configs = [read_run(workdir) for workdir in workdirs]
     for workdir, config in zip(workdirs, configs, strict=True):
         if config is None or configs[0] is None:
@@ -270,7 +271,14 @@ def summarise_runs(workdirs: Sequence[str | Path]) -> dict[str, Any]:
     return {"num_runs": len(reports), **metrics.summarise(reports)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_metrics(workdir: str | Path) -> dict[str, Any]:
+    """What a finished run found, from its `metrics.json`.
+
+    Raises:
+        FileNotFoundError: the directory has none.
+        ValueError: the file is not a JSON object.
+    """
+    path = Path(workdir) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; expected the directory of a finished run, which holds {METRICS_FILE}"
@@ -307,7 +315,7 @@ def render_summary(summary: Mapping[str, Any]) -> str:
         title = f"{name} ({summary['num_runs']} runs)".strip()
         lines += ["| " + " | ".join([title, *(column for _, column in _COLUMNS)]) + " |"]
         lines += ["| --- |" + " ---: |" * len(_COLUMNS)]
-        for section, scores in _sections(report):
+        for section, scores in sections_of(report):
             lines += ["| " + " | ".join([section, *(cell(scores[key]) for key, _ in _COLUMNS)]) + " |"]
         lines += [""]
     return "\n".join(lines[:-1])

@@ -84,6 +84,63 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(escape(name) for name in names)
 
 
+def describe(config: Mapping[str, Any]) -> str:
+    """What kind of model it is, in a sentence or two.
+
+    Args:
+        config: what the model's `config.json` holds.
+    """
+    if config["strategy"] == "standard":
+        what = "A text classifier without concepts, fine-tuned for comparison with concept-bottleneck models."
+    else:
+        what = (
+            "A concept-bottleneck model: it reads a text, says for each concept which class the text expresses, and "
+            "predicts the label from nothing but those concepts."
+        )
+    if config["sparsity"] is not None:
+        what += " Each concept is read by its own sparse subnetwork of one shared backbone."
+    return what
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the model is made of, by name.
+
+    Args:
+        config: what the model's `config.json` holds.
+    """
+    model, metadata = config["model"], config["metadata"]
+    backbone = model["backbone"]
+    found = {"backbone": f"{backbone['family']}, {backbone['num_layers']} layers of width {backbone['hidden_size']}"}
+    if "backbone" in metadata:
+        found["started from"] = str(metadata["backbone"])
+    found["strategy"] = config["strategy"]
+    if "dataset" in metadata:
+        found["trained on"] = str(metadata["dataset"])
+    if config["strategy"] != "standard":
+        found["weight of the concept loss, γ"] = str(model["gamma"])
+    if metadata.get("seed") is not None:
+        found["seed"] = str(metadata["seed"])
+    return {**found, "written by": f"sparsecbm_jax {config['library_version']}"}
+
+
+def limits(config: Mapping[str, Any]) -> list[str]:
+    """What the model must not be trusted with, a sentence each.
+
+    Args:
+        config: what the model's `config.json` holds.
+    """
+    found = [
+        f"Texts are cut at {config['max_length']} tokens.",
+        "It knows only texts like those it was trained on, with their language, subject and biases.",
+    ]
+    if config["strategy"] != "standard":
+        found += [
+            "Its concepts are predictions, not facts: compare their accuracy with the majority's before use.",
+            "What a text says beyond these concepts cannot reach the label.",
+        ]
+    return found
+
+
 def render(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The card as Markdown.
 
@@ -92,31 +149,10 @@ def render(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
         config: what the model's `config.json` holds.
         metrics: what its `metrics.json` holds; may be empty.
     """
-    schema, model, metadata, sparsity = config["schema"], config["model"], config["metadata"], config["sparsity"]
-    backbone, reports = model["backbone"], split_reports(metrics)
+    schema, sparsity, reports = config["schema"], config["sparsity"], split_reports(metrics)
     has_concepts = config["strategy"] != "standard"
-    what = (
-        "A concept-bottleneck model: it reads a text, says for each concept which class the text expresses, and "
-        "predicts the label from nothing but those concepts."
-        if has_concepts
-        else "A text classifier without concepts, fine-tuned for comparison with concept-bottleneck models."
-    )
-    if sparsity is not None:
-        what += " Each concept is read by its own sparse subnetwork of one shared backbone."
-    facts = [
-        (
-            "backbone",
-            f"{escape(backbone['family'])}, {backbone['num_layers']} layers of width {backbone['hidden_size']}",
-        ),
-        ("started from", escape(metadata["backbone"]) if "backbone" in metadata else None),
-        ("strategy", escape(config["strategy"])),
-        ("trained on", escape(metadata["dataset"]) if "dataset" in metadata else None),
-        ("weight of the concept loss, γ", str(model["gamma"]) if has_concepts else None),
-        ("seed", escape(metadata["seed"]) if metadata.get("seed") is not None else None),
-        ("written by", f"sparsecbm_jax {escape(config['library_version'])}"),
-    ]
-    lines = [*_front_matter(name, config, reports), f"# {escape(name)}", "", "## What it is", "", what, ""]
-    lines += [f"- {title}: {value}" for title, value in facts if value is not None]
+    lines = [*_front_matter(name, config, reports), f"# {escape(name)}", "", "## What it is", "", describe(config), ""]
+    lines += [f"- {title}: {escape(value)}" for title, value in facts(config).items()]
     lines += ["", "## Concepts and labels", ""]
     if has_concepts:
         lines += [
@@ -145,11 +181,5 @@ def render(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
         lines += [f"Fingerprint of the masks: `{sparsity['fingerprint']}`", ""]
     lines += ["## How to load", "", "```python", "import sparsecbm_jax", "", 'model = sparsecbm_jax.load("PATH")']
     lines += ['predictions = sparsecbm_jax.predict(model, ["The food was great but the room was loud."])', "```", ""]
-    lines += ["## Limits", "", f"- Texts are cut at {config['max_length']} tokens."]
-    lines += ["- It knows only texts like those it was trained on, with their language, subject and biases."]
-    if has_concepts:
-        lines += [
-            "- Its concepts are predictions, not facts: compare their accuracy with the majority's before use.",
-            "- What a text says beyond these concepts cannot reach the label.",
-        ]
+    lines += ["## Limits", "", *(f"- {limit}" for limit in limits(config))]
     return "\n".join([*lines, ""])

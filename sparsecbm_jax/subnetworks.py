@@ -170,11 +170,13 @@ class KernelChange:
     Attributes:
         path: the kernel.
         dropped, grown: for each layer, weights kept before and pruned since, and the reverse.
+        rows: for each layer, how many rows have a changed weight.
     """
 
     path: str
     dropped: tuple[int, ...]
     grown: tuple[int, ...]
+    rows: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +199,10 @@ class EditChange:
     dropped_per_head: tuple[tuple[int, ...], ...]
     grown_per_head: tuple[tuple[int, ...], ...]
     kernels: tuple[KernelChange, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The change as nested dicts and tuples, ready for JSON."""
+        return dataclasses.asdict(self)
 
 
 def summarise_subnetworks(masks: Masks | None, concepts: Sequence[str]) -> tuple[Subnetwork | None, ...]:
@@ -297,7 +303,10 @@ def view_edit(edit: MaskEdit | StoredEdit, config: BackboneConfig, concepts: Seq
                 np.add.at(heads[side], (layer, at[axis] * config.num_heads // shape[axis]), 1)
         if path.startswith("layers/"):
             layers += of_kernel
-        kernels.append(KernelChange(path, *(tuple(counts.tolist()) for counts in of_kernel)))
+        # A row is [layer, input] in one number.
+        rows = np.unique(np.concatenate([one.dropped, one.grown]) // shape[-1])
+        of_rows = np.bincount(rows // shape[-2], minlength=num_layers)
+        kernels.append(KernelChange(path, *(tuple(counts.tolist()) for counts in (*of_kernel, of_rows))))
     return EditChange(
         concept=concept,
         num_dropped=sum(sum(one.dropped) for one in kernels),

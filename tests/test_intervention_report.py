@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import intervention_report
 import pytest
 from result_lines import Results
 
 from sparsecbm_jax.intervention_suite import summarise_minimal
 from sparsecbm_jax.metrics import summarise
+from sparsecbm_jax.report import intervention, plots
 
 STREAM = {
     "num_reviews": 20,
@@ -77,19 +77,19 @@ MADE = report({"magnitude": 0.3, "signed": 1.0, "random": 0.2})
     ],
 )
 def test_tables_say_what_was_found(line: str) -> None:
-    assert line in intervention_report.render(MADE).splitlines()
+    assert line in intervention.render(MADE).splitlines()
 
 
 def test_tables_have_the_parts_that_were_asked_for() -> None:
-    text = intervention_report.render({name: MADE[name] for name in ("split", "num_weights", "minimal")})
+    text = intervention.render({name: MADE[name] for name in ("split", "num_weights", "minimal")})
     assert "## Smallest edits" in text and "## Streams" not in text and "## Oracle" not in text
 
 
 def test_every_part_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots: matplotlib is not installed")
-    intervention_report.draw(MADE, tmp_path)
+    plots.write([figure for section in intervention.sections(MADE) for figure in section.figures], tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {f"{name}.{kind}" for name in ("undone", "minimal", "streams") for kind in ("png", "svg")}
+    assert drawn == {f"{name}.{kind}" for name in ("undone", "minimal", "streams") for kind in ("png", "svg", "pdf")}
 
 
 def test_results_are_made_once_and_a_torn_line_again(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tiny_model import TEXTS, tiny_model
 from sparsecbm_jax.correction import CorrectionReport, TextPrediction
 from sparsecbm_jax.explanation import DecisionPathway, explain
 from sparsecbm_jax.intervention import oracle_activations
+from sparsecbm_jax.subnetworks import EditChange, KernelChange
 
 pytest.importorskip("jinja2", reason="jinja2 not here: pip install 'sparsecbm-jax[report]'")
 
@@ -51,7 +52,10 @@ def comparison(pathways: list[DecisionPathway]) -> report.Comparison:
     counts = {"drop_fraction": 0.001, "num_steps": 1, "num_dropped": 12, "num_grown": 12, "num_weights": 12345}
     edit: Any = None
     readings = {"before": _prediction(before), "after": _prediction(after)}
-    return report.Comparison(CorrectionReport(**asked, **counts, **readings, edit=edit), before, after)
+    made = CorrectionReport(**asked, **counts, **readings, edit=edit)
+    kernel = KernelChange("layers/attention/query/kernel", dropped=(7,), grown=(5,), rows=(3,))
+    change = EditChange(lane.name, 12, 12, (12,), (12,), ((7, 5),), ((5, 7),), (kernel,))
+    return report.Comparison(made, before, after, change)
 
 
 def _prediction(pathway: DecisionPathway) -> TextPrediction:
@@ -272,6 +276,10 @@ def test_a_correction_states_what_changed(open_page: Any, comparison: report.Com
     assert f"changed: was {changed.before.concepts['service']}" in after.text_content()
     assert "12 dropped, 12 grown" in after.text_content()
     assert page.locator(".pathway").first.locator(".changed").count() == 0
+    changes = page.locator(".table", has_text="Where the mask of service changed").locator("tbody tr")
+    assert changes.locator("th, td").all_text_contents() == ["attention query", "−7 +5, 3 rows"]
+    page = open_page([], [comparison._replace(change=None)])
+    assert "Where the mask" not in page.text_content("main") and page.problems == []
 
 
 def test_a_page_stays_below_two_megabytes(pathways: list[DecisionPathway], tmp_path: Path) -> None:

@@ -148,10 +148,10 @@ def test_an_edit_is_counted_by_layer_head_and_kernel(masks: dict[str, np.ndarray
         assert (change.concept, change.num_dropped, change.num_grown) == ("service", 3, 3)
         assert (change.dropped_per_layer, change.grown_per_layer) == ((1, 2), (2, 1))
         assert (change.dropped_per_head, change.grown_per_head) == (((0, 0), (0, 2)), ((1, 1), (0, 0)))
-        assert {kernel.path: (kernel.dropped, kernel.grown) for kernel in change.kernels} == {
-            QUERY: ((0, 2), (0, 0)),
-            OUTPUT: ((0, 0), (2, 0)),
-            FFN: ((1, 0), (0, 1)),
+        assert {kernel.path: (kernel.dropped, kernel.grown, kernel.rows) for kernel in change.kernels} == {
+            QUERY: ((0, 2), (0, 0), (0, 2)),
+            OUTPUT: ((0, 0), (2, 0), (2, 0)),
+            FFN: ((1, 0), (0, 1), (1, 1)),
         }
 
 

@@ -1,8 +1,39 @@
-"""What people read: decision pathways as one self-contained page, to save, print and send.
+"""What people read: decision pathways as one page, the report of a run as another, and their figures for a paper.
 
-This room only reads what explanation and correction return. It needs the extra `report`.
+This room only reads what explanation, correction and evaluation return, and what a run leaves on disk. It needs the
+extra `report`. A name below is imported when it is first asked for: tables alone need no extra.
 """
 
-from sparsecbm_jax.report.page import Comparison, predictor_weights, render_page, show, write_page
+from __future__ import annotations
 
-__all__ = ["Comparison", "predictor_weights", "render_page", "show", "write_page"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsecbm_jax.report.document import render_report, write_report
+    from sparsecbm_jax.report.gathering import RunReport, read_report
+    from sparsecbm_jax.report.page import Comparison, predictor_weights, render_page, show, write_page
+
+__all__ = [
+    "Comparison",
+    "RunReport",
+    "predictor_weights",
+    "read_report",
+    "render_page",
+    "render_report",
+    "show",
+    "write_page",
+    "write_report",
+]
+
+_FILE_OF = {
+    **dict.fromkeys(("render_report", "write_report"), "document"),
+    **dict.fromkeys(("RunReport", "read_report"), "gathering"),
+    **dict.fromkeys(("Comparison", "predictor_weights", "render_page", "show", "write_page"), "page"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILE_OF[name]}"), name)

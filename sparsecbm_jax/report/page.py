@@ -16,6 +16,7 @@ import numpy as np
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.correction import CorrectionReport
 from sparsecbm_jax.explanation import DecisionPathway
+from sparsecbm_jax.subnetworks import EditChange
 
 try:
     import jinja2
@@ -32,11 +33,12 @@ Predictor = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 class Comparison(NamedTuple):
-    """One correction, with the pathway of its text before and after."""
+    """One correction, with the pathway of its text before and after, and where it changed the concept's mask."""
 
     report: CorrectionReport
     before: DecisionPathway
     after: DecisionPathway
+    change: EditChange | None = None
 
 
 def predictor_weights(model: SparseCBM) -> dict[str, dict[str, dict[str, float]]]:
@@ -151,7 +153,10 @@ def _render(
 ) -> str:
     content = {
         "pathways": [pathway.to_dict() for pathway in pathways],
-        "corrections": [{name: part.to_dict() for name, part in one._asdict().items()} for one in corrections],
+        "corrections": [
+            {name: None if part is None else part.to_dict() for name, part in one._asdict().items()}
+            for one in corrections
+        ],
         "predictor": predictor,
     }
     return fill(TEMPLATES, "page.html", content, title, num_pathways=len(pathways), num_omitted=num_omitted)[0]

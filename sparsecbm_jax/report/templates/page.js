@@ -404,7 +404,19 @@ const drawing = (() => {
 
   // --- One correction ------------------------------------------------------------------------------------------------
 
-  function correctionView({ report, before, after }) {
+  /** The kernels and layers that an edit changed: a table whose shades make it a picture. */
+  function changeView({ concept, kernels }) {
+    const numLayers = Math.max(1, ...kernels.map((kernel) => kernel.dropped.length));
+    const most = largest(kernels.flatMap(({ dropped, grown }) => dropped.map((n, layer) => n + grown[layer])));
+    const cell = (dropped, grown, rows) => make("td", { class: "shaded", "--strength": `${Math.round(100 * (dropped + grown) / most)}%` },
+      dropped + grown ? `−${count(dropped)} +${count(grown)}, ${count(rows)} ${rows === 1 ? "row" : "rows"}` : "–");
+    return table(`Where the mask of ${concept} changed: weights dropped (−) and grown (+), and in how many rows, by kernel and layer`,
+      ["Kernel", ...Array.from({ length: numLayers }, (_, n) => `Layer ${n + 1}`)],
+      kernels.map(({ path, dropped, grown, rows }) => [path.replace(/^layers\/|\/kernel$/g, "").replace(/[/_]/g, " "),
+        ...dropped.map((n, layer) => cell(n, grown[layer], rows[layer]))]));
+  }
+
+  function correctionView({ report, before, after, change = null }) {
     const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was so before" : "repaired";
     const followed = before.concepts.findIndex((lane) => lane.name === report.concept);
     const rows = before.concepts.map(({ name }) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
@@ -417,6 +429,7 @@ const drawing = (() => {
             exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)} (${report.saliency}, ${report.num_steps} step${report.num_steps > 1 ? "s" : ""}). No parameter changed.`)),
         table("Before and after", ["", "Before", "After", "Changed"], rows.map(([name, old, oldShares, now, nowShares]) =>
           [name, `${old} (${percent(oldShares[old])})`, `${now} (${percent(nowShares[now])})`, old === now ? "no" : make("strong", {}, "yes")]))),
+      change && change.kernels.length ? changeView(change) : null,
       make("div", { class: "pair" },
         pathwayView(before, { heading: "Before", followed, beside: after }),
         pathwayView(after, { heading: "After", followed, beside: before, report })));

@@ -1,45 +1,53 @@
-"""Tables and plots of the intervention suite, from the report that `evaluate.py` makes."""
+"""The intervention suite as sections: what corrections repair and what they cost, from what `evaluate.py` finds.
 
-from __future__ import annotations
+Reference: Tan et al. 2024, Figure 3 (undone); the rest is ours.
+"""
 
+import functools
 import statistics
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import plots
-
-if typing.TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from sparsecbm_jax.report import plots
+from sparsecbm_jax.report.files import read_json
+from sparsecbm_jax.report.sections import Figure, Section, Table, percent, render_markdown
 
 Report = dict[str, Any]
 
+FILE = "intervention.json"
+_WRITTEN_BY = "what launch/evaluate.py --suite=intervention writes"
+_PARTS = ("undone", "minimal", "streams")
 TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
 STYLES = {"magnitude": 1, "signed": 0, "random": 2}
 
 
+def read(folder: Path) -> Report:
+    """What `evaluate.py --suite=intervention` left in its workdir.
+
+    Raises:
+        FileNotFoundError: there is nothing of the kind.
+        ValueError: the file is not what that command writes; names the line, or what is missing.
+    """
+    path = folder / FILE
+    report = read_json(path, _WRITTEN_BY)
+    try:
+        if not sections(report):
+            raise KeyError(" or ".join(_PARTS))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; expected {_WRITTEN_BY}") from error
+    return report
+
+
+def sections(report: Report) -> list[Section]:
+    """A section for each part that the report has."""
+    parts: tuple[Callable[[Report], Section], ...] = (_undone, _minimal, _streams)
+    return [part(report) for name, part in zip(_PARTS, parts, strict=True) if name in report]
+
+
 def render(report: Report) -> str:
-    """The report as Markdown, a section for each part that it has."""
-    sections = {"undone": _undone_table, "minimal": _minimal_table, "streams": _streams_table}
-    found = [render_section(report) for name, render_section in sections.items() if name in report]
-    return "\n\n".join([f"# Interventions, {report['split']} split", *found])
-
-
-def draw(report: Report, workdir: Path) -> None:
-    """Draws a figure for each part of the report; says so where matplotlib is not there to do it."""
-    if (pyplot := plots.pyplot()) is None:
-        return
-    for name, draw_part in {"undone": _draw_undone, "minimal": _draw_minimal, "streams": _draw_streams}.items():
-        if name in report:
-            plots.save(draw_part(report, pyplot), workdir, name)
-
-
-def percent(value: float | None, digits: int = 1, *, is_signed: bool = False) -> str:
-    """A share in percent; – for None."""
-    if value is None:
-        return "–"
-    return f"{100 * value:+.{digits}f}" if is_signed else f"{100 * value:.{digits}f}"
+    """The report as Markdown."""
+    return "\n\n".join([f"# Interventions, {report['split']} split", *map(render_markdown, sections(report))])
 
 
 def share(value: float) -> str:
@@ -49,11 +57,6 @@ def share(value: float) -> str:
     ['0', '0.01 %', '3 %']
     """
     return f"{100 * value:g} %" if value else "0"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _changes(point: Report, name: str) -> list[float]:
@@ -66,7 +69,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def _undone_table(report: Report) -> str:
+def _undone(report: Report) -> Section:
     found = report["undone"]
     rows = []
     for point in found["points"]:
@@ -81,19 +84,23 @@ def _undone_table(report: Report) -> str:
         rows.append(["dense model, no intervention", *"–––", *scores, *"–––"])
     heads = "ranking", "r", "changed", "repaired", "concepts", "task", "held-out concept", "held-out task", "seconds"
     num_cells, sides = found["points"][0]["num_cells"], len(found["points"][0]["side"])
-    return "\n\n".join(
-        [
-            "## Oracle-triggered, undone",
-            f"Gold labels pick the wrong cells ({num_cells} of them are corrected), and each edit is "
-            "undone, so that the accuracy on concepts cannot fall. The held-out columns can: points that the edited "
-            f"concept and the task gain on reviews of other originals, mean of {sides} edits. Percent; r of the "
-            "weights are dropped, and as many grown.",
-            _table(heads, rows),
-        ]
+    words = (
+        f"Gold labels pick the wrong cells ({num_cells} of them are corrected), and each edit is "
+        "undone, so that the accuracy on concepts cannot fall. The held-out columns can: points that the edited "
+        f"concept and the task gain on reviews of other originals, mean over {sides} of the edits. Percent; r of the "
+        "weights are dropped, and as many grown."
     )
+    caption = (
+        "Accuracy against the share r of the backbone's weights that a correction drops, and grows. Above: each wrong "
+        "cell corrected by itself, the edit undone. Below: what one edit does to texts that it was not made for; "
+        "shaded, the range over edits."
+    )
+    table = Table("Corrections by ranking of weights and share r, in percent", heads, rows)
+    figure = Figure("undone", caption, functools.partial(_draw_undone, report))
+    return Section("Oracle-triggered, undone", [words], [figure], [table])
 
 
-def _minimal_table(report: Report) -> str:
+def _minimal(report: Report) -> Section:
     found = report["minimal"]
     rows = []
     for name, one in {"all concepts": found["all"], **found["concepts"]}.items():
@@ -105,7 +112,13 @@ def _minimal_table(report: Report) -> str:
     heads = ["concept", "wrong cells", "repaired %", "25 %", "median", "75 %", "90 %", "most", "median, % of backbone"]
     heads += ["90 %, % of backbone", "seconds"]
     words = "Weights changed, dropped and grown together, among the cells that were repaired; each cell by itself."
-    return "\n\n".join(["## Smallest edits", words, _table(heads, rows)])
+    caption = (
+        "Wrong cells that are repaired when at most so many weights change: by the smallest edit of each, and, as "
+        "markers, by edits of a fixed size."
+    )
+    table = Table("Weights that the smallest edits change", heads, rows)
+    figure = Figure("minimal", caption, functools.partial(_draw_minimal, report))
+    return Section("Smallest edits", [words], [figure], [table])
 
 
 # Of a stream's report: column, value of a number in it, whether it is a difference in points.
@@ -130,7 +143,7 @@ def _values(arm: Report, of: Callable[[Report], float | None]) -> list[float]:
     return [value for value in map(of, arm["orders"]) if value is not None]
 
 
-def _streams_table(report: Report) -> str:
+def _streams(report: Report) -> Section:
     found = report["streams"]
     rows = []
     for arm in found.values():
@@ -145,26 +158,26 @@ def _streams_table(report: Report) -> str:
         rows.append(row)
     heads = ["arm", *(name for name, _, _ in _STREAM_COLUMNS), "reviews", "corrections", "changed", "seconds"]
     orders = len(next(iter(found.values()))["orders"])
+    over = "one order" if orders == 1 else f"mean ± standard deviation over {orders} orders"
     words = (
-        f"All corrections stay in force; mean ± standard deviation over {orders} orders of the reviews, in percent or, "
-        "with a sign, in points. *Still right*: corrected cells, at the end. *Before reveal*: accuracy of each review "
-        "before it is corrected; *gain* over the same reviews without corrections. *Same siblings*: of a corrected "
-        "cell's siblings with the same gold class, points gained; *other siblings kept*: of those with another class, "
+        f"All corrections stay in force; {over} of the reviews, in percent or, "
+        "with a sign, in points. Still right: corrected cells, at the end. Before reveal: accuracy of each review "
+        "before it is corrected; gain: over the same reviews without corrections. Same siblings: of a corrected "
+        "cell's siblings with the same gold class, points gained; other siblings kept: of those with another class, "
         "the share still read rightly. The oracle sets an activation of the text at hand: right by definition, and the "
-        "model learns nothing. *Wrong label* counts as repaired where the text got the wrong class that was asked."
+        "model learns nothing. A wrong label counts as repaired where the text got the wrong class that was asked."
     )
-    return "\n\n".join(["## Streams", words, _table(heads, rows)])
-
-
-def _grid(axes: Sequence[Axes]) -> None:
-    for axis in axes:
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+    caption = (
+        "What each way of correcting gains and costs by the end of a stream of reviews: mean, and range over orders."
+    )
+    table = Table("Streams of reviews, by way of correcting them", heads, rows)
+    figure = Figure("streams", caption, functools.partial(_draw_streams, report))
+    return Section("Streams", [words], [figure], [table])
 
 
 def _draw_undone(report: Report, pyplot: Any) -> Any:
     found = report["undone"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.6), layout="constrained", sharex=True)
+    figure, axes = pyplot.subplots(2, 2, figsize=(plots.BOTH, 5), layout="constrained", sharex=True)
     ratios = sorted({point["ratio"] for point in found["points"]})
     places = {ratio: i for i, ratio in enumerate(ratios)}
     for ranking in dict.fromkeys(point["ranking"] for point in found["points"] if point["ranking"] != "none"):
@@ -182,29 +195,26 @@ def _draw_undone(report: Report, pyplot: Any) -> Any:
     for label, dash, scores in lines:
         for column, name in enumerate(("concept", "task")):
             if scores and scores.get(name) is not None:
-                axes[0, column].axhline(100 * scores[name], color="0.35", linestyle=dash, linewidth=1.2, label=label)
+                axes[0, column].axhline(
+                    100 * scores[name], color=plots.GREY, linestyle=dash, linewidth=1.2, label=label
+                )
     for column, name in enumerate(("concepts", "task")):
         axes[0, column].set(title=name, ylabel=f"accuracy on {report['split']} (%),\ngold-triggered, undone")
-        axes[1, column].axhline(0, color="0.35", linewidth=0.8)
-        axes[1, column].set(
-            xlabel="r, share of the backbone dropped, and grown", ylabel="change (points),\nother texts, one edit"
-        )
+        axes[1, column].axhline(0, color=plots.GREY, linewidth=0.8)
+        axes[1, column].set(xlabel="r, share dropped, and grown", ylabel="change (points),\nother texts, one edit")
         axes[1, column].set_xticks(list(places.values()), [share(ratio) for ratio in ratios])
-    _grid(axes.flat)
-    handles = {
-        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    plots.tidy(axes.flat)
+    plots.legend(figure)
     return figure
 
 
 def _draw_minimal(report: Report, pyplot: Any) -> Any:
     found, total = report["minimal"], report["num_weights"]
-    figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(plots.COLUMN, 2.8), layout="constrained")
     num_cells, changed = found["all"]["num_cells"], found["changed"]
     where = [100 * count / total for count in changed]
     level = [100 * (i + 1) / num_cells for i in range(len(changed))]
-    axis.step(where, level, where="post", color="black", linewidth=1.6, label="smallest signed edit of each cell")
+    axis.step(where, level, where="post", color="black", linewidth=1.6, label="smallest signed edit")
     for point in report.get("undone", {}).get("points", ()):
         if point["ratio"]:
             style = plots.style(STYLES[point["ranking"]])
@@ -214,8 +224,8 @@ def _draw_minimal(report: Report, pyplot: Any) -> Any:
             axis.plot(200 * point["ratio"], 100 * point["repaired"], linestyle="none", label=label, **style)
     axis.set(xscale="log", ylim=(-3, 103))
     axis.set(xlabel="weights changed (% of the backbone)", ylabel=f"wrong cells repaired (% of {num_cells})")
-    _grid([axis])
-    axis.legend(loc="center right", fontsize="small", framealpha=0.9, edgecolor="none")
+    plots.tidy([axis])
+    plots.legend(figure)
     return figure
 
 
@@ -232,7 +242,9 @@ def _draw_streams(report: Report, pyplot: Any) -> Any:
     found = report["streams"]
     of_column = {name: (of, is_signed) for name, of, is_signed in _STREAM_COLUMNS}
     height = 1.3 + 0.3 * len(found)
-    figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(10, height), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(
+        1, len(_PANELS), figsize=(plots.BOTH + 0.6, height), layout="constrained", sharey=True
+    )
     for axis, (title, column) in zip(axes, _PANELS, strict=True):
         of, is_signed = of_column[column]
         for place, arm in enumerate(found.values()):
@@ -243,9 +255,10 @@ def _draw_streams(report: Report, pyplot: Any) -> Any:
                 )
                 axis.plot(statistics.mean(values), place, markersize=6, **plots.style(0))
         if is_signed:
-            axis.axvline(0, color="0.35", linewidth=0.8)
+            axis.axvline(0, color=plots.GREY, linewidth=0.8)
         axis.set_xlabel(title)
-    axes[0].set_yticks(range(len(found)), [arm["title"] for arm in found.values()])
-    axes[0].invert_yaxis()
-    _grid(axes)
+        axis.margins(x=0.12)
+    axes[0].set_yticks(range(len(found)), [plots.label(arm["title"], 40) for arm in found.values()])
+    axes[0].set_ylim(len(found) - 0.5, -0.5)
+    plots.tidy(axes)
     return figure
