@@ -299,7 +299,8 @@ class _Loop:
         about = {"event": number, "step": self.step}
         store = pruning.StoredScores(self.scores, config.num_concepts, about, discards_others=True)
         if len(store):
-            _say(f"scores of {len(store)} concepts are there already, from before the run was stopped")
+            have = f"{len(store)} of {config.num_concepts} concepts"
+            _say(f"scores of {have} are there already, from before the run was stopped")
         with host_memory.giving_back():
             masks = pruning.prune(
                 config,

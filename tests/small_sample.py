@@ -22,6 +22,20 @@ def _written(num_train: int, num_others: int) -> str:
     return str(folder)
 
 
-def small_data(max_length: int = 16, num_train: int = 96, num_others: int = 48) -> dict[str, Any]:
-    """`config.data` of that many reviews for training, and of that many each for validation and test."""
-    return {"preset": "cebab", "path": _written(num_train, num_others), "max_length": max_length}
+def small_data(num_train: int = 96, num_others: int = 48) -> dict[str, Any]:
+    """`config.data` of that many reviews for training, and of that many each for validation and test.
+
+    With two of the concepts and texts of one length: programs are compiled for every concept and length.
+    """
+    return {
+        "preset": "cebab",
+        "path": _written(num_train, num_others),
+        "concepts": ("food", "service"),
+        "concept_columns": ("food_aspect_majority", "service_aspect_majority"),
+        "max_length": 16,
+    }
+
+
+def as_flag(key: str, value: Any) -> str:
+    """A setting on the command line."""
+    return f"--config.{key}={','.join(value) if isinstance(value, tuple) else value}"

@@ -5,20 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_sample import small_data
+from small_sample import as_flag, small_data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS = (
-    "strategy=standard",
-    "training.num_epochs=1",
-    "training.batch_size=16",
-    *(f"data.{key}={value}" for key, value in small_data().items()),
+    "--config.strategy=standard",
+    "--config.training.num_epochs=1",
+    "--config.training.batch_size=16",
+    "--config.sparsity.end_epoch=7",
+    *(as_flag(f"data.{key}", value) for key, value in small_data().items()),
 )
 
 
 def grid(workdir: Path, text: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/grid.py", "--config=configs/quickstart.py:tiny", f"--workdir={workdir}"]
-    command += [f"--config.{setting}" for setting in (*SETTINGS, "sparsity.end_epoch=7")]
+    command += SETTINGS
     return subprocess.run([*command, f"--grid={text}"], cwd=REPOSITORY, capture_output=True, text=True)
 
 

@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small_sample import small_data
+from small_sample import as_flag, small_data
 
 import sparsecbm_jax
 from sparsecbm_jax import training
@@ -45,7 +45,7 @@ def _records(workdir: Path) -> list[dict[str, Any]]:
 
 def test_two_processes_train_prune_and_save_as_one(tmp_path: Path) -> None:
     flags = [
-        f"--config.{section}.{key}={value}" for section, values in SETTINGS.items() for key, value in values.items()
+        as_flag(f"{section}.{key}", value) for section, values in SETTINGS.items() for key, value in values.items()
     ]
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
