@@ -94,7 +94,8 @@ def started(folder: Path, model: str) -> Iterator[Server]:
         finally:
             process.kill()
             process.wait()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 @dataclasses.dataclass

@@ -40,7 +40,7 @@ def test_python_examples_run(tmp_path: Path) -> None:
     assert namespace["predictions"].labels.shape == (2,)
     assert namespace["pathway"].to_dict()["text"] == namespace["texts"][0]
     assert "focal_loss" in (tmp_path / "focal" / "metrics.jsonl").read_text()
-    assert namespace["result"].metrics["density"]["food"] == pytest.approx(0.25)
+    assert namespace["result"].metrics["density"]["food"] == pytest.approx(0.5)
     assert jax.numpy.isfinite(namespace["output"].label_logits).all()
 
 

@@ -70,12 +70,13 @@ class Desk:
             ValueError: if the model has no masks, or the log is damaged or another model's.
         """
         check_masks(model.masks)
-        assert model.masks is not None
+        masks = model.masks
+        assert masks is not None
         # Written-out layers, and many widths, would cost more to compile than single texts can win back.
         config = dataclasses.replace(model.config, unroll_layers=False)
         model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
-        self._log = EditLog(log, model.masks, model.schema.concepts)
-        self._state = State(dataclasses.replace(model, masks=self._log.replay(model.masks)), self._log.edits)
+        self._log = EditLog(log, masks, model.schema.concepts)
+        self._state = State(dataclasses.replace(model, masks=self._log.replay(masks)), self._log.edits)
         self._sample: list[Batch] = []
         self._sample_texts: dict[int, str] = {}
         if sample is not None and sample.texts:

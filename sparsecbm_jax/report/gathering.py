@@ -118,6 +118,7 @@ def _read_run(workdir: Path) -> _Run:
         raise FileNotFoundError(f"{workdir} is not there; expected the folder of a run, as launch/train.py writes it")
     log = read_log(workdir) if (workdir / LOG_FILE).is_file() else None
     model = load(workdir / MODEL) if (workdir / MODEL).is_dir() else None
+    metrics: dict[str, Any] | None
     if (workdir / evaluation.METRICS_FILE).is_file():
         metrics = evaluation.read_metrics(workdir)
     else:

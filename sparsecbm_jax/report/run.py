@@ -176,8 +176,9 @@ def _one_or_each(shares: Sequence[float]) -> str:
 def _score_tables(log: RunLog, names: Sequence[str]) -> list[Table]:
     """Mean g² over ζ of each kernel at the last event that says: by how much gradients outweigh the damping."""
     for number, record in reversed(list(enumerate(log.prune, 1))):
-        found = [one.get("mean_square_over_damping") for one in record.get("concepts", []) if isinstance(one, Mapping)]
-        found = found[-len(names) :]  # of the last cut, where an event has several
+        reports = [one for one in record.get("concepts", []) if isinstance(one, Mapping)]
+        reports = reports[-len(names) :]  # of the last cut, where an event has several
+        found = [one["mean_square_over_damping"] for one in reports if "mean_square_over_damping" in one]
         if len(found) == len(names) and all(isinstance(one, Mapping) for one in found):
             kernels = dict.fromkeys(path for one in found for path in one)
             rows = [

@@ -47,18 +47,18 @@ def evaluation_section(metrics: Mapping[str, Any], source: str) -> Section:
         head = ["", *(title for _, title, _ in _COLUMNS), "log loss, nats", "labelled"]
         head.insert(3, "gain")
         tables.append(Table(f"{name_of_split.capitalize()} split, in percent", head, rows))
-    scores = _scores(reports[split], f"{source}: {split}")
+    of_split = _scores(reports[split], f"{source}: {split}")
     figures = [
         Figure(
             "accuracy",
             f"Accuracy on {split} beside that of always saying the most frequent class.",
-            functools.partial(_draw_accuracy, scores, split),
+            functools.partial(_draw_accuracy, of_split, split),
         ),
         Figure(
             "calibration",
             f"Expected calibration error on {split}: by how much the probability of the predicted class differs from "
             "how often it is right, on average.",
-            functools.partial(_draw_calibration, scores, split),
+            functools.partial(_draw_calibration, of_split, split),
         ),
     ]
     words = [
@@ -67,7 +67,7 @@ def evaluation_section(metrics: Mapping[str, Any], source: str) -> Section:
         "error. All concepts: all their cells pooled."
     ]
     epoch, seconds = metrics.get("best_epoch"), metrics.get("train_seconds")
-    if is_number(epoch):
+    if epoch is not None and is_number(epoch):
         took = f" Training took {seconds:,.0f} s." if is_number(seconds) else ""
         words.append(f"Epoch {epoch + 1} was kept, the best on validation; test was scored once, with it.{took}")
     return Section("Evaluation", words, figures, tables)

@@ -181,7 +181,7 @@ def _grid(axis: Any, values: Float[np.ndarray, "r c"], scale: tuple[float, float
     axis.spines[:].set_visible(False)
     if num_columns <= _MAX_NUMBERED:
         for (row, column), value in np.ndenumerate(values):
-            light = (value - low) / (shown["vmax"] - low)
+            light = (value - low) / (drawn.norm.vmax - low)
             text = {"ha": "center", "va": "center", "fontsize": 6.5, "color": "black" if light > 0.55 else "white"}
             axis.text(column, row, form.format(value), **text)
     return drawn
