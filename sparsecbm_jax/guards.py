@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.cbm import CBMConfig, Heads
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.masks import Masks, Params
@@ -104,6 +104,19 @@ def logit_directions(
     return {path: jnp.concatenate([of_class[path] for of_class in found]) for path in mask}
 
 
+def _output(
+    config: CBMConfig,
+    params: Params,
+    heads: Heads,
+    batch: Batch,
+    kernels: Mapping[str, Float[Array, "..."]],
+    concept: Int[Array, ""],
+) -> CBMOutput:
+    """What a subnetwork reads of its own concept; the label would hang on the other concepts, which are left out."""
+    others = jnp.zeros((batch.input_ids.shape[0], config.num_concepts, config.num_classes))
+    return cbm.subnetwork_output(config, params, heads, batch, kernels, concept, others)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_logits(
     config: CBMConfig,
@@ -115,11 +128,8 @@ def _add_logits(
     concept: Int[Array, ""],
     weights: Float[Array, " B"],
 ) -> dict[str, Float[Array, "C ..."]]:
-    others = jnp.zeros((weights.shape[0], config.num_concepts, config.num_classes))
-
     def logits(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, " C"]:
-        output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, others)
-        return weights @ output.concept_logits[:, 0]
+        return weights @ _output(config, params, heads, batch, kernels, concept).concept_logits[:, 0]
 
     _, pull_back = jax.vjp(logits, masks_lib.kernels_of(params, mask))
     # One class after another: side by side they would take as much more memory.
@@ -138,11 +148,9 @@ def _add_squares(
     concept: Int[Array, ""],
 ) -> dict[str, Float[Array, "..."]]:
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
-    # The label hangs on the other concepts' activations; the concept, whose loss this is, does not.
-    others = jnp.zeros((cells.shape[0], config.num_concepts, config.num_classes))
 
     def loss(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
-        output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, others)
+        output = _output(config, params, heads, batch, kernels, concept)
         return cbm.concept_loss(config, output, batch._replace(concepts=cells))[0]
 
     grads = jax.grad(loss)(masks_lib.kernels_of(params, mask))

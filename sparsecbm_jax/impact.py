@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.cbm import CBMConfig, CBMOutput
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput, make_forward
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.masks import Masks, Params
 
@@ -58,7 +58,8 @@ def readings(
     config: CBMConfig, params: Params, masks: Masks, heads: Params, batches: Iterable[Batch]
 ) -> list[tuple[Batch, CBMOutput]]:
     """The model's outputs on a sample: what `preview` compares with, made once for many previews."""
-    return [(batch, _whole(config, params, masks, heads, batch)) for batch in batches]
+    forward = make_forward(config)
+    return [(batch, forward(params, masks, heads, batch)) for batch in batches]
 
 
 def preview(
@@ -100,10 +101,6 @@ def preview(
         raise ValueError("the sample has no texts; expected at least one batch")
     shifts = np.concatenate(distances)
     return Impact(len(shifts), flips, label_flips, float(shifts.mean()), tuple(rows), num_repaired, num_broken)
-
-
-# Compiled once for all calls, whichever masks they read with.
-_whole = jax.jit(cbm.forward, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,6 +210,22 @@ def context(browser: Any) -> Iterator[Any]:
     context.set_default_timeout(_PATIENCE)
     yield context
     context.close()
+
+
+@pytest.fixture
+def visit(context: Any) -> Callable[[str], Any]:
+    """Opens an address in a page; whatever it asks for and gets wrong is in its `requests` and `problems`."""
+
+    def visited(address: str) -> Any:
+        page = context.new_page()
+        page.requests, page.problems = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("console", lambda message: page.problems.append(message.text))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.goto(address)
+        return page
+
+    return visited
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig, input_squares
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.schema import MISSING
 
 TOLERANCE = 1e-5
 
@@ -49,6 +50,28 @@ def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbo
     chex.assert_trees_all_close(together, mean, atol=TOLERANCE)
     for path in mask:
         assert not jnp.where(mask[path], 0, together[path]).any()
+
+
+def test_other_masks_reach_a_concepts_gradients_and_scores_by_its_label_alone(
+    tiny_backbone_config: BackboneConfig,
+) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    others = {path: mask.at[1].set(~mask[1]) for path, mask in masks.items()}
+    mask = masks_lib.concept(masks, 0)
+    kernels = masks_lib.kernels_of(params, mask)
+
+    def found(is_labelled: bool, all_masks: dict[str, jax.Array]) -> tuple[Any, Any]:
+        labels = np.full(4, 1 if is_labelled else MISSING, np.int32)
+        batches = [random_batch(seed)._replace(label=labels) for seed in range(3)]
+        pairs = [(batch, cbm.forward(config, params, all_masks, heads, batch).activations) for batch in batches]
+        gradients = fisher.SubnetworkGradients(config, params, mask, heads, pairs, 0)
+        scores = blockwise.woodfisher_scores(kernels, gradients, config=PrunerConfig(num_grads=3, block_size=8))
+        return list(gradients), scores
+
+    chex.assert_trees_all_equal(found(False, masks), found(False, others))
+    # L_k holds the label's loss, and the label is read from all concepts.
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(found(True, masks), found(True, others))
 
 
 def test_wanda_takes_the_norms_of_the_subnetworks_own_inputs(tiny_backbone_config: BackboneConfig) -> None:

@@ -69,19 +69,13 @@ def _prediction(pathway: DecisionPathway) -> TextPrediction:
 
 
 @pytest.fixture
-def open_page(context: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Opens a page from disk; whatever it asked for and got wrong is in `requests` and `problems`."""
+def open_page(visit: Callable[[str], Any], tmp_path: Path) -> Callable[..., Any]:
+    """Opens a page from disk."""
 
     def opened(*given: Any, **options: Any) -> Any:
         path = tmp_path / "page.html"
         report.write_page(path, *given, **options)
-        page = context.new_page()
-        page.requests, page.problems = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.problems.append(message.text))
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.goto(path.as_uri())
-        return page
+        return visit(path.as_uri())
 
     return opened
 

@@ -312,8 +312,9 @@ def test_a_folder_of_something_else_is_refused(
 ) -> None:
     if name is not None:
         (tmp_path / name).write_text(content)
+    suite, sweep_folder = (tmp_path if part == name_of_part else None for name_of_part in ("suite", "sweep_folder"))
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
-        report.read_report(folder / "run", **{part: tmp_path})  # type: ignore[arg-type]
+        report.read_report(folder / "run", suite=suite, sweep_folder=sweep_folder)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -352,19 +353,13 @@ def test_a_figure_is_the_same_file_again(whole: report.RunReport, tmp_path: Path
 
 
 @pytest.fixture
-def open_report(context: Any, tmp_path: Path, pages: dict[str, str]) -> Callable[[str], Any]:
-    """Opens a report from disk; whatever it asked for and got wrong is in `requests` and `problems`."""
+def open_report(visit: Callable[[str], Any], tmp_path: Path, pages: dict[str, str]) -> Callable[[str], Any]:
+    """Opens a report from disk."""
 
     def opened(name: str) -> Any:
         path = tmp_path / "report.html"
         path.write_bytes(pages[name].encode())
-        page = context.new_page()
-        page.requests, page.problems = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.problems.append(message.text))
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.goto(path.as_uri())
-        return page
+        return visit(path.as_uri())
 
     return opened
 

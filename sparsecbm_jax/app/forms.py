@@ -5,14 +5,17 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsecbm_jax.correction import CorrectionReport, TextPrediction
 from sparsecbm_jax.data.schema import did_you_mean
 from sparsecbm_jax.edits import StoredEdit
 from sparsecbm_jax.explanation import DecisionPathway
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class Refusal(ValueError):
@@ -260,7 +263,7 @@ def read_form(form: type[T], body: bytes) -> T:
             raise Refusal(
                 400, f"there is no field {name!r}{did_you_mean(name, hints)}; expected {expected}", field=name
             )
-    for field in dataclasses.fields(form):  # type: ignore[arg-type]
+    for field in dataclasses.fields(form):
         if field.name not in content:
             if field.default is dataclasses.MISSING:
                 raise Refusal(400, f"{field.name!r} is missing; expected {expected}", field=field.name)
