@@ -65,6 +65,7 @@ _WELL_COMPILED = (
     "test_selection",
     "test_woodfisher",
 )
+_MOST_MAPPINGS = 20_000  # of the 65,530 that Linux allows a process
 _AXE = "axe-core@4.14.1"
 _PATIENCE = 120_000  # milliseconds, for a machine with much else to do
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -83,13 +84,18 @@ WORDS = tuple(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiling_is_quick(request: pytest.FixtureRequest) -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", request.path.stem not in _WELL_COMPILED)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+def _compiling_is_quick(request: pytest.FixtureRequest) -> None:
+    quick = request.path.stem not in _WELL_COMPILED
     # Programs in memory do not tell how well they were compiled: another file's would do for this one's. And a worker
-    # that kept those of all files would come near the number of mappings that a process may have.
-    jax.clear_caches()
+    # that kept them all would come near the number of mappings that a process may have.
+    if quick != jax.config.values["jax_disable_most_optimizations"] or _num_mappings() > _MOST_MAPPINGS:
+        jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", quick)
+
+
+def _num_mappings() -> int:
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 @pytest.fixture(autouse=True)

@@ -4,16 +4,15 @@ import csv
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from mains import run_main
 from tiny_model import SCHEMA, TEXTS, tiny_model
 
 from sparsecbm_jax import artifact
 from sparsecbm_jax.config import from_config_dict, to_dict
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ASKED = "--rankings=signed --ratios=0,0.01 --max_cells=2 --side_edits=1 --max_minimal=2 --arms=none,minimal --orders=0"
 
 
@@ -37,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/evaluate.py", f"--model={folder / 'model'}", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return run_main("evaluate.py", f"--model={folder / 'model'}", *arguments)
 
 
 def test_the_suite_goes_on_where_it_was_stopped(folder: Path) -> None:

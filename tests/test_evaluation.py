@@ -1,14 +1,13 @@
 """Evaluation against row-by-row scoring on the host, and the tables made of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from mains import run_main
 
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import init_params, maskable_paths
@@ -261,12 +260,10 @@ def test_runs_that_are_not_seeds_of_one_another_are_refused(runs, tmp_path):
 
 
 def test_launch_summarise_prints_the_table(runs):
-    command = [sys.executable, str(REPOSITORY / "launch" / "summarise.py"), *map(str, runs)]
-    environment = {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert shown.startswith("| test (3 runs) |")
-    data = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, env=environment).stdout
-    assert json.loads(data)["num_runs"] == 3
+    shown = run_main("summarise.py", *map(str, runs))
+    assert shown.stdout.startswith("| test (3 runs) |"), shown.stderr
+    data = run_main("summarise.py", *map(str, runs), "--json")
+    assert json.loads(data.stdout)["num_runs"] == 3, data.stderr
 
 
 def test_majority_baseline_of_real_cebab(cebab_dir):

@@ -5,14 +5,13 @@ import dataclasses
 import io
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mains import run_main
 from numpy_model import as_float64, complex_gradient, concept_logits, leaf_at, pooled
 from test_json_schema import problem
 from tiny_model import TEXTS, tiny_model
@@ -251,16 +250,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact.save(tiny_model(num_layers=1), tmp_path_factory.mktemp("saved") / "model")
 
 
-def launch(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "launch" / name), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", check=False)
-
-
 def test_launch_explain(saved: Path, tmp_path: Path) -> None:
     reviews = tmp_path / "reviews.txt"
     reviews.write_text(f"{TEXTS[0]}\n\n{TEXTS[1]}\r\n", encoding="utf-8")
     output = tmp_path / "pathways.jsonl"
-    done = launch(
+    done = run_main(
         "explain.py",
         f"--model={saved}",
         "--text=great 🎉",
@@ -278,7 +272,7 @@ def test_launch_explain(saved: Path, tmp_path: Path) -> None:
 
 def test_launch_explain_as_a_table(saved: Path, tmp_path: Path) -> None:
     asked = ("--csv", "--method=gradient_x_input", "--top=1")
-    done = launch("explain.py", f"--model={saved}", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
+    done = run_main("explain.py", f"--model={saved}", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [row["concept"] for row in rows] == ["food", "ambiance", "service"]
@@ -289,7 +283,7 @@ def test_launch_explain_as_a_table(saved: Path, tmp_path: Path) -> None:
 def test_launch_explain_as_a_page(saved: Path, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "pathways.html"
     asked = (f"--html={page}", "--method=integrated_gradients", "--baseline=pad", "--num_steps=4")
-    done = launch("explain.py", f"--model={saved}", "--text=great 🎉", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
+    done = run_main("explain.py", f"--model={saved}", "--text=great 🎉", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"2 explained: {page}\n"), done.stderr
     written = page.read_text(encoding="utf-8")
     assert "great 🎉" in written
@@ -297,19 +291,19 @@ def test_launch_explain_as_a_page(saved: Path, tmp_path: Path) -> None:
 
 
 def test_launch_explain_prints_the_schema(tmp_path: Path) -> None:
-    done = launch("explain.py", "--schema", cwd=tmp_path)
+    done = run_main("explain.py", "--schema", cwd=tmp_path)
     assert json.loads(done.stdout) == pathway_schema(), done.stderr
 
 
 def test_launch_explain_prints_the_subnetworks(saved: Path, tmp_path: Path) -> None:
     output = tmp_path / "subnetworks.json"
-    done = launch("explain.py", f"--model={saved}", "--subnetworks", f"--output={output}", cwd=tmp_path)
+    done = run_main("explain.py", f"--model={saved}", "--subnetworks", f"--output={output}", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"written: {output}\n"), done.stderr
     assert [one["name"] for one in json.loads(output.read_text())["concepts"]] == ["food", "ambiance", "service"]
 
 
 def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
-    done = launch(
+    done = run_main(
         "intervene.py",
         f"--model={saved.relative_to(saved.parent)}",
         f"--text={TEXTS[0]}",
@@ -359,7 +353,7 @@ def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
 def test_launch_mistakes_end_with_one_line(
     saved: Path, tmp_path: Path, name: str, arguments: list[str], message: str
 ) -> None:
-    done = launch(name, *(argument.replace("MODEL", str(saved)) for argument in arguments), cwd=tmp_path)
+    done = run_main(name, *(argument.replace("MODEL", str(saved)) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.strip().split("\n")) == 1

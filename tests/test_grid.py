@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+from mains import run_main
 from small_sample import as_flag, small_data
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS = (
     "--config.strategy=standard",
     "--config.training.num_epochs=1",
@@ -18,9 +17,8 @@ SETTINGS = (
 
 
 def grid(workdir: Path, text: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/grid.py", "--config=configs/quickstart.py:tiny", f"--workdir={workdir}"]
-    command += SETTINGS
-    return subprocess.run([*command, f"--grid={text}"], cwd=REPOSITORY, capture_output=True, text=True)
+    common = ("--config=configs/quickstart.py:tiny", f"--workdir={workdir}", *SETTINGS)
+    return run_main("grid.py", *common, f"--grid={text}")
 
 
 def test_a_grid_ranks_by_validation_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mains import run_main
 from ml_collections import ConfigDict
 from tiny_model import TEXTS, tiny_model
 
@@ -93,7 +94,7 @@ def test_a_config_file_cannot_add_a_key() -> None:
     ],
 )
 def test_train_refuses_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = _python("launch/train.py", *arguments, cwd=tmp_path)
+    result = run_main("train.py", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1, result.stderr
     assert not result.stdout and not list(tmp_path.iterdir())
@@ -101,7 +102,7 @@ def test_train_refuses_in_one_line(arguments: list[str], message: str, tmp_path:
 
 def test_a_model_is_not_saved_over_itself(tmp_path: Path) -> None:
     given = ["--text=x", "--concept=food", "--target=Positive", "--model=m", "--save=./m"]
-    result = _python("launch/intervene.py", *given, cwd=tmp_path)
+    result = run_main("intervene.py", *given, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --save=./m is the model itself")
 
@@ -114,16 +115,16 @@ def test_edits_are_logged_listed_passed_on_and_undone(tmp_path: Path) -> None:
     target = model.schema.classes[(service + 1) % 3]
     given = ["--model=m", "--log=edits.log"]
     asked = [f"--text={text}", "--concept=service", f"--target={target}", "--minimal"]
-    made = _python("launch/intervene.py", *given, *asked, cwd=tmp_path)
+    made = run_main("intervene.py", *given, *asked, cwd=tmp_path)
     assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
     with EditLog(tmp_path / "edits.log", model.masks, model.schema.concepts) as log:
         (edit,) = log.edits
         corrected = dataclasses.replace(model, masks=log.replay(model.masks))
     assert model.schema.classes[artifact.predict(corrected, [text]).concepts[0, 2]] == target
     edit.save(tmp_path / "one.json")
-    undone = _python("launch/edits.py", *given, f"--undo={edit.id}", cwd=tmp_path)
+    undone = run_main("edits.py", *given, f"--undo={edit.id}", cwd=tmp_path)
     assert (undone.returncode, undone.stdout) == (0, "0 edits in force in edits.log\n"), undone.stderr
-    added = _python("launch/edits.py", *given, "--add=one.json", "--save=corrected", cwd=tmp_path)
+    added = run_main("edits.py", *given, "--add=one.json", "--save=corrected", cwd=tmp_path)
     count = edit.num_changed[0]
     line = (
         f"{edit.id}  service: {edit.before['concepts']['service']} -> {target}, {count} dropped, {count} grown, signed"
@@ -134,7 +135,7 @@ def test_edits_are_logged_listed_passed_on_and_undone(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_of_texts_is_named(tmp_path: Path) -> None:
-    result = _python("launch/explain.py", "--model=m", "--file=reviews.txt", cwd=tmp_path)
+    result = run_main("explain.py", "--model=m", "--file=reviews.txt", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --file=reviews.txt: there is no such file")
 
@@ -163,7 +164,8 @@ def test_train_hands_over_what_the_command_line_says(tmp_path: Path) -> None:
     arguments += ["--config.data.concepts=food,noise", "--noconfig.data.missing_as_unknown", "--config.strategy=joint"]
     arguments += ["--config.sparsity.final=none", "--seeds=4,7"]
     (tmp_path / "run").mkdir()
-    result = _python("-c", STAND_IN, str(REPOSITORY / "launch" / "train.py"), *arguments, cwd=tmp_path)
+    command = [sys.executable, "-c", STAND_IN, str(REPOSITORY / "launch" / "train.py"), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rest = [["food", "noise"], None, 9, False, "joint"]
     folders = [str(Path("run", "seed4")), str(Path("run", "seed7"))]
@@ -198,12 +200,6 @@ def test_set_up_installs_once(tmp_path: Path) -> None:
     """
     result = _bash(script)
     assert result.stdout.split() == ["pip", "changed", "pip", ".[test,report]", "."], result.stderr
-
-
-def _python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    arguments = tuple(str(REPOSITORY / a) if a.startswith("launch/") else a for a in arguments)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def _bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:

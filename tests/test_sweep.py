@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from mains import run_main
 from small_sample import as_flag, small_data
 
 from sparsecbm_jax import artifact, training
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.config import from_config_dict
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS = {
     **{f"data.{key}": value for key, value in small_data().items()},
     "training.batch_size": 16,
@@ -36,9 +35,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sweep(model: Path, workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["launch/sweep.py", f"--models={model}", "--config=configs/quickstart.py:tiny", f"--workdir={workdir}"]
-    command += [as_flag(key, value) for key, value in SETTINGS.items()]
-    return subprocess.run([sys.executable, *command, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    common = [f"--models={model}", "--config=configs/quickstart.py:tiny", f"--workdir={workdir}"]
+    settings = [as_flag(key, value) for key, value in SETTINGS.items()]
+    return run_main("sweep.py", *common, *settings, *arguments)
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(dense: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mains import run_main
 from small_sample import as_flag, small_data
 
 from sparsecbm_jax import artifact, cbm, checkpoint, preparation, pruning, training
@@ -61,16 +60,15 @@ def test_a_run_leaves_what_it_promises(finished: training.TrainResult) -> None:
 
 
 def test_a_saved_model_is_pruned_further(finished: training.TrainResult, tmp_path: Path) -> None:
-    command = ["launch/prune.py", f"--model={finished.workdir / 'model'}", f"--save={tmp_path / 'pruned'}"]
+    folders = [f"--model={finished.workdir / 'model'}", f"--save={tmp_path / 'pruned'}"]
     settings = {
         **{f"data.{key}": value for key, value in small_data().items()},
         "training.eval_batch_size": 16,
         "sparsity.per_concept": "0.8,0.9",
         "pruner.criterion": "magnitude",
     }
-    command += ["--config=configs/common.py", *(as_flag(key, value) for key, value in settings.items())]
-    repository = Path(__file__).resolve().parents[1]
-    result = subprocess.run([sys.executable, *command], cwd=repository, capture_output=True, text=True, check=False)
+    flags = [as_flag(key, value) for key, value in settings.items()]
+    result = run_main("prune.py", *folders, "--config=configs/common.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "service: 90.00 %" in result.stdout and "test, as it was:" in result.stdout
     pruned = artifact.load(tmp_path / "pruned")

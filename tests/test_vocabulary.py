@@ -16,7 +16,8 @@ from sparsecbm_jax.data.batches import Tokenized, train_batches
 from sparsecbm_jax.masks import leaf_at, pack
 
 USED = (5, 9, 9, 17, 30, 31, 44, 61)
-ROBERTA = {"position_offset": 2, "pad_token_id": 1, "family": "roberta"}
+# Its padding token is not the first row of the table.
+ROBERTA: dict[str, Any] = {"position_offset": 2, "pad_token_id": 1, "family": "roberta"}
 
 
 def split(pad_token_id: int) -> Tokenized:
@@ -34,9 +35,8 @@ def split(pad_token_id: int) -> Tokenized:
     )
 
 
-@pytest.mark.parametrize("changes", [{}, ROBERTA], ids=["bert", "roberta"])
-def test_the_same_weights_are_trained(tiny_backbone_config: BackboneConfig, changes: dict[str, Any]) -> None:
-    config, params, masks, heads = build(dataclasses.replace(tiny_backbone_config, **changes), k=2)
+def test_the_same_weights_are_trained(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(dataclasses.replace(tiny_backbone_config, **ROBERTA), k=2)
     splits = {"train": split(config.backbone.pad_token_id)}
     small = vocabulary.restrict(config, params, splits)
     assert small.config.backbone.vocab_size == len(small.ids) == len(set(USED)) + config.backbone.pad_token_id + 1
