@@ -10,24 +10,31 @@ from jax.sharding import Mesh
 from sparsecbm_jax import backbones, sharding
 from sparsecbm_jax.cbm import CBMConfig
 from sparsecbm_jax.config import RunConfig
-from sparsecbm_jax.data.batches import Tokenized, num_batches, tokenize
+from sparsecbm_jax.data.batches import BUCKETS, Tokenized, num_batches, tokenize
 from sparsecbm_jax.data.schema import Dataset
 from sparsecbm_jax.data.sources import load_dataset
 from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 
 # From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
-_UNROLL_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
+_LONG_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
+# Of a shorter run, a program for every narrow width costs more to compile than the padding that it saves.
+_LEAST_WIDTH_OF_SHORT_RUNS = 32
 _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 
 
 class Prepared(NamedTuple):
-    """What a run starts from."""
+    """What a run starts from.
+
+    Attributes:
+      buckets: widths of training batches; few where the run is too short to pay for compiling many programs.
+    """
 
     dataset: Dataset
     splits: dict[str, Tokenized]
     tokenizer: Any
     config: CBMConfig
     params: Any
+    buckets: tuple[int, ...]
 
 
 def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
@@ -68,7 +75,8 @@ def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
     max_length = min(run.data.max_length, backbone.max_length)
     splits = {split: tokenize(examples, tokenizer, max_length) for split, examples in dataset.splits.items()}
     num_steps = num_batches(splits["train"].num_examples, run.training.batch_size) * run.training.num_epochs
-    is_short = num_steps < _UNROLL_FROM_STEPS or backbone.num_layers > _UNROLL_UP_TO_LAYERS
+    is_short = num_steps < _LONG_FROM_STEPS
+    is_unrolled = jax.default_backend() == "cpu" and not is_short and backbone.num_layers <= _UNROLL_UP_TO_LAYERS
     config = CBMConfig(
         backbone,
         num_concepts=schema.num_concepts,
@@ -76,7 +84,8 @@ def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
         num_labels=schema.num_labels,
         dtype=run.backbone.dtype,
         remat=run.backbone.remat,
-        unroll_layers=jax.default_backend() == "cpu" and not is_short,
+        unroll_layers=is_unrolled,
         gamma=run.gamma,
     )
-    return Prepared(dataset, splits, tokenizer, config, params)
+    buckets = tuple(width for width in BUCKETS if not is_short or width >= _LEAST_WIDTH_OF_SHORT_RUNS)
+    return Prepared(dataset, splits, tokenizer, config, params, buckets)

@@ -235,6 +235,7 @@ class _Loop:
             seed=self.settings.seed,
             epoch=epoch,
             start_batch=done,
+            buckets=self.prepared.buckets,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
