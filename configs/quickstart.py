@@ -1,7 +1,7 @@
 """A first SparseCBM in minutes on two CPU cores: the embedded synthetic reviews, MiniLM.
 
-Eight epochs: four dense, four at the final sparsity. One cut stands for the gradual one of the other configs, whose every
-event takes as long as two epochs here.
+Eight epochs: four dense, four at the final sparsity. One cut stands for the gradual ones of the other configs, each of
+which takes as long as two epochs here.
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
