@@ -1,0 +1,14 @@
+"""OPT-6.7B on CEBaB, planned for v5e:4x4.
+
+TODO
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    return common.get_scaled_config("opt_6_7b", batch_size=16, fsdp=16, fisher_gib=4)
