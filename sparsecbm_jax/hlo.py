@@ -6,7 +6,6 @@ Everything here is of one device: the text is that of the program which each of 
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -371,6 +370,5 @@ def _met(data: int, kernel: int, out: int, stride: int, pad: int, data_dilation:
 
 def as_json(cost: Cost) -> dict[str, object]:
     """A cost as plain data."""
-    plain = dataclasses.asdict(cost)
-    plain["gathers"] = {str(size): count for size, count in sorted(cost.gathers.items(), reverse=True)}
-    return json.loads(json.dumps(plain))
+    plain = {field.name: getattr(cost, field.name) for field in dataclasses.fields(cost)}
+    return {name: dict(value) if isinstance(value, Counter) else value for name, value in plain.items()}
