@@ -11,4 +11,4 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    return common.get_scaled_config("opt_66b", batch_size=16, fsdp=8, tensor=4, fisher_gib=40)
+    return common.get_scaled_config("opt_66b", batch_size=16, fsdp=16, tensor=4, fisher_gib=40)

@@ -153,7 +153,7 @@ def bytes_of(tree: Any) -> float:
 
 
 def describe_shardings(shapes: Shapes) -> dict[str, str]:
-    """{path: 'shape, where each dimension lies = shape on a device'} of parameters, heads and packed masks."""
+    """{path: 'shape (axes of each dimension) = shape on a device'} of parameters and heads; masks lie as kernels do."""
 
     def described(leaf: jax.ShapeDtypeStruct) -> str:
         spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
@@ -161,7 +161,7 @@ def describe_shardings(shapes: Shapes) -> dict[str, str]:
         shard = leaf.sharding.shard_shape(leaf.shape)
         return f"{'x'.join(map(str, leaf.shape))} ({', '.join(names)}) = {'x'.join(map(str, shard))}"
 
-    trees = {"params": shapes.params, "heads": shapes.heads, "packed": shapes.packed or {}}
+    trees = {"params": shapes.params, "heads": shapes.heads}
     return {
         sharding.path_string(path): described(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
