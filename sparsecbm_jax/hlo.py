@@ -9,11 +9,11 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _INSTRUCTION = re.compile(r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -37,10 +37,11 @@ _FREE = frozenset(
 
 
 class Array(NamedTuple):
-    """One array of a shape: element type and dimensions."""
+    """One array of a shape: element type, dimensions, and whether it lies in a memory of the core's own."""
 
     dtype: str
     dims: tuple[int, ...]
+    is_near: bool = False
 
     @property
     def size(self) -> int:
@@ -75,7 +76,8 @@ class Cost:
 
     Attributes:
       flops: of matrix products and convolutions, two for each multiply-add.
-      memory_bytes: read from and written to memory, if nothing stays in a cache between two instructions: too many.
+      memory_bytes: read from and written to the chip's main memory, if nothing else stays near between two
+        instructions than what the compiler puts there.
       wire_bytes: {kind of collective: bytes that a device sends}, as rings do it.
       num_collectives: {kind: how many}.
       gathers: {bytes of a gathered array: how often}, all-gathers only.
@@ -161,7 +163,8 @@ def _instruction(match: re.Match[str]) -> Instruction:
     closing = _closing(rest, opening)
     inside = rest[opening + 1 : closing]
     arrays = tuple(
-        Array(dtype, tuple(int(dim) for dim in dims.split(",") if dim)) for dtype, dims in _ARRAY.findall(shape)
+        Array(dtype, tuple(int(dim) for dim in dims.split(",") if dim), "S(1)" in layout)
+        for dtype, dims, layout in _ARRAY.findall(shape)
     )
     return Instruction(
         match["name"],
@@ -288,22 +291,25 @@ class _Walk:
             inner = {}
         root = next((one for one in inner.values() if one.is_root), instruction)
         if root.opcode == "dynamic-update-slice" and len(root.operands) > 1:
-            source = inner or computation
-            written = sum(array.num_bytes for array in _arrays(root.operands[1], source))
+            written = _far_bytes(_arrays(root.operands[1], inner or computation))
         else:
-            written = sum(array.num_bytes for array in instruction.arrays)
+            written = _far_bytes(instruction.arrays)
         read = 0.0
         parameters = {int(one.inside): one.name for one in inner.values() if one.opcode == "parameter"}
         for number, operand in enumerate(instruction.operands):
-            own = sum(array.num_bytes for array in _arrays(operand, computation))
-            if inner and number in parameters:
+            own = _far_bytes(_arrays(operand, computation))
+            if own and number in parameters:
                 users = [one for one in inner.values() if parameters[number] in one.operands]
                 if users and all(one.opcode in ("dynamic-slice", "dynamic-update-slice") for one in users):
-                    own = sum(array.num_bytes for one in users if one.opcode == "dynamic-slice" for array in one.arrays)
+                    own = sum(_far_bytes(one.arrays) for one in users if one.opcode == "dynamic-slice")
             elif instruction.opcode in ("dynamic-slice", "dynamic-update-slice", "gather") and number == 0:
                 own = 0.0 if instruction.opcode == "dynamic-update-slice" else written
             read += own
         return written + read
+
+
+def _far_bytes(arrays: Iterable[Array]) -> float:
+    return sum(array.num_bytes for array in arrays if not array.is_near)
 
 
 def _arrays(name: str, computation: Computation) -> tuple[Array, ...]:

@@ -71,12 +71,14 @@ def test_every_program_fits_and_is_counted(found: dict[str, dict[str, Any]]) -> 
 def test_weights_travel_three_times_a_step(run: RunConfig, found: dict[str, dict[str, Any]]) -> None:
     shapes = shapes_of(run)
     kernels = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / run.mesh.tensor
-    embedding = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params["embed"]) if len(leaf.shape) > 1)
+    positions = math.prod(shapes.params["embed"]["position"]["embedding"].shape)
     others = (run.mesh.fsdp - 1) / run.mesh.fsdp
     wire = found["train_step"]["wire_bytes_by_kind"]
-    # float32 weights and the bits of their masks twice, the embedding once.
-    assert wire["all-gather"] == pytest.approx(others * (2 * 5 * kernels + 4 * embedding), rel=0.02)
-    assert wire["reduce-scatter"] == pytest.approx(others * 4 * (kernels + embedding), rel=0.02)
+    # float32 weights and the bits of their masks twice, positions once; of the table of words, rows alone.
+    assert wire["all-gather"] == pytest.approx(others * (2 * 5 * kernels + 4 * positions), rel=0.02)
+    assert wire["reduce-scatter"] == pytest.approx(others * 4 * (kernels + positions), rel=0.02)
+    rows = BATCH / run.mesh.fsdp * LENGTH * SHAPE["hidden_size"]
+    assert wire["all-to-all"] == pytest.approx(2 * others * 4 * rows, rel=0.02)
 
 
 def test_more_concepts_send_no_more_weights(run: RunConfig, found: dict[str, dict[str, Any]]) -> None:
