@@ -49,7 +49,7 @@ def main() -> None:
     if not FLAGS.topology:
         raise ValueError("--topology is missing; expected chips such as v5p:4x4x4, v5e:4x4 or h100:8")
 
-    from sparsecbm_jax import programs
+    from sparsecbm_jax import planning, programs
     from sparsecbm_jax.chips import parse_topology
 
     command_line.check_names("programs", programs.PROGRAMS)
@@ -58,6 +58,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     if FLAGS.mesh == "auto":
         run, found["train_step"] = best_mesh(run, topology)
+    planning.check_mesh(run, topology)
     print(heading(run, topology), flush=True)
     for path in programs.left_whole(programs.Shapes(run, programs.abstract_mesh(run.mesh))):
         print(f"warning: every chip has the whole of {path}")
@@ -95,7 +96,10 @@ def in_a_process(run: RunConfig, topology: Topology, program: str) -> dict[str, 
         try:
             return pool.submit(planning.measure, run, topology, program).result()
         except concurrent.futures.process.BrokenProcessPool:
-            return {"fits": False, "peak_bytes_per_chip": float("nan"), "error": "the compiler ended its process"}
+            return {"fits": False, "peak_bytes_per_chip": None, "error": "the compiler ended its process"}
+        except (ValueError, ImportError) as error:
+            # Ours, so that it is told in one line; --debug shows where it came from.
+            raise type(error)(str(error)) from error
 
 
 def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, Any]]:
@@ -116,7 +120,7 @@ def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, 
             continue
         does = "fits" if found["fits"] else "does not fit"
         step = f", {found['seconds']:.3f} s a step" if "seconds" in found else ""
-        print(f"{named(mesh)}: {does}, peak {found['peak_bytes_per_chip'] / _GB:.1f} GB{step}", flush=True)
+        print(f"{named(mesh)}: {does}, peak {_gigabytes(found['peak_bytes_per_chip'])} GB{step}", flush=True)
         tried.append((not found["fits"], found.get("seconds", float("inf")), len(tried), placed, found))
     if not tried:
         raise ValueError(
@@ -158,16 +162,17 @@ def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) 
 
     if not found:
         return [f"{name:<11}  this run has none"]
-    peak, share = found["peak_bytes_per_chip"], found["peak_bytes_per_chip"] / topology.chip.memory_bytes
+    peak = found["peak_bytes_per_chip"]
+    share = "?" if peak is None else f"{peak / topology.chip.memory_bytes:.0%}"
     if "error" in found:
-        cells = [""] * 4 + [f"{peak / _GB:.1f}", f"{share:.0%}"]
+        cells = [""] * 4 + [_gigabytes(peak), share]
         rest = [f"  {found['error']}"]
     else:
         kinds = ("argument", "output", "temporary", "held")
         ratio = found["flops_ratio"]
-        cells = [f"{found[f'{kind}_bytes_per_chip'] / _GB:.2f}" for kind in kinds]
-        cells += [f"{peak / _GB:.2f}", f"{share:.0%}", "-" if ratio is None else f"{ratio:.2f}"]
-        cells += [f"{found['wire_bytes_per_chip'] / _GB:.2f}", f"{found['seconds']:.3g}", found["bound"]]
+        cells = [_gigabytes(found[f"{kind}_bytes_per_chip"]) for kind in kinds]
+        cells += [_gigabytes(peak), share, "-" if ratio is None else f"{ratio:.2f}"]
+        cells += [_gigabytes(found["wire_bytes_per_chip"]), f"{found['seconds']:.3g}", found["bound"]]
         kinds_of_wire = sorted(found["wire_bytes_by_kind"].items(), key=lambda item: -item[1])
         by_kind = [
             f"{kind} {size / _GB:.2f} GB in {found['num_collectives'][kind]:.0f}" for kind, size in kinds_of_wire
@@ -177,6 +182,10 @@ def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) 
     if not found["fits"]:
         rest += [f"  to turn: {turn}" for turn in planning.advice(name, run, topology.chip, peak)]
     return [f"{name:<11}" + "".join(f"{cell:>10}" for cell in cells), *rest]
+
+
+def _gigabytes(size: float | None) -> str:
+    return "?" if size is None else f"{size / _GB:.2f}"
 
 
 def report(run: RunConfig, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:

@@ -60,18 +60,18 @@ def devices_of(topology: Topology) -> list[Any]:
     return devices[: topology.num_devices]
 
 
-def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
-    """The run's mesh on the devices of a topology.
+def check_mesh(run: RunConfig, topology: Topology) -> None:
+    """Checks that the run's mesh is one of the topology's devices, and that its batches divide over it.
 
     Raises:
-      ValueError: if the mesh has another number of devices, or does not fit the topology's dimensions, the model or
-        the batches.
+      ValueError: if they do not.
     """
     sizes = dataclasses.asdict(run.mesh)
     if math.prod(sizes.values()) != topology.num_devices:
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"config.mesh is {shape}; expected a product of {topology.num_devices}, the devices of {topology}"
+            f"config.mesh is {shape}; expected a product of {topology.num_devices}, the devices of {topology}: set "
+            "--config.mesh.fsdp and so on, or --mesh=auto"
         )
     rows = run.mesh.data * run.mesh.fsdp
     for name in ("batch_size", "eval_batch_size"):
@@ -80,8 +80,17 @@ def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
                 f"config.training.{name} is {getattr(run.training, name)}; expected a multiple of {rows}, the devices "
                 "along mesh.data and mesh.fsdp"
             )
+
+
+def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
+    """The run's mesh on the devices of a topology.
+
+    Raises:
+      ValueError: as `check_mesh`, or if the mesh cannot be laid on the topology's dimensions.
+    """
+    check_mesh(run, topology)
     try:
-        return sharding.make_mesh(**sizes, devices=devices_of(topology))
+        return sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices_of(topology))
     except NotImplementedError as error:
         raise ValueError(f"the mesh cannot be laid on {topology}: {str(error).splitlines()[0]}") from error
 
@@ -122,11 +131,9 @@ def compile_part(part: Part, topology: Topology) -> Measured:
 
 
 def memory_wanted(error: Exception) -> float | None:
-    """Bytes that a program would have taken, from the compiler's message that it does not fit; None for another."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return None
+    """Bytes that a program would have taken, where the compiler's message names them."""
     found = re.search(r"(\d+(?:\.\d+)?)([KMGT])\)? (?:of|exceeds)", str(error))
-    return float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)) if found else math.inf
+    return float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)) if found else None
 
 
 def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -146,14 +153,11 @@ def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None 
         try:
             found = compile_part(part, topology)
         except jax.errors.JaxRuntimeError as error:
-            wanted = memory_wanted(error)
-            if wanted is None:
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return {
-                "fits": False,
-                "peak_bytes_per_chip": wanted + part.beside,
-                "error": f"{part.name}: {_brief(error)}",
-            }
+            wanted = memory_wanted(error)
+            peak = None if wanted is None else wanted + part.beside
+            return {"fits": False, "peak_bytes_per_chip": peak, "error": f"{part.name}: {_brief(error)}"}
         time_of = roofline(chip, found.cost.flops, found.cost.memory_bytes, found.cost.total_wire_bytes)
         seconds = Roofline(*(sum_ + part.times * one for sum_, one in zip(seconds, time_of, strict=True)))
         total.add(found.cost, part.times)
@@ -215,7 +219,7 @@ def _warnings(program: str, shapes: Shapes, cost: hlo.Cost) -> Iterator[str]:
         yield f"{cost.unknown_loops} loops run as often as their data says; counted as once"
 
 
-def advice(program: str, run: RunConfig, chip: Chip, peak: float) -> list[str]:
+def advice(program: str, run: RunConfig, chip: Chip, peak: float | None) -> list[str]:
     """What to turn, the cheapest first, where a program wants more memory than its chip has."""
     found = list[str]()
     if program == "prune_pass":
@@ -237,7 +241,7 @@ def advice(program: str, run: RunConfig, chip: Chip, peak: float) -> list[str]:
         found.append(
             f"--config.mesh.fsdp={run.mesh.fsdp * run.mesh.data} --config.mesh.data=1: no copies of parameters"
         )
-    times = f"{peak / chip.memory_bytes:.1f} times the chips" if math.isfinite(peak) else "more chips"
+    times = "more chips" if peak is None else f"{peak / chip.memory_bytes:.1f} times the chips"
     return [*found, f"{times}, along mesh.fsdp or mesh.tensor"]
 
 

@@ -174,6 +174,19 @@ def test_what_to_turn_is_said(run: RunConfig) -> None:
     assert "training.batch_size below 8, down to 4" in " ".join(said)
 
 
+def test_the_main_refuses_in_one_line(tmp_path: Path) -> None:
+    result = _plan("--config=configs/cebab_opt_66b.py", "--topology=v5p:2x2x2", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: config.mesh is data 1 x fsdp 16 x tensor 4 x concept 1; expected a product")
+    assert result.stderr.count("\n") == 1
+
+
+def test_memory_that_a_compiler_misses_is_read_off_its_message() -> None:
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.17G of 15.75G hbm. Exceeded by 1.42G."
+    assert planning.memory_wanted(RuntimeError(said)) == pytest.approx(17.17 * 2**30)
+    assert planning.memory_wanted(RuntimeError("RESOURCE_EXHAUSTED: something else")) is None
+
+
 def test_the_main_prints_a_table_and_writes_json(run: RunConfig, tmp_path: Path) -> None:
     arguments = [f"--config.{key}={value}" for key, value in (("backbone.name", run.backbone.name), ("mesh.fsdp", 2))]
     arguments += ["--config.data.max_length=32", "--programs=eval_step,train_step", "--json=plan.json"]
