@@ -192,11 +192,12 @@ def encode(
     def gathered(tree: Params, prefix: str, leading: bool = False, master: bool = False) -> Any:
         def one(path: Any, leaf: Array) -> Array:
             spec = sharding.spec_for(f"{prefix}/{sharding.path_string(path)}", leaf.ndim + leading)
-            # bfloat16 travels; float32 is what gradients are summed in over the concepts. Rounded to bfloat16 first, a layer
-            # is cast when its turn comes; a cast alone the compiler moves out of the loop, to a copy of all layers.
-            kind = jnp.finfo(config.dtype)
-            rounded = jax.lax.reduce_precision(leaf, kind.nexp, kind.nmant)
-            cast = rounded.astype(config.dtype) if leaf.ndim > 1 else leaf
+            # bfloat16 travels; float32 is what gradients are summed in over the concepts. Rounded first, a layer is
+            # cast when its turn comes; a cast alone the compiler moves out of the loop, and copies all layers there.
+            cast = leaf
+            if leaf.ndim > 1:
+                kind = jnp.finfo(config.dtype)
+                cast = jax.lax.reduce_precision(leaf, kind.nexp, kind.nmant).astype(config.dtype)
             whole = sharding.gather(cast, spec, axes, over, skip_leading=leading)
             return whole.astype(jnp.float32) if master else whole
 

@@ -251,6 +251,9 @@ class _Walk:
     def _group_size(self, attributes: str) -> int:
         if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
             return int(match[2])
+        if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+            return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match[2]))
         if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
             return len(match[1].split(","))
         return self._num_partitions

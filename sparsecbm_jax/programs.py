@@ -20,7 +20,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.backbones.readers import read_json
 from sparsecbm_jax.cbm import CBMConfig, init_heads, make_forward
-from sparsecbm_jax.config import MeshConfig, RunConfig
+from sparsecbm_jax.config import MeshConfig, OptimConfig, RunConfig
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.presets import configured_schema
 from sparsecbm_jax.training import LOSSES
@@ -84,6 +84,16 @@ def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
     return AbstractMesh(tuple(getattr(mesh, name) for name in sharding.AXES), sharding.AXES)
 
 
+@functools.lru_cache(maxsize=4)
+def _unplaced(config: CBMConfig, strategy: str, optim: OptimConfig) -> tuple[Any, Any, Any, Any]:
+    """A key, parameters, heads and the optimiser's state, as shapes that lie nowhere yet."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(functools.partial(backbones.init_params, config=config.backbone), key)
+    heads = jax.eval_shape(functools.partial(init_heads, config=config, strategy=strategy), key)
+    tx = steps.make_optimizer(optim, _NUM_STEPS)
+    return key, params, heads, jax.eval_shape(tx.init, {"backbone": params, "heads": heads})
+
+
 class Shapes:
     """What a run's programs are given, as shapes placed on a mesh."""
 
@@ -91,14 +101,11 @@ class Shapes:
         self.run, self.mesh, self.config = run, mesh, model_config(run)
         self.is_sparse = run.strategy == "sparse"
         backbone = self.config.backbone
-        key = jax.eval_shape(lambda: jax.random.key(0))
         self.length = min(run.data.max_length, backbone.max_length)
-        params = jax.eval_shape(functools.partial(backbones.init_params, config=backbone), key)
-        heads = jax.eval_shape(functools.partial(init_heads, config=self.config, strategy=run.strategy), key)
         self.tx = steps.make_optimizer(run.optim, _NUM_STEPS)
+        self.rng, params, heads, opt_state = _unplaced(self.config, run.strategy, run.optim)
         for tree in (params, heads):
             sharding.check_divisible(tree, mesh)  # type: ignore[arg-type]
-        opt_state = jax.eval_shape(self.tx.init, {"backbone": params, "heads": heads})
         self.params, self.heads, self.opt_state = (self._by_rules(tree) for tree in (params, heads, opt_state))
         self.kernels = {path: masks_lib.leaf_at(self.params, path) for path in backbones.maskable_paths(backbone)}
         self.packed = self.cast(masks_lib.packed_dtype(self.config.num_concepts)) if self.is_sparse else None
@@ -107,7 +114,6 @@ class Shapes:
             path: self._placed((self.config.num_concepts, *leaf.shape), leaf.dtype, P(None, *leaf.sharding.spec))
             for path, leaf in self.mask.items()
         }
-        self.rng = key
 
     def _placed(self, shape: Sequence[int], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(self.mesh, spec))

@@ -116,16 +116,20 @@ def _check_countable(shapes: Mapping[str, tuple[int, ...]]) -> None:
 def _places(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[UInt[Array, "..."], UInt[Array, "..."]]]:
     """Where the elements of each leaf stand: their row, counted on from leaf to leaf, and their column.
 
-    Elementwise and without a reshape, so that nothing is gathered when sharded.
+    To be broadcast to the leaf, without a reshape, so that nothing is gathered when sharded. Behind the barrier each
+    leaf has numbers of its own: those that two leaves of one shape shared would lie as one of them does, and the other
+    leaf would be gathered to meet them.
     """
     places, offset = [], 0
     for shape in shapes.values():
-        row, stride = jnp.full(shape, offset, jnp.uint32), 1
+        thin = (*shape[:-1], 1) if shape else ()
+        row, stride = jnp.full(thin, offset, jnp.uint32), 1
         for dim in reversed(range(len(shape) - 1)):
-            row = row + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
+            row = row + jax.lax.broadcasted_iota(jnp.uint32, thin, dim) * jnp.uint32(stride)
             stride *= shape[dim]
-        column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) if shape else jnp.uint32(0)
-        places.append((row, column))
+        flat = (1,) * (len(shape) - 1) + shape[-1:]
+        column = jax.lax.broadcasted_iota(jnp.uint32, flat, len(shape) - 1) if shape else jnp.uint32(0)
+        places.append(jax.lax.optimization_barrier((row, column)))
         offset += stride
     return places
 

@@ -96,6 +96,7 @@ X = "%x = f32[64]{0} parameter(0)"
             7 * 256,
         ),
         ("ROOT %y = f32[16]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%add", "reduce-scatter", 192),
+        ("ROOT %y = f32[64]{0} all-reduce(%x), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%f", "all-reduce", 384),
         ("ROOT %y = f32[64]{0} all-to-all(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}", "all-to-all", 128),
         ("ROOT %y = f32[64]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 256),
         ("%y = (f32[64]{0}, f32[128]{0}) all-gather-start(%x), replica_groups=[4,2]<=[8]", "all-gather", 256),

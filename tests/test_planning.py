@@ -54,10 +54,21 @@ CPUS = chips.parse_topology("cpu:8")
 
 @pytest.fixture(scope="module")
 def found(run: RunConfig) -> dict[str, dict[str, Any]]:
-    return {name: planning.measure(run, CPUS, name) for name in programs.PROGRAMS}
+    return {name: planning.measure(run, CPUS, name) for name in ("train_step", "eval_step", "select")}
 
 
-def test_every_program_fits_and_is_counted(found: dict[str, dict[str, Any]]) -> None:
+def test_the_pruners_and_the_interventions_programs_are_traced(run: RunConfig) -> None:
+    shapes = programs.Shapes(run, planning.mesh_of(run, CPUS))
+    parts = [*programs.parts_of("prune_pass", shapes), *programs.parts_of("intervene", shapes)]
+    assert [part.name for part in parts] == ["activations", "gradient", "cut", "add", "score", "intervene"]
+    for part in parts:
+        assert "sharding" in part.lower().as_text(), part.name
+    assert parts[0].beside > programs.bytes_of(shapes.opt_state), "Adam's moments stay while masks are scored"
+    dense = programs.Shapes(dataclasses.replace(run, strategy="joint"), shapes.mesh)
+    assert not programs.parts_of("prune_pass", dense)
+
+
+def test_the_programs_fit_and_are_counted(found: dict[str, dict[str, Any]]) -> None:
     for name, program in found.items():
         assert program["fits"] and program["peak_bytes_per_chip"] > 0, name
         assert program["wire_bytes_per_chip"] > 0 and program["seconds"] > 0, name
@@ -136,7 +147,7 @@ def test_unknown_backbones_and_classes_are_named(run: RunConfig) -> None:
     unknown = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, name="facebook/opt-65b"))
     with pytest.raises(ValueError, match=r"'facebook/opt-65b' is not known here; expected one of .*facebook/opt-66b"):
         programs.model_config(unknown)
-    columns = {"preset": "columns", "text_column": "t", "label_column": "l", "concept_columns": ("a",)}
+    columns = {"preset": "columns", "text_column": "t", "label_column": "l", "concept_columns": ("a",), "concepts": ()}
     with pytest.raises(ValueError, match=r"name config.data.classes and config.data.labels"):
         programs.model_config(dataclasses.replace(run, data=dataclasses.replace(run.data, **columns)))
 

@@ -107,6 +107,17 @@ def test_no_gather_of_sharded_scores(shape: tuple[int, ...]) -> None:
     assert " sort(" not in text
 
 
+def test_leaves_of_one_shape_that_lie_differently_are_not_gathered() -> None:
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    specs = {"a": P(None, "fsdp", "tensor"), "b": P(None, ("tensor", "fsdp"), None)}
+    scores = {
+        path: jax.ShapeDtypeStruct((3, 64, 64), jnp.float32, sharding=NamedSharding(mesh, spec))
+        for path, spec in specs.items()
+    }
+    text = jax.jit(lambda s: selection.select_smallest(s, 100)).lower(scores).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
+
+
 def test_float64_orders_by_all_its_bits() -> None:
     with jax.enable_x64(True):
         scores = jnp.asarray([1.0, 1.0 + 1e-12, 1.0 - 1e-12], jnp.float64)
