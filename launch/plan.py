@@ -60,8 +60,8 @@ def main() -> None:
         run, found["train_step"] = best_mesh(run, topology)
     planning.check_mesh(run, topology)
     print(heading(run, topology), flush=True)
-    for path in programs.left_whole(programs.Shapes(run, programs.abstract_mesh(run.mesh))):
-        print(f"warning: every chip has the whole of {path}")
+    for leaf in programs.left_whole(programs.Shapes(run, programs.abstract_mesh(run.mesh))):
+        print(f"warning: every chip has the whole of {leaf}")
     for name in FLAGS.programs or programs.PROGRAMS:
         if name not in found:
             found[name] = in_a_process(run, topology, name)
@@ -110,7 +110,7 @@ def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, 
     """
     from sparsecbm_jax import planning
 
-    tried = []
+    tried: list[tuple[bool, float, int, RunConfig, dict[str, Any]]] = []
     for mesh in planning.propose_meshes(run, topology)[:_NUM_PROPOSED]:
         placed = dataclasses.replace(run, mesh=mesh)
         try:

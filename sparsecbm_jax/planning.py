@@ -117,11 +117,13 @@ def compile_part(part: Part, topology: Topology) -> Measured:
         lowered = part.lower()
     with tempfile.TemporaryDirectory() as folder:
         # A large program's own text cannot always be had from the executable.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if topology.chip.is_compiled_for else None
-        compiled = lowered.compile(compiler_options=options)
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options if topology.chip.is_compiled_for else None)
         dumps = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = dumps[-1].read_text() if dumps else compiled.as_text()
     memory = compiled.memory_analysis()
+    # Every compiler that a plan is made with has both.
+    assert memory is not None and text is not None
     arguments, outputs, temporaries = (
         float(getattr(memory, f"{kind}_size_in_bytes")) for kind in ("argument", "output", "temp")
     )
@@ -148,7 +150,8 @@ def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None 
     mesh = mesh_of(run, topology) if mesh is None else mesh
     shapes = Shapes(run, mesh)
     chip = topology.chip
-    parts, total, seconds, compile_seconds = {}, hlo.Cost(), Roofline(0.0, 0.0, 0.0), 0.0
+    parts: dict[str, dict[str, Any]] = {}
+    total, seconds, compile_seconds = hlo.Cost(), Roofline(0.0, 0.0, 0.0), 0.0
     for part in parts_of(program, shapes):
         try:
             found = compile_part(part, topology)
@@ -174,12 +177,12 @@ def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None 
         }
     if not parts:
         return {}
-    peak = max(parts.values(), key=lambda part: part["peak_bytes_per_chip"])
+    fullest = max(parts.values(), key=lambda part: part["peak_bytes_per_chip"])
     model = model_flops(program, shapes)
     kinds = ("argument", "output", "temporary", "held", "peak")
     return {
-        **{f"{kind}_bytes_per_chip": peak[f"{kind}_bytes_per_chip"] for kind in kinds},
-        "fits": peak["peak_bytes_per_chip"] <= chip.memory_bytes,
+        **{f"{kind}_bytes_per_chip": fullest[f"{kind}_bytes_per_chip"] for kind in kinds},
+        "fits": fullest["peak_bytes_per_chip"] <= chip.memory_bytes,
         "flops_per_chip": total.flops,
         "flops_ratio": total.flops * mesh.size / model if model else None,
         "wire_bytes_per_chip": total.total_wire_bytes,

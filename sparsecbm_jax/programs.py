@@ -128,8 +128,9 @@ class Shapes:
 
     @property
     def state(self) -> steps.TrainState:
-        step = self._placed((), jnp.int32, P())
-        return steps.TrainState(step, self.params, self.heads, self.opt_state, self.packed)
+        step: Any = self._placed((), jnp.int32, P())
+        packed: Any = self.packed
+        return steps.TrainState(step, self.params, self.heads, self.opt_state, packed)
 
     def batch(self, rows: int, spec: P) -> Batch:
         """A batch of the longest texts."""

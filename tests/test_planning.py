@@ -5,14 +5,12 @@ import importlib
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from mains import run_main
 
 from sparsecbm_jax import backbones, chips, planning, programs, sharding
 from sparsecbm_jax.config import MeshConfig, RunConfig, from_config_dict
@@ -179,7 +177,7 @@ def test_what_to_turn_is_said(run: RunConfig) -> None:
 
 
 def test_the_main_refuses_in_one_line(tmp_path: Path) -> None:
-    result = _plan("--config=configs/cebab_opt_66b.py", "--topology=v5p:2x2x2", cwd=tmp_path)
+    result = run_main("plan.py", "--config=configs/cebab_opt_66b.py", "--topology=v5p:2x2x2", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: config.mesh is data 1 x fsdp 16 x tensor 4 x concept 1; expected a product")
     assert result.stderr.count("\n") == 1
@@ -194,7 +192,7 @@ def test_memory_that_a_compiler_misses_is_read_off_its_message() -> None:
 def test_the_main_prints_a_table_and_writes_json(run: RunConfig, tmp_path: Path) -> None:
     arguments = [f"--config.{key}={value}" for key, value in (("backbone.name", run.backbone.name), ("mesh.fsdp", 2))]
     arguments += ["--config.data.max_length=32", "--programs=eval_step", "--json=plan.json"]
-    result = _plan("--config=configs/cebab.py:tiny", "--topology=h100:2", *arguments, cwd=tmp_path)
+    result = run_main("plan.py", "--config=configs/cebab.py:tiny", "--topology=h100:2", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "(estimates: compiled for virtual CPU devices)" in result.stdout
     report = json.loads((tmp_path / "plan.json").read_text())
@@ -209,16 +207,10 @@ def test_the_main_prints_a_table_and_writes_json(run: RunConfig, tmp_path: Path)
 def test_a_tiny_program_compiles_for_a_tpu(run: RunConfig, tmp_path: Path) -> None:
     arguments = [f"--config.{key}={value}" for key, value in (("backbone.name", run.backbone.name), ("mesh.fsdp", 4))]
     arguments += ["--config.data.max_length=32", "--programs=eval_step", "--json=plan.json"]
-    result = _plan("--config=configs/cebab.py:tiny", "--topology=v5e:2x2", *arguments, cwd=tmp_path)
+    result = run_main("plan.py", "--config=configs/cebab.py:tiny", "--topology=v5e:2x2", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "plan.json").read_text())
     step = report["programs"]["eval_step"]
     assert step["fits"] and not report["is_estimate"]
     assert step["flops_ratio"] == pytest.approx(1, rel=0.05)
     assert step["wire_bytes_by_kind"]["all-gather"] > 0
-
-
-def _plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "launch" / "plan.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)

@@ -1,5 +1,8 @@
 """The shapes of published checkpoints, for what only wants to know them: nothing is downloaded or read."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf
 
 # (hidden_size, num_hidden_layers, num_attention_heads); the feed-forward layers are four times as wide.
@@ -13,7 +16,7 @@ _OPT = {
     "30b": (7168, 48, 56),
     "66b": (9216, 64, 72),
 }
-_ENCODERS = {
+_ENCODERS: dict[str, Mapping[str, Any]] = {
     "bert-base-uncased": {"model_type": "bert"},
     "roberta-base": {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1},
     "distilbert-base-uncased": {"model_type": "distilbert"},
