@@ -76,6 +76,8 @@ def prepare_environment(topology: Topology) -> None:
     """What JAX reads when the processes that compile start. Never set on a TPU's own host but for compiling ahead."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip.is_compiled_for:
+        # libtpu ends a process that has flags of another compiler; its own stand in LIBTPU_INIT_ARGS.
+        os.environ.pop("XLA_FLAGS", None)
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
