@@ -36,6 +36,11 @@ BACKBONES = {
     "opt_125m": BackbonePreset("facebook/opt-125m", 1e-5),
     "opt_350m": BackbonePreset("facebook/opt-350m", 1e-5),
     "opt_1_3b": BackbonePreset("facebook/opt-1.3b", 1e-6, batch_size=1),
+    # Beyond the paper, for meshes (`get_scaled_config`).
+    "opt_6_7b": BackbonePreset("facebook/opt-6.7b", 1e-6),
+    "opt_13b": BackbonePreset("facebook/opt-13b", 1e-6),
+    "opt_30b": BackbonePreset("facebook/opt-30b", 1e-6),
+    "opt_66b": BackbonePreset("facebook/opt-66b", 1e-6),
 }
 
 
@@ -50,6 +55,29 @@ def get_config(backbone: str = "minilm") -> ConfigDict:
     config.backbone.name = preset.name
     config.optim.learning_rate = preset.learning_rate
     config.training.batch_size = preset.batch_size
+    return config
+
+
+def get_scaled_config(
+    backbone: str, *, batch_size: int, fsdp: int = 1, tensor: int = 1, fisher_gib: int | None = None
+) -> ConfigDict:
+    """Returns CEBaB with one of `BACKBONES` on a mesh: bfloat16 products, layers computed again in the backward pass.
+
+    Args:
+        backbone: Its key.
+        batch_size: Examples in a step, and in an evaluation step, over all devices.
+        fsdp: Devices that parameters and rows are spread over.
+        tensor: Devices that heads and hidden units are spread over.
+        fisher_gib: Memory of a device that pruning may take, in GiB.
+    """
+    config = get_config(backbone)
+    config.data.preset = "cebab"
+    config.backbone.dtype = "bfloat16"
+    config.backbone.remat = True
+    config.training.batch_size = config.training.eval_batch_size = batch_size
+    config.mesh.fsdp = fsdp
+    config.mesh.tensor = tensor
+    config.pruner.fisher_memory = None if fisher_gib is None else fisher_gib * 2**30
     return config
 
 

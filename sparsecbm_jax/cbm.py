@@ -192,8 +192,12 @@ def encode(
     def gathered(tree: Params, prefix: str, leading: bool = False, master: bool = False) -> Any:
         def one(path: Any, leaf: Array) -> Array:
             spec = sharding.spec_for(f"{prefix}/{sharding.path_string(path)}", leaf.ndim + leading)
-            # bfloat16 travels; float32 is what gradients are summed in over the concepts.
-            cast = leaf.astype(config.dtype) if leaf.ndim > 1 and axes.is_manual else leaf
+            # bfloat16 travels; float32 is what gradients are summed in over the concepts. Rounded first, a layer is
+            # cast when its turn comes; a cast alone the compiler moves out of the loop, and copies all layers there.
+            cast = leaf
+            if leaf.ndim > 1:
+                kind = jnp.finfo(config.dtype)
+                cast = jax.lax.reduce_precision(leaf, kind.nexp, kind.nmant).astype(config.dtype)
             whole = sharding.gather(cast, spec, axes, over, skip_leading=leading)
             return whole.astype(jnp.float32) if master else whole
 
@@ -216,7 +220,14 @@ def encode(
         }
 
     # Embed: once for all subnetworks unless something in it differs between them.
-    embed_params = gathered(params["embed"], "embed", master=True)
+    embed_tree = dict(params["embed"])
+    if axes.size("fsdp") > 1:
+        # Looked up where its columns lie: gathered, the table and its gradient would be the largest arrays of all.
+        table = embed_tree.pop("word")["embedding"]
+        if word_embeddings is None:
+            found = sharding.look_up(table, batch.input_ids, axes, over, config.dtype)
+            word_embeddings = found.astype(jnp.float32)
+    embed_params = gathered(embed_tree, "embed", master=True)
     embed_bits = gathered_bits(_group(bits, "embed/"), leading=False)
     embed_kernels = _group(kernels or {}, "embed/")
     per_pass_words = word_embeddings is not None and word_embeddings.ndim == 4
@@ -250,7 +261,8 @@ def encode(
             k, h, row_keys = k_and_h
             return None, one(h, k, row_keys)
 
-        return jax.lax.scan(inner, None, (jnp.arange(passes), *carry))[1:][0], None
+        body = jax.checkpoint(inner) if config.remat else inner
+        return jax.lax.scan(body, None, (jnp.arange(passes), *carry))[1], None
 
     num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
     scanned = (params["layers"], layer_bits, layer_kernels, jnp.arange(num_layers))
@@ -264,6 +276,7 @@ def encode(
         def with_keys(h: Array, scanned_here: Any) -> tuple[Array, None]:
             return layer((h, stacked_keys), scanned_here)
 
+        # One subnetwork at a time is computed again, with the weights that were gathered again for all.
         body = jax.checkpoint(with_keys) if config.remat else with_keys
         stack, _ = jax.lax.scan(body, jnp.stack(hidden), scanned)
         hidden = [stack[k] for k in range(passes)]

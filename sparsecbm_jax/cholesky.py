@@ -1,6 +1,7 @@
 """The inverse of many small symmetric positive-definite blocks, from their Cholesky factors, in plain XLA."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,26 @@ from jaxtyping import Array, Float, Int
 
 # Blocks taken at a time on CPU (at b = 64 in float32 a megabyte, which stays in a core's cache) and elsewhere.
 SLICE, WIDE_SLICE = 64, 4096
+# The platform that programs are traced for, where it is not the one at hand.
+_platform: str | None = None
 # Blocks up to this size are eliminated, so many pivots at a time.
 _ELIMINATED, _PIVOTS = 24, 2
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str | None) -> Iterator[None]:
+    """Programs traced inside are cut for this platform; for the one at hand where it is None."""
+    global _platform
+    before, _platform = _platform, platform
+    try:
+        yield
+    finally:
+        _platform = before
+
+
+def is_for_cpu() -> bool:
+    """Whether what is traced now will run on a CPU."""
+    return (_platform or jax.default_backend()) == "cpu"
 
 
 def inverse(matrices: Float[Array, "N b b"]) -> Float[Array, "N b b"]:
@@ -117,7 +136,7 @@ def product(subscripts: str, *leaves: Float[Array, "..."]) -> Float[Array, "..."
 def map_slices(function: Callable[..., Float[Array, "S ..."]], *leaves: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
     """Applies `function` to cache-sized slices of blocks, all of one size."""
     num = leaves[0].shape[0]
-    width = min(SLICE if jax.default_backend() == "cpu" else WIDE_SLICE, num)
+    width = min(SLICE if is_for_cpu() else WIDE_SLICE, num)
     count = -(-num // width)
 
     def of_slice(number: Int[Array, ""]) -> Float[Array, "S ..."]:

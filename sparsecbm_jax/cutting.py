@@ -18,7 +18,7 @@ from sparsecbm_jax import patterns, sharding
 from sparsecbm_jax.fisher import Kernels
 from sparsecbm_jax.masks import Masks
 from sparsecbm_jax.patterns import Unit
-from sparsecbm_jax.selection import select_smallest, select_smallest_in_rows
+from sparsecbm_jax.selection import count_true, exact_count, select_smallest, select_smallest_in_rows
 
 ConceptMask = Mapping[str, Bool[Array, "..."]]
 # Weights whose scores are read by the host to allot sparsities.
@@ -139,7 +139,7 @@ def _check_rows(mask: ConceptMask, unit: Unit) -> None:
 
 
 def _num_pruned(mask: Bool[Array, "..."]) -> int:
-    return mask.size - int(jnp.sum(mask, dtype=jnp.uint32))
+    return mask.size - count_true({"mask": mask})
 
 
 def _prune_tree(
@@ -157,13 +157,13 @@ def _prune_tree(
     if target <= pruned:
         return dict(mask)
     count = -(-(target - pruned) // unit.pruned)
-    left = sum(int(jnp.sum(groups, dtype=jnp.uint32)) for groups in _by_unit(scores, mask, unit)[1].values())
+    left = count_true(_by_unit(scores, mask, unit)[1])
     if left < count:
         raise ValueError(
             f"a sparsity of {sparsity:g} wants {count} more groups of {unit.group} weights cut, but only {left} are "
             "whole: the mask was made with another pattern; regrow, or start from a dense model"
         )
-    return _prune_lowest(mask, scores, jnp.uint32(count), mask, unit)
+    return _prune_lowest(mask, scores, exact_count(count), mask, unit)
 
 
 def _prune_kernels(

@@ -25,6 +25,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.checkpoint import write_atomically
 from sparsecbm_jax.data.schema import did_you_mean
 from sparsecbm_jax.masks import Masks
+from sparsecbm_jax.selection import count_true
 
 FORMAT = "sparsecbm_jax edit 1"
 _KEPT, _PRUNED = True, False
@@ -82,17 +83,6 @@ def num_changed(edit: MaskEdit) -> tuple[int, int]:
 def is_traced(*values: Any) -> bool:
     """Whether anything in some trees is a tracer, whose value cannot be looked at."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
-
-
-@jax.jit
-def num_true(flags: Mapping[str, Bool[Array, "..."]]) -> UInt[Array, ""]:
-    """How many booleans of a tree are True."""
-    return sum((jnp.sum(flag, dtype=jnp.uint32) for flag in flags.values()), jnp.uint32(0))
-
-
-def count_true(flags: Mapping[str, Bool[Array, "..."]]) -> int:
-    """`num_true` as an integer."""
-    return int(num_true(flags))
 
 
 def _flip(masks: Masks, concept: Int[Array, ""], *, off: Mapping, on: Mapping, verb: str) -> Masks:

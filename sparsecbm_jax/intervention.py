@@ -19,11 +19,14 @@ from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, CBMOutput
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.edits import MaskEdit, is_traced, num_true
+from sparsecbm_jax.edits import MaskEdit, is_traced
 from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.selection import count_true
 
 # Added to the products of a guard's directions with themselves, as a share of their mean square.
 _RIDGE = 1e-4
+# What a step drops, and what it grows, is counted in one unsigned integer.
+_MOST_CHANGED = 2**32 - 1
 
 SaliencyFn = Callable[[Any, Any], Any]
 """(weights, gradient of the loss by the effective weights) -> score; the lowest are dropped, the highest grown."""
@@ -304,7 +307,7 @@ def check_index(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value}; expected an integer in [{low}, {high - 1}]")
 
 
-def _sum(count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"]]) -> UInt[Array, ""]:
+def _sum(count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"] | Bool[Array, "..."]]) -> UInt[Array, ""]:
     return sum((jnp.sum(part, dtype=jnp.uint32) for part in jax.tree.leaves(count)), jnp.uint32(0))
 
 
@@ -317,13 +320,18 @@ def _change_count(
     mask = masks_lib.concept(masks, concept)
     if is_traced(drop_fraction, concept, masks):
         if scope == "global":
-            return _traced_count(drop_fraction, num_true(mask), masks_lib.num_weights(masks))
+            if masks_lib.num_weights(masks) > _MOST_CHANGED:
+                raise ValueError(
+                    f"a backbone of {masks_lib.num_weights(masks)} weights wants a drop_fraction that is no tracer"
+                )
+            return _traced_count(drop_fraction, _sum(mask), masks_lib.num_weights(masks))
         return {path: _traced_count(drop_fraction, *_kept_of_each(path, kept)) for path, kept in mask.items()}
     fraction = float(drop_fraction)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"drop_fraction is {fraction}; expected a share of the backbone in [0, 1]")
     if scope == "global":
-        return _checked_count(fraction, num_true(mask), masks_lib.num_weights(masks), f"concept {int(concept)}")
+        kept = np.asarray(count_true(mask))
+        return _checked_count(fraction, kept, masks_lib.num_weights(masks), f"concept {int(concept)}")
     return {
         path: _checked_count(fraction, *_kept_of_each(path, kept), f"concept {int(concept)} in {path}")
         for path, kept in mask.items()
@@ -344,8 +352,14 @@ def _traced_count(
     return jnp.minimum(asked, jnp.minimum(kept, jnp.uint32(total) - kept))
 
 
-def _checked_count(fraction: float, kept: UInt[Array, "*layers"], total: int, where: str) -> UInt[Array, "*layers"]:
+def _checked_count(
+    fraction: float, kept: UInt[Array, "*layers"] | np.ndarray, total: int, where: str
+) -> UInt[Array, "*layers"]:
     count, num_kept = round(fraction * total), np.asarray(kept, np.int64)
+    if count > _MOST_CHANGED:
+        raise ValueError(
+            f"drop_fraction {fraction:g} asks to drop {count} weights; expected at most {_MOST_CHANGED / total:g}"
+        )
     for verb, kind, available in (
         ("drop", "kept", int(num_kept.min())),
         ("grow", "pruned", total - int(num_kept.max())),

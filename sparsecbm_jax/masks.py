@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from sparsecbm_jax.selection import select_smallest
+from sparsecbm_jax.selection import Count, count_true, select_smallest
 
 Params = Mapping[str, Any]
 Masks = dict[str, Bool[Array, "K ..."]]
@@ -110,9 +110,8 @@ def kernels_of(params: Params, mask: Mapping[str, Bool[Array, "..."]]) -> dict[s
 
 def num_kept(masks: Masks) -> np.ndarray:
     """Kept weights of each concept, [K], exact."""
-    # On the devices, which may be several hosts'; the sum over kernels may pass 2³².
-    counts = [jnp.sum(mask, axis=range(1, mask.ndim), dtype=jnp.uint32) for mask in masks.values()]
-    return np.stack([np.asarray(count) for count in counts]).sum(axis=0, dtype=np.int64)
+    of_concept = [count_true(concept(masks, k)) for k in range(num_concepts(masks))]
+    return np.array(of_concept, np.int64)
 
 
 def total_density(masks: Masks) -> np.ndarray:
@@ -236,7 +235,7 @@ def drop_and_grow(
     mask: Mapping[str, Bool[Array, "..."]],
     drop_score: Mapping[str, Float[Array, "..."]],
     grow_score: Mapping[str, Float[Array, "..."]],
-    count: int | Int[Array, ""] | Mapping[str, Int[Array, "*layers"]],
+    count: int | Int[Array, ""] | Count | Mapping[str, Int[Array, "*layers"]],
 ) -> DropGrow:
     """Drops the `count` kept weights of lowest drop score and grows the `count` pruned ones of highest grow score.
 

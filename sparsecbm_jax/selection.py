@@ -1,20 +1,26 @@
 """The exact k smallest scores of a tree of arrays, however it is sharded.
 
 Sorting gathers a sharded array onto every device. Counting does not: scores become order-preserving unsigned
-integers and the threshold is found two bits at a time, each step one elementwise pass and three scalar sums. Ties are
-broken by index, so the result has the same bits on any mesh.
+integers and the threshold is found two bits at a time, each step one elementwise pass and three counts. Ties are
+broken by index, so the result has the same bits on any mesh. Programs have no integers of 64 bits, and the kernels of
+a large model more than 2³² weights, so counts are pairs of integers.
 
 Reference: Kurtic et al. 2022 select globally by a sort; here by bisection, whose result is the same set up to ties.
 """
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-MAX_WEIGHTS = 2**32 - 1
+# A count is high · 2¹⁶ + low, the low part below 2¹⁶.
+Count = UInt[Array, " 2"]
+_LOW = 16
+_MAX_UINT = 2**32 - 1
 # Three counts travel in one integer while they are small: at most 1023 elements are added up before they part.
 _FIELD, _FIELD_MAX = 10, 1023
 # Rows of a plain matrix that are added up first.
@@ -41,14 +47,91 @@ def order_key(scores: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where(jnp.isnan(scores), uint(2**width - 1), key)
 
 
-def _flat_index(shape: tuple[int, ...], offset: int) -> UInt[Array, "..."]:
-    """Row-major index of every element plus `offset`, elementwise: no reshape, so no gather when sharded."""
-    index = jnp.full(shape, offset, jnp.uint32)
-    stride = 1
-    for dim in reversed(range(len(shape))):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
-        stride *= shape[dim]
-    return index
+def exact_count(number: int | np.integer | UInt[Array, ""] | Count) -> Count:
+    """A number as a pair; integers of any size up to 2⁴⁸, and traced ones.
+
+    >>> exact_count(5 * 2**30).tolist()
+    [81920, 0]
+    """
+    if isinstance(number, (int, np.integer)):
+        return jnp.array([int(number) >> _LOW, int(number) & (2**_LOW - 1)], jnp.uint32)
+    number = jnp.asarray(number)
+    if number.ndim:
+        return number
+    number = number.astype(jnp.uint32)
+    return jnp.stack([number >> _LOW, number & (2**_LOW - 1)])
+
+
+def count_true(flags: Mapping[str, Bool[Array, "..."]]) -> int:
+    """How many booleans of a tree are True.
+
+    >>> import jax.numpy as jnp
+    >>> count_true({"w": jnp.array([[True, False], [True, True]])})
+    3
+    """
+    high, low = np.asarray(_count_of_tree(dict(flags)))
+    return (int(high) << _LOW) + int(low)
+
+
+@jax.jit
+def _count_of_tree(flags: Mapping[str, Bool[Array, "..."]]) -> Count:
+    return _count(list(flags.values()))
+
+
+def _carried(high: UInt[Array, ""], low: UInt[Array, ""]) -> Count:
+    return jnp.stack([high + (low >> _LOW), low & (2**_LOW - 1)])
+
+
+def _plus(first: Count, second: Count) -> Count:
+    return _carried(first[0] + second[0], first[1] + second[1])
+
+
+def _minus(first: Count, second: Count) -> Count:
+    """Of a count and one that is not larger."""
+    borrowed = (first[1] < second[1]).astype(jnp.uint32)
+    return jnp.stack([first[0] - second[0] - borrowed, (first[1] - second[1]) & (2**_LOW - 1)])
+
+
+def _is_less(first: Count, second: Count) -> Bool[Array, ""]:
+    return (first[0] < second[0]) | ((first[0] == second[0]) & (first[1] < second[1]))
+
+
+def _sum(part: UInt[Array, "..."] | Bool[Array, "..."]) -> Count:
+    """The sum of a leaf that `_check_countable` has let through."""
+    rows = jnp.sum(jnp.atleast_1d(part), axis=range(max(0, part.ndim - 1)), dtype=jnp.uint32)
+    parts = (rows >> _LOW, rows & (2**_LOW - 1))
+    return _carried(*(jnp.sum(one, dtype=jnp.uint32) for one in parts))
+
+
+def _check_countable(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for path, shape in shapes.items():
+        size, width = math.prod(shape), shape[-1] if shape else 1
+        if size > _MAX_UINT and (size // width > _MAX_UINT or width > 2**_LOW):
+            raise ValueError(
+                f"{path}: an array of {shape} cannot be counted; expected at most {_MAX_UINT} elements, or rows of at "
+                f"most {2**_LOW}"
+            )
+
+
+def _places(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[UInt[Array, "..."], UInt[Array, "..."]]]:
+    """Where the elements of each leaf stand: their row, counted on from leaf to leaf, and their column.
+
+    To be broadcast to the leaf, without a reshape, so that nothing is gathered when sharded. Behind the barrier each
+    leaf has numbers of its own: those that two leaves of one shape shared would lie as one of them does, and the other
+    leaf would be gathered to meet them.
+    """
+    places, offset = [], 0
+    for shape in shapes.values():
+        thin = (*shape[:-1], 1) if shape else ()
+        row, stride = jnp.full(thin, offset, jnp.uint32), 1
+        for dim in reversed(range(len(shape) - 1)):
+            row = row + jax.lax.broadcasted_iota(jnp.uint32, thin, dim) * jnp.uint32(stride)
+            stride *= shape[dim]
+        flat = (1,) * (len(shape) - 1) + shape[-1:]
+        column = jax.lax.broadcasted_iota(jnp.uint32, flat, len(shape) - 1) if shape else jnp.uint32(0)
+        places.append(jax.lax.optimization_barrier((row, column)))
+        offset += stride
+    return places
 
 
 def _folded(leaf: Array) -> UInt[Array, "..."] | None:
@@ -64,15 +147,15 @@ def _folded(leaf: Array) -> UInt[Array, "..."] | None:
     return None
 
 
-def _count(flags: list[Bool[Array, "..."]]) -> UInt[Array, ""]:
+def _count(flags: list[Bool[Array, "..."]]) -> Count:
     """How many are True."""
     parts = [flag if (folded := _folded(flag)) is None else folded for flag in flags]
-    return sum((jnp.sum(part, dtype=jnp.uint32) for part in jax.lax.optimization_barrier(parts)), jnp.uint32(0))
+    return functools.reduce(_plus, map(_sum, jax.lax.optimization_barrier(parts)), exact_count(0))
 
 
-def _count_below(keys: list[UInt[Array, "..."]], candidates: list[UInt[Array, ""]]) -> list[UInt[Array, ""]]:
+def _count_below(keys: list[UInt[Array, "..."]], candidates: list[UInt[Array, ""]]) -> list[Count]:
     """How many keys are smaller than each of three candidates."""
-    counts = [jnp.uint32(0)] * len(candidates)
+    counts = [exact_count(0)] * len(candidates)
     for key in keys:
         flags = [key < candidate for candidate in candidates]
         fields = [flag.astype(jnp.uint32) << (_FIELD * i) for i, flag in enumerate(flags)]
@@ -82,7 +165,7 @@ def _count_below(keys: list[UInt[Array, "..."]], candidates: list[UInt[Array, ""
         else:
             packed = jax.lax.optimization_barrier(packed)
             parts = [packed >> (_FIELD * i) & _FIELD_MAX for i in range(len(flags))]
-        counts = [total + jnp.sum(part, dtype=jnp.uint32) for total, part in zip(counts, parts, strict=True)]
+        counts = [_plus(total, _sum(part)) for total, part in zip(counts, parts, strict=True)]
     return counts
 
 
@@ -126,7 +209,7 @@ def select_smallest_in_rows(
 
 def select_smallest(
     scores: Mapping[str, Float[Array, "..."]],
-    count: int | Int[Array, ""],
+    count: int | Int[Array, ""] | Count,
     eligible: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> dict[str, Bool[Array, "..."]]:
     """Marks the `count` eligible elements of lowest score over the whole tree.
@@ -135,23 +218,23 @@ def select_smallest(
 
     Args:
       scores: per path, the scores; NaN counts as the largest.
-      count: how many to mark; traced values are welcome. More than there are eligible elements marks them all.
+      count: how many to mark; traced values are welcome, and those of `exact_count`. More than there are eligible
+        elements marks them all.
       eligible: per path, which elements may be marked; all by default.
 
     Returns:
       Per path, True where marked.
 
     Raises:
-      ValueError: if the tree has more than 2³² − 1 elements, or `eligible` has other paths or shapes.
+      ValueError: if a leaf is too large to be counted, or `eligible` has other paths or shapes.
 
     >>> import jax.numpy as jnp
     >>> select_smallest({"a": jnp.array([3.0, 1.0, 1.0, 1.0])}, 2)["a"].tolist()
     [False, True, True, False]
     """
     paths = sorted(scores)
-    total = sum(scores[path].size for path in paths)
-    if total > MAX_WEIGHTS:
-        raise ValueError(f"the tree has {total} scores; at most {MAX_WEIGHTS} can be counted")
+    shapes = {path: scores[path].shape for path in paths}
+    _check_countable(shapes)
     if eligible is None:
         eligible = {path: jnp.ones(scores[path].shape, bool) for path in paths}
     if sorted(eligible) != paths:
@@ -167,34 +250,52 @@ def select_smallest(
     largest = jnp.asarray(2**width - 1, uint)
     keys = [jnp.where(ok, key.astype(uint), largest) for key, ok in zip(keys, allowed, strict=True)]
     keys = jax.lax.optimization_barrier(keys)
-    count = jnp.minimum(jnp.asarray(count).astype(jnp.uint32), _count(allowed))
+    wanted, most = exact_count(count), _count(allowed)
+    wanted = jnp.where(_is_less(wanted, most), wanted, most)
 
     def two_bits(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
         shift = (width - 2 - 2 * step).astype(uint)
         candidates = [found | (jnp.asarray(digit, uint) << shift) for digit in (1, 2, 3)]
-        digit = sum((below < count).astype(uint) for below in _count_below(keys, candidates))
+        digit = sum(_is_less(below, wanted).astype(uint) for below in _count_below(keys, candidates))
         return found | (digit << shift)
 
-    # The count-th smallest key: the largest value with fewer than `count` keys below it.
+    # The smallest key that is marked last: the largest value with fewer than `wanted` keys below it.
     threshold = jax.lax.fori_loop(0, width // 2, two_bits, jnp.asarray(0, uint))
     below = [key < threshold for key in keys]
     tied = [(key == threshold) & ok for key, ok in zip(keys, allowed, strict=True)]
-    needed = count - _count(below)
-    offsets = [sum(scores[path].size for path in paths[:i]) for i in range(len(paths))]
+    needed = _minus(wanted, _count(below))
 
-    def last_tied_index() -> UInt[Array, ""]:
-        def index_bit(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
-            candidate = found | (jnp.uint32(1) << (31 - step).astype(jnp.uint32))
-            before = _count(
-                [t & (_flat_index(t.shape, offset) < candidate) for t, offset in zip(tied, offsets, strict=True)]
-            )
-            return jnp.where(before < needed, candidate, found)
+    def largest_with_fewer(
+        before: Callable[[UInt[Array, ""]], list[Bool[Array, "..."]]], needed: Count, most: int
+    ) -> UInt[Array, ""]:
+        """The largest number up to `most` with fewer than `needed` elements before it."""
+        bits = most.bit_length()
 
-        return jax.lax.fori_loop(0, 32, index_bit, jnp.uint32(0))
+        def bit(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
+            candidate = found | (jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32))
+            return jnp.where(_is_less(_count(before(candidate)), needed), candidate, found)
 
-    last = jax.lax.cond(_count(tied) == needed, lambda: jnp.uint32(MAX_WEIGHTS), last_tied_index)
-    is_any = count > 0
+        return jax.lax.fori_loop(0, bits, bit, jnp.uint32(0))
+
+    def before_row(candidate: UInt[Array, ""]) -> list[Bool[Array, "..."]]:
+        return [t & (row < candidate) for t, (row, _) in zip(tied, _places(shapes), strict=True)]
+
+    def last_tied() -> tuple[UInt[Array, ""], UInt[Array, ""]]:
+        num_rows = sum(math.prod(shape[:-1]) for shape in shapes.values())
+        last_row = largest_with_fewer(before_row, needed, num_rows)
+
+        def before_column(candidate: UInt[Array, ""]) -> list[Bool[Array, "..."]]:
+            places = zip(tied, _places(shapes), strict=True)
+            return [t & (row == last_row) & (column < candidate) for t, (row, column) in places]
+
+        rest = _minus(needed, _count(before_row(last_row)))
+        widest = max((shape[-1] for shape in shapes.values() if shape), default=1)
+        return last_row, largest_with_fewer(before_column, rest, widest)
+
+    everything = jnp.uint32(_MAX_UINT), jnp.uint32(_MAX_UINT)
+    last_row, last_column = jax.lax.cond(jnp.all(_count(tied) == needed), lambda: everything, last_tied)
+    is_any = _is_less(exact_count(0), wanted)
     return {
-        path: is_any & (b | (t & (_flat_index(t.shape, offset) <= last)))
-        for path, b, t, offset in zip(paths, below, tied, offsets, strict=True)
+        path: is_any & (b | (t & ((row < last_row) | ((row == last_row) & (column <= last_column)))))
+        for path, b, t, (row, column) in zip(paths, below, tied, _places(shapes), strict=True)
     }

@@ -12,13 +12,14 @@ Axes:
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 AXES = ("data", "fsdp", "tensor", "concept")
 ROW_AXES = ("data", "fsdp")
@@ -248,7 +249,28 @@ def gather(leaf: jax.Array, spec: P, axes: Axes, over: Sequence[str], skip_leadi
     for dim, names in enumerate(entries[1:] if skip_leading else entries):
         if "fsdp" in names:
             leaf = jax.lax.all_gather(leaf, "fsdp", axis=dim, tiled=True)
-    # A leaf already differs along the axes that its spec names.
-    named = {name for names in entries for name in names}
+    return _varying(leaf, {name for names in entries for name in names}, over)
+
+
+def _varying(leaf: jax.Array, named: Collection[str], over: Sequence[str]) -> jax.Array:
+    """Marks a leaf as differing along `over`; it already does along the axes that its spec names."""
     missing = tuple(name for name in over if name not in named)
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def look_up(table: jax.Array, ids: jax.Array, axes: Axes, over: Sequence[str], dtype: DTypeLike) -> jax.Array:
+    """Rows of a table whose columns are split over `fsdp`, for this device's ids: ids and rows travel, not the table.
+
+    Args:
+      table: this device's columns (rows, columns).
+      ids: (batch, tokens) of this device; one outside the table gives NaN, as in `backbones`.
+      axes: the manual axes.
+      over: the axes along which the uses differ.
+      dtype: in which the rows travel.
+
+    Returns:
+      (batch, tokens, all columns).
+    """
+    everyones = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
+    own = jax.numpy.take(_varying(table, ("fsdp",), over), everyones, axis=0, mode="fill")
+    return jax.lax.all_to_all(own.astype(dtype), "fsdp", split_axis=0, concat_axis=2, tiled=True)

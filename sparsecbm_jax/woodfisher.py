@@ -84,7 +84,7 @@ def _tiles(
       how many of its first units belong to the tile before it (since T need not divide them), and it of every leaf.
     """
     inputs, units = leaves[0].shape
-    width = min(_TILE if jax.default_backend() == "cpu" else cholesky.WIDE_SLICE, units)
+    width = min(_TILE if cholesky.is_for_cpu() else cholesky.WIDE_SLICE, units)
     per_row, padding = -(-units // width), -inputs % block_size
     padded = [jnp.pad(leaf, ((0, padding), (0, 0))) for leaf in leaves] if padding else leaves
 

@@ -26,6 +26,7 @@ CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 # What may stand after the colon of --config=configs/NAME.py:CHOICE; a backbone, where nothing else is said.
 CHOICES = {name: tuple(common.BACKBONES) for name in CONFIGS}
 CHOICES["imdb_c"] += tuple(f"{name},{kind}" for name in common.BACKBONES for kind in ("manual", "generated"))
+CHOICES |= {name: () for name in CONFIGS if name.startswith("cebab_opt_")}
 CHOICES["cebab_minilm"] = CHOICES["imdb_c_minilm"] = STRATEGIES
 PAPER_BACKBONES = {
     "distilbert": "distilbert-base-uncased",

@@ -21,6 +21,8 @@ FLOORS = (
         "config",
         "json_schema",
         "host_memory",
+        "hlo",
+        "chips",
         "cholesky",
         "woodfisher",
         "patterns",
@@ -59,6 +61,8 @@ FLOORS = (
         "vocabulary",
         "preparation",
         "training",
+        "programs",
+        "planning",
     ),
     ("report", "app"),
 )

@@ -59,6 +59,33 @@ def test_the_count_is_traced_not_compiled() -> None:
         assert int(select({"a": jnp.arange(5.0)}, jnp.uint32(count))["a"].sum()) == count
 
 
+@pytest.mark.parametrize("kind", ["distinct", "ties"])
+def test_counts_carry_into_their_high_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do beyond 2¹⁶, with a low part of three bits."""
+    monkeypatch.setattr(selection, "_LOW", 3)
+    rng = np.random.default_rng(2)
+    shapes = {"a": (3, 17), "b": (5, 4, 2), "c": (128, 2)}
+    scores = {
+        path: VALUES[kind](rng, np.prod(shape)).astype(np.float32).reshape(shape) for path, shape in shapes.items()
+    }
+    eligible = {path: rng.random(shape) < 0.8 for path, shape in shapes.items()}
+    select = jax.jit(lambda count: selection.select_smallest(scores, count, eligible))
+    for count in (0, 7, 8, 9, 63, 64, 100, 200, 400):
+        got = select(selection.exact_count(count))
+        chex.assert_trees_all_equal(jax.tree.map(np.asarray, got), oracle(scores, count, eligible))
+
+
+def test_more_than_two_to_the_32_weights_can_be_counted() -> None:
+    kernel = jax.ShapeDtypeStruct((64, 9216, 36864), jnp.float32)
+    chosen = jax.eval_shape(lambda scores: selection.select_smallest({"w": scores}, 3 * 2**32), kernel)
+    assert chosen["w"].shape == kernel.shape
+    high, low = selection.exact_count(3 * 2**32 + 5).tolist()
+    assert (high * 2**16 + low, low) == (3 * 2**32 + 5, 5)
+    wide = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32)
+    with pytest.raises(ValueError, match=r"w: an array of \(65536, 131072\) cannot be counted"):
+        jax.eval_shape(lambda scores: selection.select_smallest({"w": scores}, 1), wide)
+
+
 def test_same_bits_under_any_sharding() -> None:
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     scores = np.random.default_rng(1).integers(0, 3, (128, 16)).astype(np.float32)
@@ -78,6 +105,17 @@ def test_no_gather_of_sharded_scores(shape: tuple[int, ...]) -> None:
     assert "all-reduce" in text
     assert "all-gather" not in text and "all-to-all" not in text
     assert " sort(" not in text
+
+
+def test_leaves_of_one_shape_that_lie_differently_are_not_gathered() -> None:
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    specs = {"a": P(None, "fsdp", "tensor"), "b": P(None, ("tensor", "fsdp"), None)}
+    scores = {
+        path: jax.ShapeDtypeStruct((3, 64, 64), jnp.float32, sharding=NamedSharding(mesh, spec))
+        for path, spec in specs.items()
+    }
+    text = jax.jit(lambda s: selection.select_smallest(s, 100)).lower(scores).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
 
 
 def test_float64_orders_by_all_its_bits() -> None:

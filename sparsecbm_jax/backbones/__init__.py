@@ -11,6 +11,7 @@ from sparsecbm_jax.backbones.backbone import (
 )
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
 from sparsecbm_jax.backbones.dropout import dropout, fold_keys
+from sparsecbm_jax.backbones.published import published_config
 from sparsecbm_jax.backbones.weights import (
     WeightsError,
     export_pretrained,
@@ -35,4 +36,5 @@ __all__ = [
     "load_pretrained",
     "make_backbone",
     "maskable_paths",
+    "published_config",
 ]

@@ -1,0 +1,18 @@
+"""OPT-350M on CEBaB, on one v5e chip: one device, batch 8, bfloat16, layers computed again.
+
+    python launch/train.py --config=configs/cebab_opt_350m.py --config.data.path=DIR --workdir=runs/opt_350m
+    python launch/plan.py --config=configs/cebab_opt_350m.py --topology=v5e:1x1
+
+Its plan has not been compiled yet; training's state takes 4.3 GB of the chip's 16.9.
+The learning rate is ours, from the grid in the paper's Table 3.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    return common.get_scaled_config("opt_350m", batch_size=8)

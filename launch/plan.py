@@ -1,0 +1,215 @@
+"""Compiles a run's programs for accelerators that are not at hand, and says whether they fit and what they cost.
+
+python launch/plan.py --config=configs/cebab_opt_66b.py --topology=v5p:4x4x4 --json=runs/plan.json
+python launch/plan.py --config=configs/cebab_opt_1_3b.py --topology=v5e:4x4 --mesh=auto
+
+A topology is v4, v5p or tpu7x:XxYxZ, v5e or v6e:XxY (chips; extra `tpu-plan`), or a100, h100, h200 or cpu:N, which
+virtual CPU devices stand in for: their figures are estimates. The mesh is the config's, or the best of those that are
+proposed. Nothing is allocated, no data or weights are read; each program is compiled in a process of its own, which
+takes a minute or two and 2 GB.
+
+Bytes are those of one chip. `held` is what the run keeps beside the program's own arguments, such as Adam's moments
+while it prunes. Flops are those of matrix products, beside what the model needs without computing anything again. Time
+is the least that the chip's peaks allow, computing and communicating at once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import command_line
+from absl import flags
+
+if TYPE_CHECKING:
+    from sparsecbm_jax.chips import Topology
+    from sparsecbm_jax.config import MeshConfig, RunConfig
+
+FLAGS = flags.FLAGS
+command_line.define_config()
+flags.adopt_module_key_flags(command_line)
+flags.DEFINE_string("topology", None, "Chips, such as v5p:4x4x4, v5e:4x4 or h100:8.")
+flags.DEFINE_enum("mesh", "config", ["config", "auto"], "The config's mesh, or the best of those proposed.")
+flags.DEFINE_list("programs", None, "Some of the programs; all by default.")
+flags.DEFINE_string("json", None, "JSON file to write.")
+
+# Meshes that --mesh=auto compiles the training step of.
+_NUM_PROPOSED = 3
+_GB = 1e9
+
+
+def main() -> None:
+    run = command_line.run_config()
+    if not FLAGS.topology:
+        raise ValueError("--topology is missing; expected chips such as v5p:4x4x4, v5e:4x4 or h100:8")
+
+    from sparsecbm_jax import planning, programs
+    from sparsecbm_jax.chips import parse_topology
+
+    command_line.check_names("programs", programs.PROGRAMS)
+    topology = parse_topology(FLAGS.topology)
+    prepare_environment(topology)
+    found: dict[str, Any] = {}
+    if FLAGS.mesh == "auto":
+        run, found["train_step"] = best_mesh(run, topology)
+    planning.check_mesh(run, topology)
+    print(heading(run, topology), flush=True)
+    for leaf in programs.left_whole(programs.Shapes(run, programs.abstract_mesh(run.mesh))):
+        print(f"warning: every chip has the whole of {leaf}")
+    for name in FLAGS.programs or programs.PROGRAMS:
+        if name not in found:
+            found[name] = in_a_process(run, topology, name)
+        print("\n".join(lines(name, found[name], run, topology)), flush=True)
+    if FLAGS.json:
+        path = Path(FLAGS.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report(run, topology, found), indent=2) + "\n", encoding="utf-8")
+
+
+def prepare_environment(topology: Topology) -> None:
+    """What JAX reads when the processes that compile start. Never set on a TPU's own host but for compiling ahead."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology.chip.is_compiled_for:
+        # libtpu ends a process that has flags of another compiler; its own stand in LIBTPU_INIT_ARGS.
+        os.environ.pop("XLA_FLAGS", None)
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_ID": "0",
+        }
+    else:
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(topology.num_devices)
+
+
+def in_a_process(run: RunConfig, topology: Topology, program: str) -> dict[str, Any]:
+    """`planning.measure` in a process of its own: a compiler may end it, and keeps memory."""
+    from sparsecbm_jax import planning
+
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(planning.measure, run, topology, program).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            return {"fits": False, "peak_bytes_per_chip": None, "error": "the compiler ended its process"}
+        except (ValueError, ImportError) as error:
+            # Ours, so that it is told in one line; --debug shows where it came from.
+            raise type(error)(str(error)) from error
+
+
+def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, Any]]:
+    """The run on the mesh whose training step takes least time of those that are proposed and fit, and that step.
+
+    Raises:
+      ValueError: if no mesh divides the model and the batches.
+    """
+    from sparsecbm_jax import planning
+
+    tried: list[tuple[bool, float, int, RunConfig, dict[str, Any]]] = []
+    for mesh in planning.propose_meshes(run, topology)[:_NUM_PROPOSED]:
+        placed = dataclasses.replace(run, mesh=mesh)
+        try:
+            found = in_a_process(placed, topology, "train_step")
+        except ValueError as error:
+            print(f"{named(mesh)}: {error}", flush=True)
+            continue
+        does = "fits" if found["fits"] else "does not fit"
+        step = f", {found['seconds']:.3f} s a step" if "seconds" in found else ""
+        print(f"{named(mesh)}: {does}, peak {_gigabytes(found['peak_bytes_per_chip'])} GB{step}", flush=True)
+        tried.append((not found["fits"], found.get("seconds", float("inf")), len(tried), placed, found))
+    if not tried:
+        raise ValueError(
+            f"no mesh of {topology} divides the model's layers, the concepts and batches of "
+            f"{run.training.batch_size} and {run.training.eval_batch_size} rows"
+        )
+    *_, placed, found = min(tried, key=lambda one: one[:3])
+    return placed, found
+
+
+def named(mesh: MeshConfig) -> str:
+    from sparsecbm_jax import planning
+
+    return " x ".join(f"{name} {size}" for name, size in planning.as_mapping(mesh).items())
+
+
+def heading(run: RunConfig, topology: Topology) -> str:
+    """What is planned, and the table's columns."""
+    from sparsecbm_jax import programs
+
+    config, chip = programs.model_config(run), topology.chip
+    estimate = "" if chip.is_compiled_for else " (estimates: compiled for virtual CPU devices)"
+    length = min(run.data.max_length, config.backbone.max_length)
+    columns = ("argument", "output", "temporary", "held", "peak", "of chip", "flops x", "wire", "seconds", "bound")
+    how = f"{run.backbone.dtype}{', remat' if run.backbone.remat else ''}"
+    return "\n".join(
+        [
+            f"{run.backbone.name}, K = {config.num_concepts}, {length} tokens, batch {run.training.batch_size}, {how}, "
+            f"on {topology}: {named(run.mesh)}{estimate}",
+            f"GB a chip, of {chip.memory_bytes / _GB:.1f}",
+            f"{'program':<11}" + "".join(f"{column:>10}" for column in columns),
+        ]
+    )
+
+
+def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) -> list[str]:
+    """A program's row of the table, and what is to be said about it."""
+    from sparsecbm_jax import planning
+
+    if not found:
+        return [f"{name:<11}  this run has none"]
+    peak = found["peak_bytes_per_chip"]
+    share = "?" if peak is None else f"{peak / topology.chip.memory_bytes:.0%}"
+    if "error" in found:
+        cells = [""] * 4 + [_gigabytes(peak), share]
+        rest = [f"  {found['error']}"]
+    else:
+        kinds = ("argument", "output", "temporary", "held")
+        ratio = found["flops_ratio"]
+        cells = [_gigabytes(found[f"{kind}_bytes_per_chip"]) for kind in kinds]
+        cells += [_gigabytes(peak), share, "-" if ratio is None else f"{ratio:.2f}"]
+        cells += [_gigabytes(found["wire_bytes_per_chip"]), f"{found['seconds']:.3g}", found["bound"]]
+        kinds_of_wire = sorted(found["wire_bytes_by_kind"].items(), key=lambda item: -item[1])
+        by_kind = [
+            f"{kind} {size / _GB:.2f} GB in {found['num_collectives'][kind]:.0f}" for kind, size in kinds_of_wire
+        ]
+        rest = [f"  {', '.join(by_kind)}"] if by_kind else []
+        rest += [f"  warning: {warning}" for warning in found["warnings"]]
+    if not found["fits"]:
+        rest += [f"  to turn: {turn}" for turn in planning.advice(name, run, topology.chip, peak)]
+    return [f"{name:<11}" + "".join(f"{cell:>10}" for cell in cells), *rest]
+
+
+def _gigabytes(size: float | None) -> str:
+    return "?" if size is None else f"{size / _GB:.2f}"
+
+
+def report(run: RunConfig, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
+    """What --json writes."""
+    from sparsecbm_jax import programs
+
+    shapes = programs.Shapes(run, programs.abstract_mesh(run.mesh))
+    return {
+        "topology": str(topology),
+        "is_estimate": not topology.chip.is_compiled_for,
+        "chip_memory_bytes": topology.chip.memory_bytes,
+        "mesh": dataclasses.asdict(run.mesh),
+        "backbone": run.backbone.name,
+        "num_concepts": shapes.config.num_concepts,
+        "num_tokens": shapes.length,
+        "batch_size": run.training.batch_size,
+        "command": " ".join(sys.argv[1:]),
+        "left_whole": programs.left_whole(shapes),
+        "shardings": programs.describe_shardings(shapes),
+        "programs": found,
+    }
+
+
+if __name__ == "__main__":
+    command_line.run(main)
