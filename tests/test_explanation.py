@@ -302,6 +302,25 @@ def test_launch_explain_prints_the_subnetworks(saved: Path, tmp_path: Path) -> N
     assert [one["name"] for one in json.loads(output.read_text())["concepts"]] == ["food", "ambiance", "service"]
 
 
+def test_launch_benchmark_explanation(saved: Path, tmp_path: Path) -> None:
+    output = tmp_path / "explanation.json"
+    asked = ("--num_texts=3", "--num_rounds=1", "--parts=speed,memory,completeness", "--num_steps=4")
+    data = "--config=configs/quickstart.py:tiny"
+    done = run_main("benchmark_explanation.py", f"--model={saved}", data, *asked, f"--output={output}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "3 texts of sample",
+        "round 1/1: forward",
+        "explanation / forward: ",
+        "MB after 3 texts",
+        "zero           4",
+    ):
+        assert part in done.stdout
+    report = json.loads(output.read_text())
+    assert report["speed"]["ratio"] == report["speed"]["explanation"][0] / report["speed"]["forward"][0]
+    assert len(report["completeness"]["zero, 4"]["apart"]) == 3 * 3
+
+
 def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
     done = run_main(
         "intervene.py",

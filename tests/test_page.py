@@ -274,6 +274,18 @@ def test_a_correction_states_what_changed(open_page: Any, comparison: report.Com
     assert page.locator(".pathway").first.locator(".changed").count() == 0
     changes = page.locator(".table", has_text="Where the mask of service changed").locator("tbody tr")
     assert changes.locator("th, td").all_text_contents() == ["attention query", "−7 +5, 3 rows"]
+    # Both are taken apart for one label, at first that after the edit, and then the one that is pressed in either.
+    for label in (
+        None,
+        next(name for name in comparison.after.label_logits if name != comparison.after.explained_label),
+    ):
+        if label:
+            page.locator(".pathway").first.locator(".share", has_text=label).click()
+        sums = page.locator(".outcome .hint").all_text_contents()
+        assert (
+            sums
+            == [f"Bias and contributions sum to the logit of label {label or comparison.after.explained_label}."] * 2
+        )
     page = open_page([], [comparison._replace(change=None)])
     assert "Where the mask" not in page.text_content("main") and page.problems == []
 

@@ -203,7 +203,7 @@ def test_tables_say_what_the_run_wrote(whole: report.RunReport) -> None:
 
 
 def test_the_shown_decisions_are_what_they_are_called(whole: report.RunReport, folder: Path) -> None:
-    head, *rows = cells(whole, "Decisions", "What the reviews are")
+    head, *rows = cells(whole, "Decisions", "What the model says of the reviews")
     assert head == ["kind", "text", "label", *SCHEMA.concepts]
     kinds = {row[0]: row for row in rows}
     assert "wrong label" in kinds and ", not " in kinds["wrong label"][2]

@@ -87,7 +87,7 @@ def gallery_section(model: SparseCBM, examples: Examples) -> Section | None:
     if absent := [kind for kind in kinds if kind not in found]:
         words += f" None of the first {num_rows} rows: {', '.join(absent)}."
     table = Table(
-        "What the reviews are, and what the model says",
+        "What the model says of the reviews; where the gold class is another, “not” names it",
         ["kind", "text", "label", *schema.concepts],
         rows,
         is_words=True,

@@ -17,9 +17,11 @@ const drawing = (() => {
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
   const brief = (score) => {
-    const digits = Math.abs(score) >= 100 ? Math.abs(score).toFixed(0) : String(Number(Math.abs(score).toPrecision(3)));
+    const size = Math.abs(score);
+    const digits = size >= 100 ? size.toFixed(0) : size ? size.toPrecision(3) : "0";
     return (score < 0 ? "−" : "") + digits;
   };
+  const cut = (text, most) => Array.from(text).length > most ? `${Array.from(text).slice(0, most - 1).join("")}…` : text;
   const count = (n) => n.toLocaleString("en");
   const largest = (numbers) => Math.max(0, ...numbers.map(Math.abs)) || 1;
   /** Signed scores add up, so that a word's part is its size; of scores without sign, the squares do. */
@@ -81,8 +83,10 @@ const drawing = (() => {
   function table(caption, head, rows) {
     const cell = (content, i) => content instanceof Node && content.nodeName === "TD" ? content
       : make(i ? "td" : "th", i ? {} : { scope: "row" }, content);
+    // Above the table and not in it, where it would be as wide as the table and leave a narrow screen.
     return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": caption },
-      make("table", {}, make("caption", {}, caption),
+      make("p", { class: "caption", "aria-hidden": "true" }, caption),
+      make("table", {}, make("caption", { class: "unseen" }, caption),
         make("thead", {}, make("tr", {}, head.map((name) => make("th", { scope: "col" }, name)))),
         make("tbody", {}, rows.map((row) => make("tr", {}, row.map(cell))))));
   }
@@ -93,16 +97,16 @@ const drawing = (() => {
    * The view of a pathway: verdict, four lanes, tables.
    *
    * @param {object} pathway - `DecisionPathway.to_dict()`.
-   * @param {object} about - `heading`; `beside`, a pathway to share a scale with; `followed`, the concept followed at
-   *   first; for what an edit made, its `report`: what differs from `beside` is marked; and `onset`, to be told the
-   *   concept and the class that a person sets.
+   * @param {object} about - `heading`; `beside`, a pathway to share scales with; `followed` and `explained`, the concept
+   *   followed and the label taken apart at first; for what an edit made, its `report`: what differs from `beside` is
+   *   marked; and `onset`, to be told the concept and the class that a person sets.
    */
-  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null, onset = null } = {}) {
+  function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null, explained: firstLabel = pathway.explained_label, onset = null } = {}) {
     const id = `view${numViews++}`;
     const lanes = pathway.concepts;
-    const strongest = lanes.map((lane) => largest(lane.word_scores));
+    const strongest = lanes.map((lane, k) => largest([...lane.word_scores, ...(beside?.concepts[k].word_scores ?? [])]));
     const chosen = new Map();
-    let shownLabel = pathway.explained_label;
+    let shownLabel = firstLabel;
     let pinned = followed;
     let passing = null; // the concept under the pointer or the focus
     let decision = decide(pathway, chosen);
@@ -118,7 +122,7 @@ const drawing = (() => {
     const shares = Object.keys(pathway.label_probabilities).map((label) => {
       const bar = make("span", { class: "bar" });
       const number = exact(0, "", { class: "number" });
-      const row = make("button", { type: "button", class: "share", onclick: () => { shownLabel = label; update(); } },
+      const row = make("button", { type: "button", class: "share", onclick: () => showLabel(label) },
         make("span", { class: "name" }, label), bar, number);
       return { label, bar, number, row };
     });
@@ -151,7 +155,7 @@ const drawing = (() => {
       words[cursor]?.classList.remove("cursor");
       cursor = i;
       words[i]?.classList.add("cursor");
-      read.replaceChildren(...(i === null ? ["Point at a word, or step with the arrow keys, for its scores."] : ["Scores of ", make("strong", {}, words[i].textContent)]));
+      read.replaceChildren(...(i === null ? ["Point at a word, or use ← and →, for scores."] : ["Scores of ", make("strong", {}, words[i].textContent)]));
       scores.forEach((score, k) => {
         score.value = i === null ? "" : lanes[k].word_scores[i];
         score.textContent = i === null ? "–" : pathway.words[i].is_read ? worded(lanes[k].word_scores[i], isSigned) : "not read";
@@ -182,14 +186,15 @@ const drawing = (() => {
     });
 
     const densest = largest(lanes.flatMap((lane) => lane.subnetwork?.density_per_layer ?? []));
+    const layersHint = lanes.some((lane) => lane.subnetwork) ? `Weights kept, by layer: ${percent(densest)} at most.` : "None is pruned.";
     const subnetworks = lanes.map((lane, k) => {
       const item = make("li", { class: "card subnetwork", ...follows(k) }, make("p", { class: "title" }, swatch(k), unseen("Subnetwork of "), lane.name));
       const mask = lane.subnetwork;
       if (!mask) item.append(make("p", { class: "small" }, "all weights (dense)"));
       else {
-        item.append(make("p", { class: "small" }, exact(mask.density, percent(mask.density)), " of weights kept"));
+        item.append(make("p", { class: "small" }, exact(mask.density, percent(mask.density)), " kept"));
         const layers = mask.density_per_layer;
-        item.append(make("div", { class: "layers", role: "img", "aria-label": `Kept by layer: ${layers.map((share) => percent(share)).join(", ")}` },
+        item.append(make("div", { class: "layers", "--layers": layers.length, role: "img", "aria-label": `Kept by layer: ${layers.map((share) => percent(share)).join(", ")}` },
           layers.map((share) => make("span", { "--height": `${(100 * share) / densest}%`, "--colour": CIVIDIS[Math.min(9, Math.floor(10 * share))] }))));
       }
       if (report?.concept === lane.name) {
@@ -241,8 +246,8 @@ const drawing = (() => {
       lane("words", "Words", shading, review,
         make("div", { class: "below" },
           pathway.is_truncated ? make("p", { class: "small" }, "The text is longer than the model reads: its pale end had no part in the decision.") : null, readout)),
-      lane("subnetworks", "Subnetworks", make("p", { class: "hint" }, "Weights kept, by layer."), make("ol", {}, subnetworks)),
-      lane("concepts", "Concepts", make("div", { class: "hint" }, data.predictor ? ["Press a class to set it.", reset] : "Probability of each class."),
+      lane("subnetworks", "Subnetworks", make("p", { class: "hint" }, layersHint), make("ol", {}, subnetworks)),
+      lane("concepts", "Concepts", make("div", { class: "hint" }, make("span", {}, "Class probabilities", data.predictor ? make("span", { class: "press" }, "; press to set") : null, "."), data.predictor ? reset : null),
         make("ol", {}, concepts.map(({ item }) => item))),
       lane("outcome", "Label", sumHint, make("ol", {}, falls.map(({ item }) => item))));
 
@@ -251,6 +256,12 @@ const drawing = (() => {
       make("header", { class: "verdict" }, make("div", {}, verdict, explained, status),
         make("div", { class: "shares", role: "group", "aria-label": "Probability of each label; press one to see what adds up to its logit" }, shares.map(({ row }) => row))),
       diagram, tables(pathway, strongest));
+
+    /** Takes a label's logit apart, here and in the pathway beside, which would not compare otherwise. */
+    function showLabel(label) {
+      for (const one of view.parentNode.children) one.dispatchEvent(new CustomEvent("label", { detail: label }));
+    }
+    view.addEventListener("label", ({ detail }) => { shownLabel = detail; update(); });
 
     /** Shades and links what belongs to the followed concept. */
     function follow() {
@@ -377,7 +388,7 @@ const drawing = (() => {
     const parts = [
       table("Concepts as the model reads them", ["Concept", "Class", ...classes.map((name) => `P(${name})`), ...classes.map((name) => `a(${name})`)],
         lanes.map((lane) => [lane.name, lane.predicted_class, ...classes.map((name) => percent(lane.probabilities[name])),
-          ...classes.map((name) => brief(lane.activations[name]))])),
+          ...classes.map((name) => lane.activations[name].toFixed(3))])),
       table(`What the words are scored for, by ${methodWords(pathway)}`, ["Concept", "Explained", "Its logit", ...(hasBaseline ? [`Logit at ${pathway.baseline}`, "Sum of words"] : [])],
         lanes.map((lane) => [lane.name, lane.explained_class, ...[lane.explained_logit, ...(hasBaseline ? [lane.baseline_logit, lane.word_scores.reduce((sum, score) => sum + score, 0)] : [])].map(signed)])),
       table("What adds up to each label’s logit", ["Label", "Bias", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
@@ -426,12 +437,12 @@ const drawing = (() => {
         make("div", {},
           make("p", { class: "label" }, make("span", { class: "eyebrow" }, `Asked: ${report.concept} = ${report.target}${report.label ? `, label = ${report.label}` : ""}`), make("strong", {}, outcome)),
           make("p", { class: "explained" }, exact(report.num_dropped, count(report.num_dropped)), " weights dropped from the mask of ", report.concept, " and ", exact(report.num_grown, count(report.num_grown)), " grown: ",
-            exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)} (${report.saliency}, ${report.num_steps} step${report.num_steps > 1 ? "s" : ""}). No parameter changed.`)),
+            exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)}, ranked by ${report.saliency} saliency${report.num_steps > 1 ? ` in ${report.num_steps} steps` : ""}. No parameter changed.`)),
         table("Before and after", ["", "Before", "After", "Changed"], rows.map(([name, old, oldShares, now, nowShares]) =>
           [name, `${old} (${percent(oldShares[old])})`, `${now} (${percent(nowShares[now])})`, old === now ? "no" : make("strong", {}, "yes")]))),
       change && change.kernels.length ? changeView(change) : null,
       make("div", { class: "pair" },
-        pathwayView(before, { heading: "Before", followed, beside: after }),
+        pathwayView(before, { heading: "Before", followed, explained: after.explained_label, beside: after }),
         pathwayView(after, { heading: "After", followed, beside: before, report })));
   }
 
@@ -439,13 +450,13 @@ const drawing = (() => {
 
   const views = [
     ...data.corrections.map((one) => ({ name: `${one.report.concept} corrected: ${one.report.text}`, render: () => correctionView(one) })),
-    ...data.pathways.map((one) => ({ name: `${one.label}: ${one.text}`, render: () => pathwayView(one) })),
+    ...data.pathways.map((one) => ({ name: `label ${one.label}: ${one.text}`, render: () => pathwayView(one) })),
   ];
   const main = document.getElementById("main");
   const place = make("div", { class: "place" });
   if (views.length > 1) {
     const choice = make("select", { id: "choice", onchange: () => place.replaceChildren(views[choice.selectedIndex].render()) },
-      views.map(({ name }, n) => make("option", {}, `${n + 1}. ${Array.from(name).slice(0, 80).join("")}`)));
+      views.map(({ name }, n) => make("option", {}, `${n + 1}. ${cut(name, 80)}`)));
     main.append(make("p", { class: "chooser" }, make("label", { for: "choice" }, `One of ${views.length}`), " ", choice));
   }
   main.append(place);
