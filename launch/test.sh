@@ -24,4 +24,4 @@ if ! command -v npm >/dev/null; then
     echo "npm is not here to fetch axe-core with: the page's accessibility is not checked."
 fi
 # A file's tests stay together, since they share what its fixtures trained.
-exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile "$@"
+exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

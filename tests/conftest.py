@@ -65,6 +65,21 @@ _WELL_COMPILED = (
     "test_selection",
     "test_woodfisher",
 )
+# Files that take longest come first: one that came last would leave the other workers with nothing to do.
+_FIRST = (
+    "test_training",
+    "test_woodfisher",
+    "test_backbones",
+    "test_steps",
+    "test_readme",
+    "test_processes",
+    "test_sweep",
+    "test_cholesky",
+    "test_intervention_suite",
+    "test_minimal",
+    "test_live_page",
+    "test_fisher",
+)
 _MOST_MAPPINGS = 20_000  # of the 65,530 that Linux allows a process
 _AXE = "axe-core@4.14.1"
 _PATIENCE = 120_000  # milliseconds, for a machine with much else to do
@@ -248,6 +263,11 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         member = archive.extractfile("package/axe.min.js")
         assert member is not None
         return member.read().decode()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def _vocabulary() -> dict[str, int]:
