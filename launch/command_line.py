@@ -119,10 +119,10 @@ def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory
 
 
 def _choose_code_generator() -> None:
-    """Has XLA compile for the CPU with its older code generator, where that is known to do better.
+    """Has XLA compile for the CPU with its older code generator, which takes about two thirds of the time.
 
-    On the MiniLM of the quickstart it takes half as long to compile, and what it compiles runs faster. A compiler that
-    does not know a flag ends the process, so other versions than the one that was measured are left alone, and TPUs.
+    That was seen with the gradients of the quickstart's MiniLM, which run no slower. A compiler that does not know a
+    flag ends the process, so other versions than the one that was measured are left alone, and TPUs.
     """
     flag, given = "--xla_cpu_use_fusion_emitters", os.environ.get("XLA_FLAGS", "")
     may_be_tpu = importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS") != "cpu"
