@@ -151,7 +151,9 @@ def completeness(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
             batch_size=FLAGS.batch_size,
         )
         lanes = [lane for pathway in pathways for lane in pathway.concepts]
-        wanted = np.array([lane.explained_logit - lane.baseline_logit for lane in lanes])
+        wanted = np.array([lane.explained_logit for lane in lanes])
+        # NaN would be a lane without a baseline, which integrated gradients always have.
+        wanted -= np.array([lane.baseline_logit for lane in lanes], float)
         apart = np.abs([sum(lane.word_scores) for lane in lanes] - wanted)
         share = apart / np.abs(wanted)
         percent = [*100 * np.quantile(share, [0.5, 0.9, 0.99, 1.0]), 100 * np.mean(share <= COMPLETE)]
