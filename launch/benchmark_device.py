@@ -7,7 +7,7 @@ python launch/benchmark_device.py --parts=step --batch=32 --length=128 --torch
 K = 4, as in CEBaB. No data or checkpoint is read: weights, masks at the final sparsity 1 − 1/K and tokens are random.
 
 - pruner: WoodFisher scores of all maskable weights from dense masks, and the cut, concept by concept; `least_bytes` in
-  benchmark_device_parts.py says which bytes are counted. --passes=N times the first N passes of one concept, where all
+  benchmark_device_pruner.py says which bytes are counted. --passes=N times the first N passes of one concept, where all
   would take too long, and extrapolates.
 - intervention: one text through all subnetworks, `intervene` with the signed saliency, and `minimal_edit`.
 - step: the jitted training step; model flops are those of matrix products, nothing computed again counted. With --torch
@@ -49,7 +49,7 @@ flags.DEFINE_integer("tokens", 64, "Tokens of a text in 'pruner' and 'interventi
 flags.DEFINE_integer("rows", 8, "Texts of a gradient.", lower_bound=1)
 flags.DEFINE_integer("num_grads", 128, "Gradients m of a concept.", lower_bound=1)
 flags.DEFINE_integer("block_size", 64, "Weights b of a Fisher block.", lower_bound=1)
-flags.DEFINE_float("fisher_memory", None, "GiB for pruning; by default nine tenths of what the model leaves.")
+flags.DEFINE_float("fisher_memory", None, "GiB for pruning; by default what the model leaves.")
 flags.DEFINE_integer("passes", None, "Passes of one concept to time; by default all.", lower_bound=1)
 flags.DEFINE_integer("concepts", None, "Concepts to score and cut; by default all.", lower_bound=1)
 flags.DEFINE_float("drop_fraction", 1e-4, "Share of the backbone's weights that is dropped, and grown.")
@@ -70,6 +70,8 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     report: dict[str, Any] = {"command": " ".join(sys.argv[1:]), "backbone": FLAGS.backbone}
     with tempfile.TemporaryDirectory() as folder:
+        # What is compiled to ask for its memory is not compiled again to run.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder, "compiled")))
         backbone = _backbone(Path(folder))
         for part in FLAGS.parts:
             measure = {"pruner": _pruner, "intervention": _intervention, "step": _step}[part]
@@ -105,7 +107,7 @@ def in_a_process(name: str, measure: Callable[[str], dict[str, Any]], backbone: 
 
 
 def _guarded(name: str, measure: Callable[[str], dict[str, Any]], backbone: str) -> dict[str, Any]:
-    from benchmark_device_parts import attempt
+    from benchmark_device_model import attempt
 
     return attempt(name, lambda: measure(backbone))
 
@@ -130,7 +132,7 @@ def _run(backbone: str, **sections: dict[str, Any]) -> RunConfig:
 
 
 def _pruner(backbone: str) -> dict[str, Any]:
-    import benchmark_device_parts
+    import benchmark_device_pruner
 
     pruner = {
         "num_grads": FLAGS.num_grads,
@@ -139,13 +141,13 @@ def _pruner(backbone: str) -> dict[str, Any]:
         "fisher_memory": None if FLAGS.fisher_memory is None else int(FLAGS.fisher_memory * 2**30),
     }
     run = _run(backbone, data={"max_length": FLAGS.tokens}, pruner=pruner)
-    return benchmark_device_parts.pruner(run, most_passes=FLAGS.passes, most_concepts=FLAGS.concepts)
+    return benchmark_device_pruner.time_pruner(run, most_passes=FLAGS.passes, most_concepts=FLAGS.concepts)
 
 
 def _intervention(backbone: str) -> dict[str, Any]:
-    import benchmark_device_parts
+    import benchmark_device_ours
 
-    return benchmark_device_parts.one_text(
+    return benchmark_device_ours.time_text(
         _run(backbone, data={"max_length": FLAGS.tokens}),
         param_dtype=FLAGS.param_dtype,
         drop_fraction=FLAGS.drop_fraction,
@@ -158,9 +160,9 @@ def _step_run(backbone: str) -> RunConfig:
 
 
 def _step(backbone: str) -> dict[str, Any]:
-    import benchmark_device_parts
+    import benchmark_device_ours
 
-    return benchmark_device_parts.train_step(
+    return benchmark_device_ours.time_train_step(
         _step_run(backbone),
         dropout=FLAGS.dropout,
         unroll_layers=FLAGS.unroll_layers,
@@ -179,7 +181,7 @@ def _torch_step(backbone: str) -> dict[str, Any]:
         import benchmark_device_torch
     except ModuleNotFoundError:
         raise ImportError("--torch needs PyTorch: pip install torch") from None
-    from benchmark_device_parts import density_of, random_batch
+    from benchmark_device_model import density_of, random_batch
 
     from sparsecbm_jax import programs, sharding
     from sparsecbm_jax.programs import Shapes, abstract_mesh

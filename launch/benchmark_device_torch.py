@@ -1,10 +1,10 @@
-"""The training step that `benchmark_device.py` times, in PyTorch: K masked passes of an OPT over shared float32 weights.
+"""The training step of `benchmark_device.py` in PyTorch: K masked passes of an OPT over shared float32 weights.
 
 Written for speed, from the formulas. A layer is compiled once, with all of its K passes inside: weights are masked by
 packed bits and rounded to bfloat16 in one fused kernel, and the gradients of the K passes are masked and summed in
-float32 in another. Autocast would cast the same products at the same places, in kernels of its own. Query, key and value
-are one product, attention is the causal `scaled_dot_product_attention` (padding, which comes last, is not seen by
-tokens), Adam is fused. Activations are kept where they fit, else layers are computed again in the backward pass.
+float32 in another. Autocast would cast the same products at the same places, in kernels of its own. Query, key and
+value are one product, attention is the causal `scaled_dot_product_attention` (padding, which comes last, is not seen
+by tokens), Adam is fused. Activations are kept where they fit, else layers are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Settings:
 
 
 class TorchStep:
-    """One training step: embedding, K masked passes, heads, joint loss, backward, norm clipping, Adam with two rates."""
+    """One training step: K masked passes, pooling, heads, joint loss, backward, norm clipping, Adam with two rates."""
 
     def __init__(
         self,
@@ -174,7 +174,11 @@ def _layer_of(leaves: Leaves, index: int) -> dict[str, torch.Tensor]:
 
 
 def random_step(
-    config: CBMConfig, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], density: float, optim: OptimConfig, how: Settings
+    config: CBMConfig,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    density: float,
+    optim: OptimConfig,
+    how: Settings,
 ) -> TorchStep:
     """A step from random weights and masks, made on the device.
 
@@ -198,7 +202,9 @@ def random_step(
         return bits
 
     torch.manual_seed(0)
-    leaves, heads = ({path: random(path, shape) for path, shape in shapes[name].items()} for name in ("params", "heads"))
+    leaves, heads = (
+        {path: random(path, shape) for path, shape in shapes[name].items()} for name in ("params", "heads")
+    )
     packed = {path: random_bits(shape) for path, shape in shapes["packed"].items()}
     return TorchStep(config, leaves, heads, packed, optim, how)
 
