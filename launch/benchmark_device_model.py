@@ -42,9 +42,9 @@ class Compiler:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
-    def _hear(self, event: str, duration: float, **_: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 def about_device() -> dict[str, Any]:
