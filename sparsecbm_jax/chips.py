@@ -43,6 +43,20 @@ CHIPS = {
 }
 
 
+# What JAX calls the devices that are at hand. Other boards of a family, such as PCIe ones, have other peaks.
+_KINDS = {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """The chip of a device by its `device_kind`; None where its peaks are not known here.
+
+    >>> chip_of_kind("NVIDIA H200").memory_bandwidth
+    4800000000000.0
+    """
+    family = _KINDS.get(device_kind)
+    return None if family is None else CHIPS[family]
+
+
 class Topology(NamedTuple):
     """Chips and how they are laid out: `dims` of a TPU slice, the number of them for others."""
 
