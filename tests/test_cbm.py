@@ -204,8 +204,8 @@ def test_a_batch_without_any_label_costs_nothing(tiny_backbone_config: BackboneC
 
 
 def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig) -> None:
-    config, params, masks, heads = build(tiny_backbone_config)
-    batch = random_batch()
+    config, params, masks, heads = build(tiny_backbone_config, k=1)
+    batch = random_batch(k=1)
 
     def gradient(config: cbm.CBMConfig) -> dict:
         def loss(p: dict) -> jax.Array:
