@@ -42,7 +42,7 @@ flags.DEFINE_integer("num_texts", 1000, "Texts, the first of the split; fewer wh
 flags.DEFINE_integer("batch_size", 16, "Texts in one pass.", lower_bound=1)
 flags.DEFINE_list("parts", ["speed", "memory"], "Some of speed, memory, completeness, with commas.")
 flags.DEFINE_integer("num_rounds", 3, "speed: rounds, each of both in turn.", lower_bound=1)
-flags.DEFINE_list("num_steps", ["8", "16", "32", "64"], "completeness: numbers of steps, with commas.")
+flags.DEFINE_list("num_steps", ["16", "32", "48"], "completeness: numbers of steps, with commas.")
 flags.DEFINE_list("baselines", ["zero"], "completeness: baselines, with commas.")
 flags.DEFINE_string("output", None, "JSON file to write.")
 

@@ -44,7 +44,7 @@ flags.DEFINE_string("file", None, "File with one text a line, in UTF-8; empty li
 flags.DEFINE_multi_string("target", [], "What to explain: a label, or concept=class or label=name (may be repeated).")
 flags.DEFINE_string("method", "gradient_norm", "Score of words: gradient_norm, gradient_x_input, integrated_gradients.")
 flags.DEFINE_string("baseline", "zero", "Words' embeddings where integrated gradients begin: zero, or pad.")
-flags.DEFINE_integer("num_steps", 32, "Steps of integrated gradients.", lower_bound=1)
+flags.DEFINE_integer("num_steps", None, "Steps of integrated gradients, where the usual do not do.", lower_bound=1)
 flags.DEFINE_bool("json", False, "Print one JSON object a line.")
 flags.DEFINE_bool("csv", False, "Print a table with one row for each text and concept.")
 flags.DEFINE_bool("schema", False, "Print the JSON Schema of --json, and nothing else.")
@@ -155,7 +155,8 @@ def _load_for(total: int) -> SparseCBM:
 
 
 def _attribution() -> dict[str, typing.Any]:
-    return {"method": FLAGS.method, "baseline": FLAGS.baseline, "num_steps": FLAGS.num_steps}
+    asked = {} if FLAGS.num_steps is None else {"num_steps": FLAGS.num_steps}
+    return {"method": FLAGS.method, "baseline": FLAGS.baseline, **asked}
 
 
 def _texts() -> Iterator[str]:

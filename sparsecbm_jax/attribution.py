@@ -56,7 +56,7 @@ class Attribution:
 
     method: Method = "gradient_norm"
     baseline: Baseline = "zero"
-    num_steps: int = 32
+    num_steps: int = 48
 
     def __post_init__(self) -> None:
         for kind, name, known in (("method", self.method, METHODS), ("baseline", self.baseline, BASELINES)):

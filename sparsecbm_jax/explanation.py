@@ -124,7 +124,7 @@ def explain(
     *,
     method: Method = "gradient_norm",
     baseline: Baseline = "zero",
-    num_steps: int = 32,
+    num_steps: int = Attribution.num_steps,
     batch_size: int = 16,
 ) -> list[DecisionPathway]:
     r"""Explains every text, in the order given.
@@ -168,7 +168,7 @@ def explain_stream(
     *,
     method: Method = "gradient_norm",
     baseline: Baseline = "zero",
-    num_steps: int = 32,
+    num_steps: int = Attribution.num_steps,
     batch_size: int = 16,
 ) -> Iterator[DecisionPathway]:
     """Explains any number of texts, in order, in the memory that a few batches take; arguments as for `explain`.
