@@ -5,17 +5,22 @@ python launch/intervene.py --model=runs/quickstart/model --text="The waiter was 
 python launch/intervene.py --model=runs/quickstart/model --find --save=runs/quickstart/corrected
 python launch/intervene.py --model=runs/quickstart/model --find --minimal --log=runs/quickstart/edits.log
 python launch/intervene.py --model=runs/quickstart/model --find --html=correction.html
+python launch/intervene.py --model=runs/quickstart/model --find --lasting=runs/quickstart/corrections.jsonl \
+    --log=runs/quickstart/edits.log
 
 --find takes the first test review of the model's own data set with a mispredicted concept (of --concept, where that is
-given) and corrects it towards its gold class. --minimal changes as few weights as repair it. --log keeps the edit in a
-file, to be made again, undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html
-writes a page with the decision pathway before and after (extra `report`). Takes seconds on a CPU once compiled.
+given) and corrects it towards its gold class. --minimal changes as few weights as repair it. --lasting changes what it
+takes to keep the corrections of a file in force, a JSON object with text, concept and target each line, and adds this
+one; texts that the model was trained on are held where they were. --log keeps the edit in a file, to be made again,
+undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html writes a page with the
+decision pathway before and after (extra `report`). Takes seconds on a CPU once compiled, --lasting minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -43,6 +48,7 @@ flags.DEFINE_string("saliency", "signed", "How weights are ranked: 'signed', or 
 flags.DEFINE_integer("num_steps", 1, "Times to differentiate and edit.")
 flags.DEFINE_string("label", None, "Task label to pull towards as well.")
 flags.DEFINE_bool("minimal", False, "Change as few weights as give the concept the asked class.")
+flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force; this one is added.")
 flags.DEFINE_float("margin", 0.0, "With --minimal: how far the asked class's logit is to be above the others.")
 flags.DEFINE_string("log", None, "File of edits: those in force there are made first, and this one is added.")
 flags.DEFINE_string("save", None, "Folder to save the corrected model to.")
@@ -101,6 +107,8 @@ def main() -> None:
             return
         if FLAGS.minimal:
             corrected, report = correct_minimally(model, *case, margin=FLAGS.margin)
+        elif FLAGS.lasting:
+            corrected, report = _correct_lastingly(model, dataclasses.replace(model, masks=loaded.masks), case)
         else:
             corrected, report = correct(
                 model,
@@ -114,12 +122,58 @@ def main() -> None:
         aside = sys.stderr if FLAGS.json else sys.stdout
         if log is not None and report.num_dropped:
             print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
+        if FLAGS.lasting:
+            with open(FLAGS.lasting, "a", encoding="utf-8") as file:
+                file.write(json.dumps(case._asdict()) + "\n")
         if FLAGS.html:
             _write_page(model, corrected, report)
             print(f"page: {FLAGS.html}", file=aside)
         if FLAGS.save:
             directory = save(dataclasses.replace(corrected, config=loaded.config), FLAGS.save)
             print(f"saved: {directory}", file=aside)
+
+
+def _correct_lastingly(model: SparseCBM, original: SparseCBM, case: _Case) -> tuple[SparseCBM, CorrectionReport]:
+    """One edit for this correction and those of `--lasting`, with training texts held where they were."""
+    from sparsecbm_jax import guards, pruning
+    from sparsecbm_jax.correction import correct_lastingly, name_index, remember
+    from sparsecbm_jax.lasting import Replay
+    from sparsecbm_jax.logs import progress
+
+    earlier = _read_corrections(Path(FLAGS.lasting))
+    run = saved.own_run(
+        model, FLAGS.model, "a model that was trained here, whose training texts are to stay as they are"
+    )
+    batches = pruning.fisher_batches(saved.read(FLAGS.model, run).splits["train"], run.pruner, seed=run.seed)
+    replay = Replay(batches)
+    for one in earlier:
+        remember(model, *one, replay)
+    concept = name_index("concept", case.concept, model.schema.concepts)
+    assert original.masks is not None
+    arrays = (original.config, original.params, original.masks, original.heads)
+    with contextlib.closing(progress(description="what weights cost", total=len(batches), unit="gradient")) as bar:
+        guard = guards.fisher_guard(*arrays, batches, concept, on_gradient=functools.partial(bar.update, 1))
+    return correct_lastingly(model, *case, replay, original=original, guard=guards.steep(guard))
+
+
+def _read_corrections(path: Path) -> list[_Case]:
+    """The corrections of a file; none where there is no file yet.
+
+    Raises:
+        ValueError: If a line is not an object with the three fields, all strings.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            case = _Case(**json.loads(line))
+        except (ValueError, TypeError):
+            case = None
+        if case is None or not all(isinstance(value, str) for value in case):
+            raise ValueError(f"{path}, line {number}: expected a JSON object with the strings text, concept and target")
+        found.append(case)
+    return found
 
 
 def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport) -> None:
@@ -137,10 +191,14 @@ def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport
 
 
 def _check_minimal() -> None:
-    unused = ("drop_fraction", "saliency", "num_steps", "label") if FLAGS.minimal else ("margin",)
-    for name in unused:
-        if FLAGS[name].present:
-            raise ValueError(f"--{name} does not go {'with' if FLAGS.minimal else 'without'} --minimal")
+    if FLAGS.minimal and FLAGS.lasting:
+        raise ValueError("--minimal and --lasting do not go together: one changes few weights, the other what it takes")
+    way = "minimal" if FLAGS.minimal else "lasting" if FLAGS.lasting else None
+    for name in ("drop_fraction", "saliency", "num_steps", "label"):
+        if way and FLAGS[name].present:
+            raise ValueError(f"--{name} does not go with --{way}")
+    if FLAGS["margin"].present and not FLAGS.minimal:
+        raise ValueError("--margin does not go without --minimal")
 
 
 def _find(model: SparseCBM, concept: str | None) -> _Case | None:

@@ -18,7 +18,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention import Guard
-from sparsecbm_jax.lasting import Replay, lasting_edit
+from sparsecbm_jax.lasting import Replay, concept_logits, lasting_edit
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.minimal import least_margin, minimal_edit
 
@@ -114,7 +114,7 @@ def lasting(
     replay = Replay(anchors, num_rows=num_rows, seed=seed)
 
     def correct(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> Outcome:
-        replay.hold(concept, lambda texts: _concept_logits(config, state, texts, concept))
+        replay.hold(concept, lambda texts: concept_logits(config, *state, texts, concept))
         replay.add(concept, batch, target)
         rows, targets, logits = replay.batch(concept)
         masks, found = lasting_edit(
@@ -170,7 +170,7 @@ def random_share(drop_fraction: float, seed: int = 0) -> Arm:
         count = round(drop_fraction * masks_lib.num_weights(state.masks))
         mask = _random_edit(masks_lib.concept(state.masks, concept), jnp.uint32(count), next(keys))
         new = state._replace(masks=masks_lib.replace_concept(state.masks, concept, mask))
-        return Outcome(new, 2 * count, _is_read_as(_concept_logits(config, new, batch, concept), target, batch))
+        return Outcome(new, 2 * count, _is_read_as(concept_logits(config, *new, batch, concept), target, batch))
 
     return correct
 
@@ -183,7 +183,7 @@ def projector_sgd(learning_rate: float, max_steps: int = 100) -> Arm:
         new = state._replace(heads=heads)
         kernel = state.heads["projector"]["kernel"]
         changed = (kernel.shape[1] + 1) * kernel.shape[2]
-        return Outcome(new, changed, _is_read_as(_concept_logits(config, new, batch, concept), target, batch))
+        return Outcome(new, changed, _is_read_as(concept_logits(config, *new, batch, concept), target, batch))
 
     return correct
 
@@ -195,7 +195,7 @@ def fine_tune(learning_rate: float, max_steps: int = 100) -> Arm:
         params = _fine_tune(config, state, batch, concept, target, learning_rate, max_steps)
         new = state._replace(params=params)
         changed = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return Outcome(new, changed, _is_read_as(_concept_logits(config, new, batch, concept), target, batch))
+        return Outcome(new, changed, _is_read_as(concept_logits(config, *new, batch, concept), target, batch))
 
     return correct
 
@@ -209,12 +209,6 @@ def wrong_label(arm: Arm) -> Arm:
     return correct
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _concept_logits(config: CBMConfig, state: State, batch: Batch, concept: int) -> Float[Array, "B C"]:
-    z = cbm.encode(config, state.params, batch, kernels=_kernels(state, concept))
-    return _project(state.heads, z, concept)
-
-
 def _kernels(state: State, concept: int | Int[Array, ""]) -> dict[str, Float[Array, "1 ..."]]:
     mask = masks_lib.concept(state.masks, concept)
     return {path: kernel[None] for path, kernel in masks_lib.kernels_of(state.params, mask).items()}
@@ -226,7 +220,7 @@ def _project(heads: Heads, z: Float[Array, "B 1 D"], concept: int | Int[Array, "
 
 
 def _margin(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> float:
-    logits = _concept_logits(config, state, batch, concept)
+    logits = concept_logits(config, *state, batch, concept)
     return float(least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight))
 
 

@@ -16,7 +16,8 @@ from sparsecbm_jax.artifact import Predictions, SparseCBM, text_batches
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema, did_you_mean
 from sparsecbm_jax.edits import MaskEdit, StoredEdit, num_changed, positions_of, text_hash
-from sparsecbm_jax.intervention import Guard, SaliencyFn, check_masks, intervene
+from sparsecbm_jax.intervention import Guard, SaliencyFn, check_masks, edit_of, intervene
+from sparsecbm_jax.lasting import Replay, concept_logits, lasting_edit
 from sparsecbm_jax.masks import Masks
 from sparsecbm_jax.minimal import minimal_edit
 
@@ -179,6 +180,70 @@ def correct_minimally(
     asked = {"concept": concept, "target": target, "label": None, "saliency": "signed" if guard is None else "guarded"}
     fraction = int(found.num_pairs) / masks_lib.num_weights(masks)
     return _corrected(model, masks, found.edit, text=text, drop_fraction=fraction, num_steps=1, **asked)
+
+
+def remember(model: SparseCBM, text: str, concept: str, target: str, replay: Replay) -> None:
+    """Adds an earlier correction to those that `correct_lastingly` keeps in force, by name.
+
+    Raises:
+        ValueError: a name is not in the schema, or the text holds nothing that the tokeniser reads.
+    """
+    _, batch, index, wanted = _asked(model, text, concept, target)
+    replay.add(index, batch, wanted)
+
+
+def correct_lastingly(
+    model: SparseCBM,
+    text: str,
+    concept: str,
+    target: str,
+    replay: Replay,
+    *,
+    original: SparseCBM | None = None,
+    guard: Guard | None = None,
+    margin: float = 1.0,
+    strength: float = 1.0,
+) -> tuple[SparseCBM, CorrectionReport]:
+    """Corrects one concept of one text so that earlier corrections hold and other texts stay; see `lasting`.
+
+    Args:
+            model, text, concept, target: as for `correct`.
+            replay: earlier corrections and anchors; remembers this one.
+            original: the model that anchors are to be read as by, before any correction; `model` where there was none.
+            guard, margin, strength: as for `lasting_edit`. `guards.steep` of a `guards.fisher_guard` did best.
+
+    Returns:
+            As `correct`; `drop_fraction` says how many weights of the concept were dropped.
+            `CorrectionReport.is_repaired` is False where the earlier corrections and the anchors outweigh this one.
+
+    Raises:
+        ValueError: as `correct` and `lasting_edit`.
+    """
+    old, batch, index, wanted = _asked(model, text, concept, target)
+    before = original or model
+    check_masks(before.masks)
+    assert before.masks is not None
+    arrays = (before.config, before.params, before.masks, before.heads)
+    replay.hold(index, lambda texts: concept_logits(*arrays, texts, index))
+    replay.add(index, batch, wanted)
+    rows, targets, logits = replay.batch(index)
+    masks, _ = lasting_edit(
+        model.config,
+        model.params,
+        old,
+        model.heads,
+        rows,
+        index,
+        targets,
+        logits,
+        guard=guard,
+        margin=margin,
+        strength=strength,
+    )
+    edit = edit_of(model.config, model.params, old, masks, model.heads, batch, index, wanted)
+    asked = {"concept": concept, "target": target, "label": None, "saliency": "lasting"}
+    fraction = num_changed(edit)[0] / masks_lib.num_weights(masks)
+    return _corrected(model, masks, edit, text=text, drop_fraction=fraction, num_steps=1, **asked)
 
 
 def _asked(model: SparseCBM, text: str, concept: str, target: str) -> tuple[Masks, Batch, int, int]:

@@ -256,6 +256,35 @@ def edit_between(
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def edit_of(
+    config: CBMConfig,
+    params: Params,
+    old: Masks,
+    new: Masks,
+    heads: Params,
+    batch: Batch,
+    concept: int | Int[Array, ""],
+    target: int | Int[Array, ""],
+) -> MaskEdit:
+    """The edit that leads from some masks to others, all but concept k's the same, and what it does to a batch."""
+    before = cbm.forward(config, params, old, heads, batch)
+    mask, new_mask = masks_lib.concept(old, concept), masks_lib.concept(new, concept)
+    kernels = masks_lib.kernels_of(params, new_mask)
+    after = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
+    rows = jnp.shape(batch.input_ids)[:1]
+    return edit_between(
+        mask,
+        new_mask,
+        before,
+        after,
+        concept=jnp.asarray(concept, jnp.int32),
+        target=jnp.full(rows, target, jnp.int32),
+        label=jnp.full(rows, -1, jnp.int32),
+        num_per_step=_sum({path: mask[path] & ~new_mask[path] for path in mask}),
+    )
+
+
 def oracle_activations(
     heads: Params,
     activations: Float[Array, "B K C"],

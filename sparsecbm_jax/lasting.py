@@ -124,6 +124,15 @@ def lasting_edit(
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def concept_logits(
+    config: CBMConfig, params: Params, masks: Masks, heads: Heads, batch: Batch, concept: int | Int[Array, ""]
+) -> Float[Array, "B C"]:
+    """u_k of a batch, from one pass through subnetwork k."""
+    kernels = masks_lib.kernels_of(params, masks_lib.concept(masks, concept))
+    return concept_output(config, params, heads, batch, kernels, jnp.asarray(concept)).concept_logits[:, 0]
+
+
 class _Reading(NamedTuple):
     """What J is made of, at some kernels."""
 
@@ -255,9 +264,11 @@ class Replay:
         self._width = 0
 
     def add(self, concept: int, batch: Batch, target: int) -> None:
-        """Remembers the one text of a batch, and the class that the concept should have in it."""
+        """Remembers the one text of a batch, and the class that the concept should have in it: no longer another."""
         (ids,) = _real_rows(batch)
-        self._corrected.setdefault(concept, []).append(_Text(ids, target))
+        earlier = self._corrected.get(concept, [])
+        others = [text for text in earlier if not np.array_equal(text.input_ids, ids)]
+        self._corrected[concept] = [*others, _Text(ids, target)]
 
     def hold(self, concept: int, logits_of: Callable[[Batch], Float[Array, "B C"]]) -> None:
         """Asks once how the concept reads the anchors: before its first edit."""

@@ -10,7 +10,7 @@ from sparsecbm_jax import arms
 from sparsecbm_jax.arms import Arm, Outcome, State
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.guards import fisher_guard, logit_directions
+from sparsecbm_jax.guards import fisher_guard, logit_directions, steep
 from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.logs import progress
 from sparsecbm_jax.masks import Masks, Params
@@ -38,15 +38,8 @@ class Kit:
 
     @functools.cached_property
     def steep_guards(self) -> dict[int, Guard]:
-        """The same to the power of 3/2: gains are divided by F^0.75 in place of its root.
-
-        Were the effects of single changes on other texts all of one sign, F^0.5 would cost least for a gain; were they
-        independent, F would.
-        """
-        return {
-            k: guard._replace(costs={path: cost**1.5 for path, cost in guard.costs.items()})
-            for k, guard in self.guards.items()
-        }
+        """The same, dearer where texts are moved more."""
+        return {k: steep(guard) for k, guard in self.guards.items()}
 
     @functools.cached_property
     def sparing_guards(self) -> dict[int, Guard]:

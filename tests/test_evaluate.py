@@ -12,6 +12,7 @@ from tiny_model import SCHEMA, TEXTS, tiny_model
 
 from sparsecbm_jax import artifact
 from sparsecbm_jax.config import from_config_dict, to_dict
+from sparsecbm_jax.edit_log import EditLog
 
 ASKED = "--rankings=signed --ratios=0,0.01 --max_cells=2 --side_edits=1 --max_minimal=2 --arms=none,minimal --orders=0"
 
@@ -82,3 +83,23 @@ def test_what_cannot_be_is_refused(folder: Path, arguments: str, message: str) -
 def test_a_models_scores_are_printed(folder: Path) -> None:
     result = evaluate(folder, "--suite=classification")
     assert result.returncode == 0 and result.stdout.startswith("%  ") and "all concepts" in result.stdout
+
+
+def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> None:
+    kept, log = tmp_path / "corrections.jsonl", tmp_path / "edits.log"
+    model = artifact.load(folder / "model")
+    assert model.masks is not None
+    for text in (TEXTS[0], TEXTS[3]):
+        read = int(artifact.predict(model, [text]).concepts[0, 1])
+        asked = [f"--text={text}", "--concept=ambiance", f"--target={SCHEMA.classes[(read + 2) % 3]}"]
+        made = run_main("intervene.py", f"--model={folder / 'model'}", *asked, f"--lasting={kept}", f"--log={log}")
+        assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
+    corrections = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [one["text"] for one in corrections] == [TEXTS[0], TEXTS[3]]
+    with EditLog(log, model.masks, SCHEMA.concepts) as edits:
+        corrected = dataclasses.replace(model, masks=edits.replay(model.masks))
+    read = artifact.predict(corrected, [one["text"] for one in corrections]).concepts[:, 1]
+    assert [SCHEMA.classes[index] for index in read] == [one["target"] for one in corrections]
+    kept.write_text('{"text": "fine", "concept": "food"}\n')
+    refused = run_main("intervene.py", f"--model={folder / 'model'}", *asked, f"--lasting={kept}")
+    assert refused.returncode == 2 and f"{kept}, line 1: expected a JSON object" in refused.stderr

@@ -139,12 +139,20 @@ def test_a_replay_brings_corrections_and_anchors_together(model: SparseCBM, batc
 
 
 def test_many_corrections_leave_room_for_anchors(model: SparseCBM, batch: Batch) -> None:
-    replay = Replay([batch], num_rows=8)
+    replay = Replay([batch], num_rows=4)
     replay.hold(0, lambda texts: jnp.zeros((6, 3)))
-    for n in range(20):
-        replay.add(0, one_text(model, TEXTS[n % 4]), n % 3)
+    for n, text in enumerate(TEXTS):
+        replay.add(0, one_text(model, text), n % 3)
     rows, targets, _ = replay.batch(0)
-    assert np.sum(targets != ANCHOR) == 6 and targets[0] == 19 % 3 and rows.example_weight.sum() == 8
+    assert np.sum(targets != ANCHOR) == 3 and targets[0] == 0 and rows.example_weight.sum() == 4
+
+
+def test_a_text_has_the_class_that_was_asked_last(model: SparseCBM, batch: Batch) -> None:
+    replay = Replay([batch], num_rows=4)
+    replay.hold(0, lambda texts: jnp.zeros((6, 3)))
+    for target in (2, 1):
+        replay.add(0, one_text(model, TEXTS[0]), target)
+    assert replay.batch(0)[1].tolist() == [1, ANCHOR, ANCHOR, ANCHOR]
 
 
 def test_a_replay_without_anchors_is_refused(batch: Batch) -> None:
