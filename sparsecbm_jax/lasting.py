@@ -262,6 +262,8 @@ class Replay:
         self._corrected: dict[int, list[_Text]] = {}
         self._logits: dict[int, Float[np.ndarray, "A C"]] = {}
         self._width = 0
+        # No batch is wider than those that were given, which fit the backbone.
+        self._widest = max(batch.input_ids.shape[1] for batch in anchors)
 
     def add(self, concept: int, batch: Batch, target: int) -> None:
         """Remembers the one text of a batch, and the class that the concept should have in it: no longer another."""
@@ -269,6 +271,7 @@ class Replay:
         earlier = self._corrected.get(concept, [])
         others = [text for text in earlier if not np.array_equal(text.input_ids, ids)]
         self._corrected[concept] = [*others, _Text(ids, target)]
+        self._widest = max(self._widest, batch.input_ids.shape[1])
 
     def hold(self, concept: int, logits_of: Callable[[Batch], Float[Array, "B C"]]) -> None:
         """Asks once how the concept reads the anchors: before its first edit."""
@@ -287,7 +290,7 @@ class Replay:
         count = min(self._num_rows - len(texts), len(self._anchors))
         drawn = self._rng.choice(len(self._anchors), count, replace=False)
         rows = [text.input_ids for text in texts] + [self._anchors[i] for i in drawn]
-        self._width = max(self._width, *(-(-len(ids) // _WIDTH) * _WIDTH for ids in rows))
+        self._width = max(self._width, *(min(-(-len(ids) // _WIDTH) * _WIDTH, self._widest) for ids in rows))
         shape = (self._num_rows, self._width)
         input_ids, attention_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, ids in enumerate(rows):
