@@ -294,7 +294,11 @@ class Checkpointer:
         return sizes
 
     def _write_sizes(self, step: int) -> None:
-        (self._directory / str(step) / _SIZES_FILE).write_text(json.dumps(self._files(step), indent=0))
+        path = self._directory / str(step) / _SIZES_FILE
+        # A process may be killed at any moment: there are no sizes, or all of them.
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(self._files(step), indent=0))
+        beside.replace(path)
 
     def _check_sizes(self, step: int) -> None:
         # orbax finds a truncated file too, but says so in a page of asyncio tracebacks.

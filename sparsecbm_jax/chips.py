@@ -43,6 +43,29 @@ CHIPS = {
 }
 
 
+# How JAX calls a device: of several that fit, the first.
+_KINDS = (
+    (r"TPU v4", "v4"),
+    (r"TPU v5 ?(e|lite)", "v5e"),
+    (r"TPU v5p?", "v5p"),
+    (r"TPU v6 ?(e|lite)", "v6e"),
+    (r"TPU ?v?7x", "tpu7x"),
+    (r".*A100.*", "a100"),
+    (r".*H100(?! PCIe| NVL).*", "h100"),
+    (r".*H200(?! NVL).*", "h200"),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so (`jax.Device.device_kind`); None where it is not known, such as a CPU.
+
+    >>> chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"], chip_of("TPU v5 lite") is CHIPS["v5e"], chip_of("cpu")
+    (True, True, None)
+    """
+    family = next((name for kind, name in _KINDS if re.fullmatch(kind, device_kind)), None)
+    return None if family is None else CHIPS[family]
+
+
 class Topology(NamedTuple):
     """Chips and how they are laid out: `dims` of a TPU slice, the number of them for others."""
 
