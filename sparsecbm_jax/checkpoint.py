@@ -195,6 +195,18 @@ class Checkpointer:
         """
         return self._read(step)["meta"]
 
+    def describe(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array that was saved with a step, by its path.
+
+        `restore` takes it for a tree, which tells whether the checkpoint is whole.
+
+        Raises:
+            CheckpointError: no such step, or it cannot be read.
+            TypeError: there is a PRNG key among them.
+        """
+        leaves = self._read(step)["leaves"]
+        return {name: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for name, leaf in leaves.items()}
+
     def clear(self) -> None:
         """Delete all of them."""
         for step in self.steps():

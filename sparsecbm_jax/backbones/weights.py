@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def load_pretrained(
         ValueError: The model type is not supported.
         OSError: The name is no directory and cannot be had from the hub.
     """
-    directory = _directory(name_or_dir)
+    directory = find_checkpoint(name_or_dir)
     if not (directory / "config.json").is_file():
         raise WeightsError(f"{directory}: holds no config.json")
     config = config_from_hf(read_json(directory / "config.json"))
@@ -168,17 +168,26 @@ def _problem(name: str, expected: tuple[int, ...], found: Mapping[str, tuple[int
     return None
 
 
-def _directory(name_or_dir: str | os.PathLike[str]) -> Path:
+def find_checkpoint(name_or_dir: str | os.PathLike[str], *, also: Sequence[str] = ()) -> Path:
+    """The directory of a checkpoint, which is downloaded if it is named as on the hub.
+
+    Args:
+        name_or_dir: See `load_pretrained`.
+        also: Names of files to download beside config and weights, where they are there.
+
+    Raises:
+        OSError: It is no directory and cannot be had from the hub.
+    """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
         return path
     name = str(name_or_dir)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{name}: no such directory")
-    return _download(name)
+    return _download(name, also)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, also: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     # Read now: the library reads the variable only when it is first imported.
@@ -186,7 +195,7 @@ def _download(name: str) -> Path:
     try:
         for weights, _ in FORMATS:
             stem, suffix = os.path.splitext(weights)
-            patterns = ["config.json", weights, f"{stem}-*{suffix}", f"{weights}.index.json"]
+            patterns = ["config.json", *also, weights, f"{stem}-*{suffix}", f"{weights}.index.json"]
             path = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline))
             if any((path / found).is_file() for found in (weights, f"{weights}.index.json")):
                 break
