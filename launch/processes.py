@@ -39,7 +39,7 @@ def start() -> int:
         if FLAGS.num_processes is not None or FLAGS.process_id is not None:
             raise ValueError("--num_processes and --process_id go with --coordinator=HOST:PORT, which is missing")
         return 0
-    given = (None, None)
+    given: tuple[int | None, int | None] = (None, None)
     if not is_found:
         given = (_number("num_processes", "JAX_NUM_PROCESSES"), _number("process_id", "JAX_PROCESS_ID"))
     jax.distributed.initialize(

@@ -180,13 +180,13 @@ def _write(path: Path, entries: Sequence[_Entry], reader: Reader, on_bytes: Call
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for entry in entries:
-            file.write(_bytes(reader.read_whole(entry.name)))
+            _bits(reader.read_whole(entry.name)).tofile(file)
             on_bytes(entry.num_bytes)
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    """The values in C order, as they lie in memory, which is little-endian wherever JAX runs."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The values in C order, byte by byte, as they lie in memory: little-endian wherever JAX runs."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _compare(source: Reader, written: Reader, entries: Sequence[_Entry], on_bytes: Callable[[int], object]) -> None:
@@ -194,6 +194,7 @@ def _compare(source: Reader, written: Reader, entries: Sequence[_Entry], on_byte
         raise WeightsError("what was written has other tensors than the source; is the disk sound?")
     for entry in entries:
         before, after = source.read_whole(entry.name), written.read_whole(entry.name)
-        if (after.shape, after.dtype) != (entry.shape, entry.dtype) or _bytes(before) != _bytes(after):
+        is_described = (after.shape, after.dtype) == (entry.shape, entry.dtype)
+        if not is_described or not np.array_equal(_bits(before), _bits(after)):
             raise WeightsError(f"{entry.name!r} reads differently from what was written; is the disk sound?")
         on_bytes(entry.num_bytes)

@@ -50,7 +50,7 @@ def load_pretrained(
 ) -> tuple[BackboneConfig, Params]:
     """Reads a checkpoint of a supported family; heads and poolers in it are passed over.
 
-    Each leaf is read slice by slice, so the host holds at most its own shards of one stacked leaf (for msgpack: and
+    Each leaf is read slice by slice, so the host holds at most one device's shard of one stacked leaf (for msgpack: and
     one file).
 
     Args:
@@ -100,17 +100,19 @@ def _flat_shardings(shardings: Any | None, shapes: Shapes) -> Mapping[str, Shard
 def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
     if sharding is None:
         return jnp.array(read(tuple(slice(None) for _ in shape)))
-    # The callback is asked once a device, and devices that hold the same shard ask for the same slices.
-    seen: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-    def shard(index: Index | None) -> np.ndarray:
-        index = index or tuple(slice(None) for _ in shape)
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        if key not in seen:
-            seen[key] = read(index)
-        return seen[key]
-
-    return jax.make_array_from_callback(shape, sharding, shard)
+    # Shard by shard, so that the host holds one; devices that hold the same one have it read once.
+    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        parts = index or tuple(slice(None) for _ in shape)
+        key = tuple(part.indices(size) for part, size in zip(parts, shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    shards = []
+    for key, devices in holders.items():
+        values = read(tuple(slice(*bounds) for bounds in key))
+        # A copy for each device: a training step gives its arrays away.
+        shards += [jax.device_put(values, device, may_alias=False) for device in devices]
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read_leaf(
