@@ -9,28 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
+import types
 from collections.abc import Iterator
+from typing import NoReturn
 
 from absl import flags
+
+from sparsecbm_jax.stopping import EXIT_STATUS, Preempted
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 listens on, or auto: JAX finds the other processes.")
 flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator=HOST:PORT.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator=HOST:PORT.", lower_bound=0)
+flags.DEFINE_integer("start_seconds", 300, "How long processes wait for each other at the start.", lower_bound=1)
 flags.DEFINE_integer("heartbeat_seconds", 100, "Silence after which a process counts as dead.", lower_bound=5)
 
 
 def start() -> int:
     """Joins the other processes of the run, where there are any; call before any array is made.
 
+    From here on SIGTERM ends this process with the status that asks for another start, unless somebody else listens.
+
     Returns:
         The index of this process: 0 is the one that prints and writes summaries.
 
     Raises:
         ValueError: Only some of the flags are given.
+        ConnectionError: The others are not there in time.
     """
+    signal.signal(signal.SIGTERM, _leave)
     import jax
 
     address = FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -42,13 +52,24 @@ def start() -> int:
     given: tuple[int | None, int | None] = (None, None)
     if not is_found:
         given = (_number("num_processes", "JAX_NUM_PROCESSES"), _number("process_id", "JAX_PROCESS_ID"))
-    jax.distributed.initialize(
-        None if is_found else address,
-        *given,
-        heartbeat_timeout_seconds=FLAGS.heartbeat_seconds,
-        shutdown_timeout_seconds=FLAGS.heartbeat_seconds,
-    )
+    try:
+        jax.distributed.initialize(
+            None if is_found else address,
+            *given,
+            initialization_timeout=FLAGS.start_seconds,
+            heartbeat_timeout_seconds=FLAGS.heartbeat_seconds,
+            shutdown_timeout_seconds=FLAGS.heartbeat_seconds,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"the other processes of the run could not be joined within {FLAGS.start_seconds} s: {reason}"
+        ) from error
     return jax.process_index()
+
+
+def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
+    sys.exit(EXIT_STATUS)
 
 
 def _number(flag: str, variable: str) -> int | None:
@@ -71,13 +92,11 @@ def ending_in_order() -> Iterator[None]:
     """
     import jax
 
-    from sparsecbm_jax import stopping
-
     try:
         yield
-    except stopping.Preempted as preempted:
+    except Preempted as preempted:
         print(preempted, file=sys.stderr, flush=True)
-        sys.exit(stopping.EXIT_STATUS)
+        sys.exit(EXIT_STATUS)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

@@ -49,16 +49,17 @@ SETTINGS = (
     "--config.training.log_every_steps=1",
     "--config.training.save_every_steps=3",
     "--config.sparsity.start_epoch=2",
-    "--config.sparsity.end_epoch=6",
-    "--config.pruner.num_grads=4",
+    "--config.sparsity.end_epoch=4",
+    "--config.pruner.num_grads=2",
     "--config.mesh.data=8",
 )
 NUM_DEVICES = 8
-# Silence after which the others count a process as dead, and how long they may take to end in all.
-HEARTBEAT, LIMIT = 10, 60.0
+# Silence after which a process counts as dead, and how long the others may take to end in all.
+SILENCE, LIMIT = 20, 60.0
 # What differs between two runs that do the same, since it is measured.
 MEASURED = ("seconds", "peak_bytes", "concepts", "step_seconds", "examples_per_second", "tokens_per_second")
-LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-5, 1e-5
+# Two processes add gradients up in another order than one: rounding, which may swap weights of almost equal score.
+TOLERANCE, OTHER_MASKS = 1e-4, 1e-3
 
 
 class Kill(typing.NamedTuple):
@@ -104,7 +105,9 @@ def soak(folder: Path, settings: Sequence[str], kills: Sequence[Kill]) -> str:
     Raises:
         ValueError: A process did not end as it should, a checkpoint is damaged, or the two runs differ.
     """
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), **os.environ}
+    # What is compiled is kept from start to start.
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    environment = {**kept, **os.environ}
     whole, killed = (Run(folder / name, settings, environment) for name in ("whole", "killed"))
     whole.finish(1)
     seen = []
@@ -119,12 +122,13 @@ def soak(folder: Path, settings: Sequence[str], kills: Sequence[Kill]) -> str:
         )
         print(outcome.describe(kill), flush=True)
     killed.finish(1 + len(seen) % 2)
-    loss, weights = differences(whole, killed)
+    numbers, weights, masks = differences(whole, killed)
     slowest = max((outcome.seconds for outcome in seen), default=0.0)
+    num_saved = sum(outcome.saved is not None for outcome in seen)
     return (
-        f"{len(seen)} kills, {sum(outcome.saved is not None for outcome in seen)} starts from a checkpoint, each of "
-        f"them whole; the others ended within {slowest:.1f} s; losses differ from the undisturbed run's by at most "
-        f"{loss:g}, parameters by {weights:g}, no mask in any weight"
+        f"{len(seen)} kills: every checkpoint was whole, {num_saved} of the starts after them went on from one, and "
+        f"the other processes ended within {slowest:.1f} s. Beside the undisturbed run, numbers of the log differ by "
+        f"at most {numbers:.2g}, parameters by {weights:.2g}, masks in {100 * masks:.2g} % of the weights"
     )
 
 
@@ -165,7 +169,7 @@ class Run:
         devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // num_processes)}
         if num_processes > 1:
             command += [f"--coordinator=localhost:{_free_port()}", f"--num_processes={num_processes}"]
-            command += [f"--heartbeat_seconds={HEARTBEAT}"]
+            command += [f"--heartbeat_seconds={SILENCE}", f"--start_seconds={SILENCE}"]
         started = []
         for index in range(num_processes):
             own = [f"--process_id={index}"] if num_processes > 1 else []
@@ -219,8 +223,8 @@ class Run:
         if kill.signal == signal.SIGKILL:
             is_expected = statuses[kill.victim] == -signal.SIGKILL and all(statuses)
         else:
-            # Before it listens, the signal ends a process that is alone at once, and then the others.
-            is_expected = set(statuses) == {75} or (-signal.SIGTERM in statuses and all(statuses))
+            # While Python starts, nobody listens yet.
+            is_expected = statuses[kill.victim] in (75, -signal.SIGTERM) and all(statuses)
         if not is_expected:
             raise ValueError(f"{self.workdir}: {kill} led to {statuses}; {self._tails()}")
 
@@ -259,11 +263,11 @@ class Run:
         return step
 
 
-def differences(one: Run, other: Run) -> tuple[float, float]:
-    """The largest difference of logged numbers and that of parameters.
+def differences(one: Run, other: Run) -> tuple[float, float, float]:
+    """The largest difference of logged numbers and that of parameters, and the share of weights whose masks differ.
 
     Raises:
-        ValueError: They are too large, a mask differs, or the logs have other records.
+        ValueError: One is too large, or the logs have other records.
     """
     import numpy as np
 
@@ -273,18 +277,18 @@ def differences(one: Run, other: Run) -> tuple[float, float]:
     if [list(record) for record in logs[0]] != [list(record) for record in logs[1]]:
         raise ValueError(f"{other.workdir}: the log has other records than that of {one.workdir}")
     pairs = [(a[key], b[key]) for a, b in zip(*logs, strict=True) for key in a if isinstance(a[key], int | float)]
-    loss = max(abs(a - b) for a, b in pairs)
+    numbers = max(abs(a - b) for a, b in pairs)
     models = [artifact.load(run.workdir / "model") for run in (one, other)]
     leaves = [_leaves({"params": model.params, "heads": model.heads}) for model in models]
     weights = max(float(np.abs(a - b).max()) for a, b in zip(*leaves, strict=True) if a.size)
-    masks = [_leaves(model.masks) for model in models]
-    num_other = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
-    if loss > LOSS_TOLERANCE or weights > PARAMETER_TOLERANCE or num_other:
+    kept = [np.concatenate([np.zeros(1, bool), *map(np.ravel, _leaves(model.masks))]) for model in models]
+    masks = float(np.mean(kept[0] != kept[1]))
+    if max(numbers, weights) > TOLERANCE or masks > OTHER_MASKS:
         raise ValueError(
-            f"{other.workdir}: differs from {one.workdir}: numbers of the log by {loss:g}, parameters by {weights:g}, "
-            f"masks in {num_other} weights"
+            f"{other.workdir}: differs from {one.workdir}: numbers of the log by {numbers:g}, parameters by "
+            f"{weights:g}, masks in {100 * masks:g} % of the weights"
         )
-    return loss, weights
+    return numbers, weights, masks
 
 
 def _numbers(record: Mapping[str, typing.Any]) -> dict[str, typing.Any]:

@@ -2,15 +2,12 @@
 
 The run asks at moments that all of its processes come to in the same order: after a training step, a gradient of the
 pruner, a batch that is scored. Of several processes any may get the signal; JAX's own service tells the others and
-settles the moment, the same for all.
+settles the moment, the same for all. JAX is imported late: a main that listens from its start has not imported it yet.
 """
 
 import signal
 import threading
 import types
-
-import jax
-from jax.experimental import multihost_utils
 
 # What sysexits.h calls a temporary failure: the same command, given again, goes on.
 EXIT_STATUS = 75
@@ -35,6 +32,8 @@ class StopSignal:
         self._num_asked = 0
 
     def __enter__(self) -> "StopSignal":
+        import jax
+
         is_main = threading.current_thread() is threading.main_thread()
         self._is_listening = is_main and not jax.distributed.is_initialized()
         if self._is_listening:
@@ -50,6 +49,8 @@ class StopSignal:
 
     def is_due(self) -> bool:
         """Whether all processes are to stop now; to be asked by all of them, equally often."""
+        from jax.experimental import multihost_utils
+
         self._num_asked += 1
         # False where no others have been joined.
         return self._is_sent or multihost_utils.reached_preemption_sync_point(self._num_asked)
