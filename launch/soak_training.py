@@ -168,12 +168,12 @@ class Run:
         command = [sys.executable, str(TRAIN), *self._settings, f"--workdir={self.workdir}"]
         devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // num_processes)}
         if num_processes > 1:
-            command += [f"--coordinator=localhost:{_free_port()}", f"--num_processes={num_processes}"]
+            command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={num_processes}"]
             command += [f"--heartbeat_seconds={SILENCE}", f"--start_seconds={SILENCE}"]
         started = []
         for index in range(num_processes):
             own = [f"--process_id={index}"] if num_processes > 1 else []
-            with self._output(index).open("wb") as output:
+            with self.output(index).open("wb") as output:
                 process = subprocess.Popen(
                     command + own,
                     stdout=output,
@@ -184,7 +184,8 @@ class Run:
             started.append(process)
         return started
 
-    def _output(self, index: int) -> Path:
+    def output(self, index: int) -> Path:
+        """What a process printed when it was last started."""
         return self.workdir.with_name(f"{self.workdir.name}-{index}.txt")
 
     def finish(self, num_processes: int) -> None:
@@ -308,7 +309,8 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port: int = server.getsockname()[1]
