@@ -6,7 +6,7 @@ mask, some train what is left; all are to make the model read the text as asked,
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention import Guard
+from sparsecbm_jax.lasting import Replay, lasting_edit
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.minimal import least_margin, minimal_edit
 
@@ -92,6 +93,45 @@ def rehearsed(
             if margins[worst] > 0:
                 break
         return Outcome(state, num_changed, margins[-1] > 0)
+
+    return correct
+
+
+def lasting(
+    guards: Mapping[int, Guard] | None,
+    anchors: Sequence[Batch],
+    *,
+    margin: float = 1.0,
+    strength: float = 1.0,
+    num_rows: int = 128,
+    max_rounds: int = 16,
+    seed: int = 0,
+) -> Arm:
+    """One edit for all corrected texts of the concept and for anchors; see `lasting.lasting_edit` and `Replay`.
+
+    An arm remembers the texts that it has corrected: it is for one stream.
+    """
+    replay = Replay(anchors, num_rows=num_rows, seed=seed)
+
+    def correct(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> Outcome:
+        replay.hold(concept, lambda texts: _concept_logits(config, state, texts, concept))
+        replay.add(concept, batch, target)
+        rows, targets, logits = replay.batch(concept)
+        masks, found = lasting_edit(
+            config,
+            state.params,
+            state.masks,
+            state.heads,
+            rows,
+            concept,
+            targets,
+            logits,
+            guard=None if guards is None else guards[concept],
+            margin=margin,
+            strength=strength,
+            max_rounds=max_rounds,
+        )
+        return Outcome(state._replace(masks=masks), int(found.num_changed), bool(found.margins[0] > 0))
 
     return correct
 

@@ -281,7 +281,7 @@ def _dampings(
     """ζ and mean g² / ζ of every kernel."""
     zetas, ratios = {}, {}
     for path, kernel in kernels.items():
-        mean_square = found.squares[path] / (found.num_grads * kernel.size)
+        mean_square = found.squares[path] / float(found.num_grads * kernel.size)  # may not fit 32 bits
         if not bool(jnp.isfinite(mean_square)):
             raise FloatingPointError(f"{path}: {_first_bad(path, gradients)}; no score can be made of that")
         zetas[path] = jnp.float32(config.damping)

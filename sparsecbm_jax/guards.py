@@ -30,7 +30,6 @@ def fisher_guard(
     concept: int,
     *,
     floor: float = 0.01,
-    power: float = 0.5,
     on_gradient: Callable[[], object] = lambda: None,
 ) -> Guard:
     r"""The diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
@@ -43,8 +42,6 @@ def fisher_guard(
       batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
       concept: k.
       floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
-      power: gains are divided by F to this power. Were the effects of single changes on other texts all of one sign,
-        1/2 would cost least for a gain; were they independent, 1 would.
       on_gradient: called after each minibatch.
 
     Returns:
@@ -66,7 +63,7 @@ def fisher_guard(
             f"concept {concept}: the squared gradients over {len(batches)} batches add up to {mean}; expected training "
             "batches in which the concept is labelled"
         )
-    return Guard({path: ((leaf + floor * mean) / len(batches)) ** (2 * power) for path, leaf in total.items()})
+    return Guard({path: (leaf + floor * mean) / len(batches) for path, leaf in total.items()})
 
 
 def logit_directions(
@@ -104,7 +101,7 @@ def logit_directions(
     return {path: jnp.concatenate([of_class[path] for of_class in found]) for path in mask}
 
 
-def _output(
+def concept_output(
     config: CBMConfig,
     params: Params,
     heads: Heads,
@@ -129,7 +126,7 @@ def _add_logits(
     weights: Float[Array, " B"],
 ) -> dict[str, Float[Array, "C ..."]]:
     def logits(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, " C"]:
-        return weights @ _output(config, params, heads, batch, kernels, concept).concept_logits[:, 0]
+        return weights @ concept_output(config, params, heads, batch, kernels, concept).concept_logits[:, 0]
 
     _, pull_back = jax.vjp(logits, masks_lib.kernels_of(params, mask))
     # One class after another: side by side they would take as much more memory.
@@ -150,7 +147,7 @@ def _add_squares(
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
 
     def loss(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
-        output = _output(config, params, heads, batch, kernels, concept)
+        output = concept_output(config, params, heads, batch, kernels, concept)
         return cbm.concept_loss(config, output, batch._replace(concepts=cells))[0]
 
     grads = jax.grad(loss)(masks_lib.kernels_of(params, mask))

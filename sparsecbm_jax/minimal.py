@@ -122,26 +122,18 @@ def _minimal_edit(
     else:
         grads = spare(grads, guard)
         gains = {path: guarded(weights[path], -grads[path], guard.costs[path]) for path in mask}
-    dropped = _ranked(gains, mask, max_pairs)
-    grown = _ranked(
+    dropped = ranked(gains, mask, max_pairs)
+    grown = ranked(
         {path: -gain for path, gain in gains.items()}, {path: ~kept for path, kept in mask.items()}, max_pairs
     )
     most = jnp.minimum(dropped.num, grown.num)
 
     def edited(n: Int[Array, ""]) -> dict[str, Float[Array, "..."]]:
-        new = {}
-        for path, kernel in kernels.items():
-            without = kernel.at[dropped.first(path, n)].set(0, mode="drop")
-            at = grown.first(path, n)
-            new[path] = without.at[at].set(weights[path].at[at].get(mode="fill", fill_value=0), mode="drop")
-        return new
+        return swapped(kernels, weights, dropped, grown, n)
 
     low, high, repaired, trials = _smallest(lambda n: margin_of(edited(n)) > wanted, most, margin_of(kernels) > wanted)
     count = jnp.where(repaired, high, 0)
-    nothing = {path: jnp.zeros(kept.shape, bool) for path, kept in mask.items()}
-    off = {path: nothing[path].at[dropped.first(path, count)].set(True, mode="drop") for path in mask}
-    on = {path: nothing[path].at[grown.first(path, count)].set(True, mode="drop") for path in mask}
-    new_mask = {path: (mask[path] & ~off[path]) | on[path] for path in mask}
+    new_mask = swapped_mask(mask, dropped, grown, count)
     after = cbm.subnetwork_output(config, params, heads, batch, edited(count), concept, before.activations)
     no_label = jnp.full_like(target, -1)
     edit = edit_between(
@@ -167,10 +159,14 @@ def least_margin(
     >>> float(least_margin(jnp.array([[1.0, 3.0, 2.0], [0.0, 9.0, 9.0]]), jnp.array([2, 0]), jnp.array([1.0, 0.0])))
     -1.0
     """
+    return jnp.min(jnp.where(jnp.asarray(example_weight) > 0, margins(logits, target), jnp.inf))
+
+
+def margins(logits: Float[Array, "B C"], target: Int[Array, " B"]) -> Float[Array, " B"]:
+    """u_target − max_{c ≠ target} u_c of every row."""
     is_target = jnp.arange(logits.shape[1])[None] == target[:, None]
     own = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
-    margins = own - jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=1)
-    return jnp.min(jnp.where(jnp.asarray(example_weight) > 0, margins, jnp.inf))
+    return own - jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=1)
 
 
 _Search = tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""], Int[Array, ""]]
@@ -201,7 +197,7 @@ def _smallest(
     return jax.lax.while_loop(lambda state: state[2] & (state[1] - state[0] > 1), halve, state)
 
 
-class _Ranked(NamedTuple):
+class Ranked(NamedTuple):
     """Chosen positions of each kernel, an index for each dimension, and their places in the ranking of all."""
 
     positions: dict[str, tuple[Int[Array, " P"], ...]]
@@ -215,7 +211,7 @@ class _Ranked(NamedTuple):
         return (jnp.where(self.places[path] < n, index[0], self.shapes[path]), *index[1:])
 
 
-def _ranked(scores: Mapping[str, Float[Array, "..."]], among: Mapping[str, Bool[Array, "..."]], size: int) -> _Ranked:
+def ranked(scores: Mapping[str, Float[Array, "..."]], among: Mapping[str, Bool[Array, "..."]], size: int) -> Ranked:
     """The `size` lowest scores of a tree, ranked; ties by index, in the order of `selection.select_smallest`."""
     chosen = select_smallest(dict(scores), size, dict(among))
     positions = {path: positions_of_true(flags, size) for path, flags in chosen.items()}
@@ -226,7 +222,33 @@ def _ranked(scores: Mapping[str, Float[Array, "..."]], among: Mapping[str, Bool[
     places = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
     parts = dict(zip(positions, jnp.split(places, len(positions)), strict=True))
     shapes = {path: scores[path].shape[0] for path in positions}
-    return _Ranked(positions, parts, shapes, sum((jnp.sum(real, dtype=jnp.int32) for real in is_real), jnp.int32(0)))
+    return Ranked(positions, parts, shapes, sum((jnp.sum(real, dtype=jnp.int32) for real in is_real), jnp.int32(0)))
+
+
+def swapped(
+    kernels: Mapping[str, Float[Array, "..."]],
+    weights: Mapping[str, Float[Array, "..."]],
+    dropped: Ranked,
+    grown: Ranked,
+    n: Int[Array, ""],
+) -> dict[str, Float[Array, "..."]]:
+    """Effective kernels without the first n of `dropped` and with the weights of the first n of `grown`."""
+    new = {}
+    for path, kernel in kernels.items():
+        without = kernel.at[dropped.first(path, n)].set(0, mode="drop")
+        at = grown.first(path, n)
+        new[path] = without.at[at].set(weights[path].at[at].get(mode="fill", fill_value=0), mode="drop")
+    return new
+
+
+def swapped_mask(
+    mask: Mapping[str, Bool[Array, "..."]], dropped: Ranked, grown: Ranked, n: Int[Array, ""]
+) -> dict[str, Bool[Array, "..."]]:
+    """The mask of `swapped` kernels."""
+    return {
+        path: kept.at[dropped.first(path, n)].set(False, mode="drop").at[grown.first(path, n)].set(True, mode="drop")
+        for path, kept in mask.items()
+    }
 
 
 def positions_of_true(flags: Bool[Array, "..."], size: int) -> tuple[Int[Array, " {size}"], ...]:

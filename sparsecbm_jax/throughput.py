@@ -44,7 +44,7 @@ class Meter:
     """
 
     def __init__(self, config: CBMConfig, devices: Sequence[jax.Device]) -> None:
-        chip = chips.chip_of(devices[0].device_kind)
+        chip = chips.chip_of_kind(devices[0].device_kind)
         self._config, self._peak = config, None if chip is None else len(devices) * chip.flops
         self._started, self._elsewhere = time.monotonic(), 0.0
         self._sums = np.zeros(4)

@@ -328,7 +328,7 @@ def relative_damping(
     Args:
       sum_of_squares: Σ_i ‖g_i‖² of the kernel, the trace of its summed outer products.
     """
-    mean_square = sum_of_squares / (num_grads * num_weights)
+    mean_square = sum_of_squares / float(num_grads * num_weights)  # may not fit 32 bits
     return jnp.maximum(factor * mean_square, jnp.finfo(mean_square.dtype).tiny * 1e8)
 
 

@@ -61,14 +61,6 @@ def test_a_guard_is_the_mean_square_of_gradients_at_all_positions(
         assert (leaf[pruned] > 0).mean() > 0.9
 
 
-def test_a_power_is_of_what_gains_are_divided_by(model: SparseCBM, batches: list[Batch]) -> None:
-    assert model.masks is not None
-    arrays = (model.config, model.params, model.masks, model.heads)
-    plain, dearer = (guards.fisher_guard(*arrays, batches, CONCEPT, power=power) for power in (0.5, 0.75))
-    for path, costs in plain.costs.items():
-        np.testing.assert_allclose(dearer.costs[path], np.asarray(costs) ** 1.5, rtol=1e-4)
-
-
 def test_directions_are_mean_gradients_of_logits_by_gold_class(model: SparseCBM, batches: list[Batch]) -> None:
     assert model.masks is not None
     found = guards.logit_directions(model.config, model.params, model.masks, model.heads, batches, CONCEPT)

@@ -57,24 +57,3 @@ def test_without_a_known_peak_there_is_no_mfu() -> None:
     meter.add(batch(), is_sparse=False)
     rates = meter.read()
     assert "mfu" not in rates and "MFU" not in throughput.render(rates)
-
-
-KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-}
-# Slower than their namesakes, too old, or not listed.
-UNKNOWN = ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA RTX A6000", "TPU v3", "cpu")
-
-
-def test_devices_are_known_by_what_jax_calls_them() -> None:
-    assert {kind: chips.chip_of(kind) for kind in KINDS} == {kind: chips.CHIPS[name] for kind, name in KINDS.items()}
-    assert not any(map(chips.chip_of, UNKNOWN))

@@ -263,3 +263,9 @@ def test_all_pairs_of_a_small_block_against_the_schur_complement() -> None:
 def test_bad_block_size_is_refused() -> None:
     with pytest.raises(ValueError, match="block_size is 0"):
         woodfisher.to_blocks(jnp.ones((2, 2)), 0)
+
+
+def test_damping_is_of_kernels_of_any_size() -> None:
+    """Four billion squares: their number does not fit 32 bits."""
+    found = woodfisher.relative_damping(jnp.float32(2.0**32), 128, 0.1, 2**25)
+    np.testing.assert_allclose(found, 0.1)
