@@ -4,14 +4,15 @@ python launch/benchmark_loading.py --workdir=runs/loading        # OPT-1.3B: 5.3
 
 Makes a random checkpoint of the shape of --backbone as PyTorch writes it, in float16 and in files of at most --shard_gb
 (extra torch; --format=safetensors does without), converts it to safetensors, and loads these onto a mesh of eight
-virtual CPU devices, whose arrays lie in the host's memory, too. Each is done in a process of its own. What the host needs
-is the largest growth of its memory, less the arrays. Pages of the checkpoint's files are not counted, which the system
-drops where it needs room. Linux only.
+virtual CPU devices, whose arrays lie in the host's memory, too. Each is done in a process of its own. What the host
+needs is the largest growth of its memory, less the arrays. Pages of the checkpoint's files are not counted, which the
+system drops where it needs room; nor is importing torch. Linux only.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -138,6 +139,8 @@ def convert(source: Path, target: Path) -> Measured:
     """Converts a checkpoint to safetensors."""
     from sparsecbm_jax import backbones
 
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("torch")
     _, growth, seconds = _watched(lambda: backbones.convert(source, target))
     return Measured(0, _largest(target, 2), growth, seconds)
 

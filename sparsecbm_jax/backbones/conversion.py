@@ -81,8 +81,8 @@ def convert(
 ) -> Converted:
     """Writes a checkpoint as safetensors, in its own precision, with its configuration and tokeniser.
 
-    The host holds one tensor at a time, or one file of a msgpack checkpoint. Every tensor is read again, from both
-    sides, and compared; only then does the directory get its name.
+    The host holds one tensor at a time, and two to compare them; of msgpack checkpoints, one file. Every tensor is read
+    again, from both sides; only if they are equal does the directory get its name.
 
     Args:
         name_or_dir: A directory of the hub's layout, or a name on the hub.
@@ -185,8 +185,8 @@ def _write(path: Path, entries: Sequence[_Entry], reader: Reader, on_bytes: Call
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The values in C order, byte by byte, as they lie in memory: little-endian wherever JAX runs."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    """The values in C order as they lie in memory, which is little-endian wherever JAX runs."""
+    return np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
 def _compare(source: Reader, written: Reader, entries: Sequence[_Entry], on_bytes: Callable[[int], object]) -> None:
