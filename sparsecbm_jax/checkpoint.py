@@ -62,20 +62,22 @@ def _manifest_of(leaf: jax.Array) -> dict[str, Any]:
 
 
 @jax.jit
-def _checksums(leaves: dict[str, Array]) -> dict[str, UInt[Array, ""]]:
+def _checksum(leaf: Array) -> UInt[Array, ""]:
     """Σ_i (2 i + 1) x_i mod 2^32 over a leaf's bits x: equal under any sharding, and no one wrong element escapes."""
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    # The index is built from one iota a dimension: reshaping a sharded leaf to one dimension would gather it.
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
-    def checksum(leaf: Array) -> UInt[Array, ""]:
-        if leaf.dtype == jnp.bool_:
-            leaf = leaf.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-        # The index is built from one iota a dimension: reshaping a sharded leaf to one dimension would gather it.
-        index = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
-    return {name: checksum(leaf) for name, leaf in leaves.items()}
+def _checksums(leaves: Mapping[str, Array]) -> dict[str, int]:
+    # A program for each shape: those of a whole tree would be compiled again for every tree that is saved.
+    sums = {name: _checksum(leaf) for name, leaf in leaves.items()}
+    return {name: int(value) for name, value in sums.items()}
 
 
 def _sharding_of(leaf: Any) -> jax.sharding.Sharding:
@@ -142,7 +144,7 @@ class Checkpointer:
             name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items() if leaf.size
         }
         for name, value in _checksums(data).items():
-            manifest[name]["checksum"] = int(value)
+            manifest[name]["checksum"] = value
         for later in self.steps():
             if later >= step:
                 self._manager.delete(later)
@@ -271,7 +273,7 @@ class Checkpointer:
             except Exception as error:  # orbax and tensorstore raise what they like, bare Exception among it
                 raise _Damage(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
         for name, value in _checksums(restored).items():
-            if int(value) != manifest[name]["checksum"]:
+            if value != manifest[name]["checksum"]:
                 raise _Damage(f"the bits of {name} are not those that were saved")
         leaves = []
         for name, leaf in wanted.items():

@@ -140,6 +140,11 @@ def packed_specs(packed: Mapping[str, Any]) -> dict[str, P]:
     return {path: spec_for(path, len(leaf.shape)) for path, leaf in packed.items()}
 
 
+def mask_specs(masks: Mapping[str, Any]) -> dict[str, P]:
+    """Specs of K boolean masks: each concept's lies as its kernel lies."""
+    return {path: P(None, *spec_for(path, len(leaf.shape) - 1)) for path, leaf in masks.items()}
+
+
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Turns a tree of PartitionSpecs into NamedShardings on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))

@@ -213,17 +213,16 @@ class _Loop:
     def _abstract(self, has_masks: bool) -> TrainState:
         state = self.state
         if has_masks:
-            state = state._replace(packed=masks_lib.pack(self._full_masks()))
-            state = state._replace(packed=self._place_packed(state.packed))
+            state = state._replace(packed=self._packed(self._full_masks()))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
     def _full_masks(self) -> masks_lib.Masks:
         paths = backbones.maskable_paths(self.prepared.config.backbone)
         return masks_lib.create(self.state.params, paths, self.prepared.config.num_concepts)
 
-    def _place_packed(self, packed: Any) -> Any:
-        specs = sharding.shardings(self.mesh, sharding.packed_specs(packed))
-        return jax.tree.map(jax.device_put, packed, specs)
+    def _packed(self, masks: masks_lib.Masks) -> masks_lib.Packed:
+        packed = jax.jit(masks_lib.pack)(masks)
+        return jax.device_put(packed, sharding.shardings(self.mesh, sharding.packed_specs(packed)))
 
     def _is_scored(self) -> bool:
         return self.meta.get("scored_epochs", math.inf) >= self.step // self.steps_per_epoch
@@ -335,6 +334,8 @@ class _Loop:
         number = self.meta["events_done"]
         config, run, state, event = self.prepared.config, self.settings, self.state, self.events[number]
         masks = self._full_masks() if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
+        # Placed alike, the first time too, so that the programs of one event do for the next.
+        masks = jax.device_put(masks, sharding.shardings(self.mesh, sharding.mask_specs(masks)))
         started, reports = time.monotonic(), list[Report]()
         if number == 0 and self.criterion is None:
             _say(pruning.describe_plan(state.params, masks, run.pruner))
@@ -361,7 +362,7 @@ class _Loop:
                 store=store,
             )
         store.clear()
-        self.state = state._replace(packed=self._place_packed(jax.jit(masks_lib.pack)(masks)))
+        self.state = state._replace(packed=self._packed(masks))
         record = {"epoch": epoch, "sparsity": event.sparsity, "density": masks_lib.total_density(masks).tolist()}
         record |= {"concepts": reports, "peak_bytes": pruning.peak_memory()}
         # Under the step it comes before: a continuation from this step does it, and writes it, again.

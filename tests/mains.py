@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Importing these takes five seconds, which is more than most mains do in a test.
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
-    ["sparsecbm_jax.training", "sparsecbm_jax.explanation", "transformers.models.auto.tokenization_auto"]
+    ["sparsecbm_jax.training", "sparsecbm_jax.explanation", "transformers.tokenization_utils_tokenizers"]
 )
 
 

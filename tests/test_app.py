@@ -389,7 +389,7 @@ def test_the_document_describes_the_routes(desk: Desk) -> None:
 
 
 def test_nothing_is_compiled_after_the_warm_up(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    assert list(desk.warm_up()) == [16] and desk.num_lengths == 1
+    assert list(desk.warm_up()) == [24] and desk.num_lengths == 1
     assert not desk.edits
     with jax.log_compiles():
         for text in (TEXTS[3], TEXTS[2], TEXTS[1] * 20):

@@ -15,7 +15,7 @@ from sparsecbm_jax.data.batches import Batch
 CONCEPT = 1
 MASKS, HEADS, PARAMS = "masks", "heads", "params"
 ARMS: dict[str, tuple[Arm, str, bool]] = {
-    "minimal": (arms.minimal(max_pairs=64), MASKS, True),
+    "minimal": (arms.minimal(), MASKS, True),
     "magnitude": (arms.fixed_share("magnitude", 0.02, num_steps=2), MASKS, False),
     "random": (arms.random_share(0.05), MASKS, False),
     "projector_sgd": (arms.projector_sgd(0.05), HEADS, True),
@@ -30,11 +30,11 @@ def model() -> SparseCBM:
 
 @pytest.fixture(scope="module")
 def batch(model: SparseCBM) -> Batch:
-    return next(artifact.text_batches(model, TEXTS[:1], batch_size=2))
+    return next(artifact.text_batches(model, TEXTS[:1], batch_size=1))
 
 
 def logits(model: SparseCBM, state: State, batch: Batch) -> np.ndarray:
-    out = cbm.forward(model.config, state.params, state.masks, state.heads, batch)
+    out = cbm.make_forward(model.config)(state.params, state.masks, state.heads, batch)
     return np.asarray(out.concept_logits[0])
 
 
@@ -86,5 +86,5 @@ def test_what_was_corrected_is_corrected_again(model: SparseCBM, batch: Batch, m
 def test_a_wrong_label_is_the_next_class(model: SparseCBM, batch: Batch) -> None:
     assert model.masks is not None
     state = State(model.params, model.masks, model.heads)
-    outcome = arms.wrong_label(arms.minimal(max_pairs=64))(model.config, state, batch, CONCEPT, 2)
+    outcome = arms.wrong_label(arms.minimal())(model.config, state, batch, CONCEPT, 2)
     assert outcome.is_repaired and logits(model, outcome.state, batch)[CONCEPT].argmax() == 0

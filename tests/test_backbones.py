@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 from flax import traverse_util
 from jax.extend.random import threefry_2x32
 from jax.sharding import Mesh
@@ -123,7 +124,7 @@ def test_input_squares_are_those_of_transformers(name):
         if isinstance(module, torch.nn.Linear) and "pooler" not in module_name:
             module.register_forward_pre_hook(watch(module_name))
     model(*(torch.tensor(x, dtype=torch.long) for x in batch))
-    got = jax.jit(input_squares, static_argnums=0)(config, cases.torch_params(config, model), *batch)
+    got = quick_jit(input_squares, static_argnums=0)(config, cases.torch_params(config, model), *batch)
     assert set(got) == set(maskable_paths(config))
     for tensor in tensor_names(config):
         if tensor.path in got:
@@ -166,7 +167,7 @@ def test_position_offsets(name, first_row):
         h = make_backbone(config).embed({**params, "position": {"embedding": position}}, *batch)
         return (h * jnp.asarray(batch.attention_mask)[..., None] * jnp.arange(1, 33)).sum()
 
-    grad = jax.jit(jax.grad(rows_used))(params["position"]["embedding"])
+    grad = quick_jit(jax.grad(rows_used))(params["position"]["embedding"])
     used = np.flatnonzero(np.abs(grad).max(1) > 0)
     np.testing.assert_array_equal(used, np.arange(first_row, first_row + 5))
 
@@ -175,10 +176,10 @@ def test_opt_counts_positions_over_real_tokens_only():
     config = tiny("opt")
     params = cases.random_params(config)
     encode = cases.encode_fn(make_backbone(config))
-    batch = cases.token_batch(config.pad_token_id, (5,), 5)
-    left = [np.concatenate([pad, array], axis=1) for pad, array in zip(([[1, 1]], [[0, 0]]), batch, strict=True)]
+    batch = cases.token_batch(config.pad_token_id, (11, 11, 11))
+    left = [np.pad(x, ((0, 0), (9, 0)), constant_values=fill) for x, fill in zip(batch, (1, 0), strict=True)]
     plain = encode(params, *batch)
-    shifted = encode(params, *left)[:, 2:]
+    shifted = encode(params, *left)[:, 9:]
     np.testing.assert_allclose(shifted, plain, atol=HIDDEN_TOLERANCE)
 
 
@@ -186,15 +187,16 @@ def test_opt_is_causal_and_encoders_are_not():
     for name, is_causal in (("opt", True), ("bert", False)):
         config = tiny(name)
         encode, params = cases.encode_fn(make_backbone(config)), cases.random_params(config)
-        batch = cases.token_batch(config.pad_token_id, (6,), 6)
+        batch = cases.token_batch(config.pad_token_id)
         changed = batch.input_ids.copy()
         changed[0, -1] = 5 if changed[0, -1] != 5 else 6
         before = encode(params, *batch)
         after = encode(params, changed, batch.attention_mask)
-        assert bool((before[:, :-1] == after[:, :-1]).all()) is is_causal
+        assert bool((before[0, :-1] == after[0, :-1]).all()) is is_causal
 
 
-@pytest.mark.parametrize("name", cases.FAMILIES)
+# The other families take positions and masks from the same code as one of these.
+@pytest.mark.parametrize("name", ["bert", "roberta", "opt"])
 def test_more_padding_changes_nothing_at_real_tokens(name):
     config = tiny(name)
     encode, params = cases.encode_fn(make_backbone(config)), cases.random_params(config)
@@ -212,7 +214,7 @@ def test_rows_of_padding_are_finite(name):
     params = jax.tree.map(lambda x: x[0], cases.random_params(config)["layers"])
     h = np.random.default_rng(0).normal(size=(2, 6, config.hidden_size)).astype(np.float32)
 
-    @jax.jit
+    @quick_jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def total(params, h):
         return make_backbone(config).layer(params, h, np.zeros((2, 6), np.int32)).sum()
@@ -250,14 +252,14 @@ def test_bfloat16_computes_beside_float32_parameters(name):
 def test_init_params():
     config = tiny("opt-350m")
     shapes = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
-    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+    params = quick_jit(init_params, static_argnums=1)(jax.random.key(0), config)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, shapes)
     flat = traverse_util.flatten_dict(params, sep="/")
     for path, leaf in flat.items():
         assert leaf.dtype == jnp.float32
         if path.endswith(("kernel", "embedding")):
             # A truncated normal at two deviations has 0.88 of the deviation.
-            assert 0.015 < leaf.std() < 0.02
+            assert 0.015 < np.asarray(leaf).std() < 0.02
             assert np.abs(leaf).max() <= 0.04 + 1e-6
         else:
             np.testing.assert_array_equal(leaf, 1.0 if path.endswith("scale") else 0.0)
@@ -376,14 +378,16 @@ TENSOR_SPECS = {
 }
 
 
-@pytest.mark.parametrize("with_dropout", [False, True], ids=["plain", "dropout"])
-@pytest.mark.parametrize("name", ["bert", "opt"])
+@pytest.mark.parametrize(
+    ("name", "with_dropout"),
+    [("bert", False), ("bert", True), ("opt", True)],
+    ids=["bert-plain", "bert-dropout", "opt-dropout"],
+)
 def test_tensor_parallel_layer_equals_the_whole(name, with_dropout):
     config = tiny(name, **({"attention_dropout": 0.1} if name == "opt" else {}))
     params = jax.tree.map(lambda x: x[0], cases.random_params(config)["layers"])
     batch = cases.token_batch(config.pad_token_id, (11, 4), 11)
-    h = jax.random.normal(jax.random.key(1), (2, 11, config.hidden_size))
-    cotangent = jax.random.normal(jax.random.key(2), h.shape)
+    h, cotangent = np.random.default_rng(1).normal(size=(2, 2, 11, config.hidden_size)).astype(np.float32)
     keys = jax.random.split(jax.random.key(4), 2) if with_dropout else None
     specs = traverse_util.unflatten_dict(
         {

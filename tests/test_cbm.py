@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_weights import random_heads, random_masks, random_params
 
 from sparsecbm_jax import backbones, cbm
 from sparsecbm_jax import masks as masks_lib
@@ -35,11 +36,13 @@ def build(
     backbone: BackboneConfig, k: int = NUM_CONCEPTS, density: float = 0.6, seed: int = 0
 ) -> tuple[cbm.CBMConfig, dict, masks_lib.Masks, dict]:
     config = cbm.CBMConfig(backbone, k, NUM_CLASSES, NUM_LABELS)
-    params = backbones.init_params(jax.random.key(seed), backbone)
-    full = masks_lib.create(params, backbones.maskable_paths(backbone), k)
-    keys = jax.random.split(jax.random.key(seed + 1), len(full))
-    masks = {p: jax.random.bernoulli(key, density, m.shape) for key, (p, m) in zip(keys, full.items(), strict=True)}
-    return config, params, masks, cbm.init_heads(jax.random.key(seed + 2), config)
+    return config, random_params(backbone, seed), random_masks(config, density, seed), random_heads(config, seed)
+
+
+# Compiled once for each shape; without `jit` the scan over layers is compiled again in every call.
+forward = jax.jit(cbm.forward, static_argnums=0)
+encode = jax.jit(cbm.encode, static_argnums=0)
+encode_dense = jax.jit(backbones.encode_dense, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +67,11 @@ def opt_350m_like() -> BackboneConfig:
 def test_each_concept_is_its_masked_backbone(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
-    output = cbm.forward(config, params, masks, heads, batch)
+    output = forward(config, params, masks, heads, batch)
     total = heads["predictor"]["bias"]
     for k in range(NUM_CONCEPTS):
         subnetwork = masks_lib.apply(params, masks, k)
-        hidden = backbones.encode_dense(
+        hidden = encode_dense(
             backbones.make_backbone(config.backbone), subnetwork, batch.input_ids, batch.attention_mask
         )
         z = cbm.pool(hidden, batch.attention_mask)
@@ -82,10 +85,10 @@ def test_opt_projections_are_masked_per_concept(opt_350m_like: BackboneConfig) -
     config, params, masks, _ = build(opt_350m_like)
     assert {"embed/project_in/kernel", "finish/project_out/kernel"} <= set(masks)
     batch = random_batch()
-    z = cbm.encode(config, params, batch, masks=masks)
+    z = encode(config, params, batch, masks=masks)
     for k in range(NUM_CONCEPTS):
         subnetwork = masks_lib.apply(params, masks, k)
-        dense = cbm.encode(config, subnetwork, batch)[:, 0]
+        dense = encode(config, subnetwork, batch)[:, 0]
         chex.assert_trees_all_close(z[:, k], dense, atol=CLOSE)
 
 
@@ -93,7 +96,7 @@ def test_all_true_masks_are_the_dense_model(tiny_backbone_config: BackboneConfig
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     batch = random_batch()
-    masked, dense = (cbm.forward(config, params, m, heads, batch) for m in (full, None))
+    masked, dense = (forward(config, params, m, heads, batch) for m in (full, None))
     chex.assert_trees_all_close(masked.label_logits, dense.label_logits, atol=EXACT)
     chex.assert_trees_all_close(masked.concept_logits, dense.concept_logits, atol=EXACT)
     assert dense.pooled.shape[1] == 1
@@ -101,8 +104,8 @@ def test_all_true_masks_are_the_dense_model(tiny_backbone_config: BackboneConfig
 
 def test_packed_and_boolean_masks_agree_to_the_bit(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
-    forward = cbm.make_forward(config)
-    boolean, packed = (forward(params, m, heads, random_batch()) for m in (masks, masks_lib.pack(masks)))
+    made = cbm.make_forward(config)
+    boolean, packed = (made(params, m, heads, random_batch()) for m in (masks, masks_lib.pack(masks)))
     chex.assert_trees_all_equal(boolean, packed)
 
 
@@ -110,7 +113,7 @@ def test_another_concepts_mask_never_changes_this_ones_forward(tiny_backbone_con
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
     changed = {path: mask.at[1].set(~mask[1]) for path, mask in masks.items()}
-    before, after = (cbm.forward(config, params, m, heads, batch).concept_logits for m in (masks, changed))
+    before, after = (forward(config, params, m, heads, batch).concept_logits for m in (masks, changed))
     chex.assert_trees_all_equal(before[:, 0], after[:, 0])
     chex.assert_trees_all_equal(before[:, 2], after[:, 2])
     assert float(jnp.abs(before[:, 1] - after[:, 1]).max()) > 1e-3
@@ -124,7 +127,7 @@ def test_padding_and_company_change_nothing(tiny_backbone_config: BackboneConfig
         attention_mask=np.pad(batch.attention_mask, ((0, 0), (0, 7))),
     )
     alone = Batch(*(leaf[2:3] for leaf in batch))
-    base, padded, single = (cbm.forward(config, params, masks, heads, b).label_logits for b in (batch, wide, alone))
+    base, padded, single = (forward(config, params, masks, heads, b).label_logits for b in (batch, wide, alone))
     chex.assert_trees_all_close(base, padded, atol=CLOSE)
     chex.assert_trees_all_close(base[2:3], single, atol=CLOSE)
 
@@ -141,11 +144,15 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
             config_sum, cbm.forward(config_sum, params, None, heads, batch, kernels=effective), batch
         )[0]
 
-    together = jax.grad(joint)(kernels)
-    activations = cbm.forward(config, params, masks, heads, batch).activations
+    together = jax.jit(jax.grad(joint))(kernels)
+    activations = forward(config, params, masks, heads, batch).activations
+
+    def own_loss(own: dict, k: jax.Array) -> jax.Array:
+        return cbm.subnetwork_loss(config, params, heads, batch, own, k, activations)
+
+    own_gradient = jax.jit(jax.grad(own_loss))
     for k in range(NUM_CONCEPTS):
-        own = {path: kernel[k] for path, kernel in kernels.items()}
-        alone = jax.grad(lambda e, k=k: cbm.subnetwork_loss(config, params, heads, batch, e, k, activations))(own)
+        alone = own_gradient({path: kernel[k] for path, kernel in kernels.items()}, k)
         chex.assert_trees_all_close({p: g[k] for p, g in together.items()}, alone, atol=CLOSE, rtol=1e-4)
         pruned = [~masks[path][k] for path in masks]
         alive = sum(float(jnp.abs(jnp.where(gone, alone[p], 0)).sum()) for p, gone in zip(masks, pruned, strict=True))
@@ -155,16 +162,22 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
 def test_pruned_weights_get_no_gradient_through_the_masks(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config, density=0.3)
     batch = random_batch()
-    grads = jax.grad(lambda p: cbm.joint_loss(config, cbm.forward(config, p, masks, heads, batch), batch)[0])(params)
+
+    @jax.jit
+    @jax.grad
+    def gradient(p: dict) -> jax.Array:
+        return cbm.joint_loss(config, cbm.forward(config, p, masks, heads, batch), batch)[0]
+
+    grads = gradient(params)
     for path, mask in masks.items():
-        gradient = masks_lib.leaf_at(grads, path)
-        chex.assert_trees_all_equal(jnp.where(mask.any(axis=0), 0, gradient), jnp.zeros_like(gradient))
+        found = masks_lib.leaf_at(grads, path)
+        chex.assert_trees_all_equal(jnp.where(mask.any(axis=0), 0, found), jnp.zeros_like(found))
 
 
 def test_losses_by_hand(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch(seed=3)._replace(example_weight=np.asarray([1, 1, 1, 0], np.float32))
-    output = cbm.forward(config, params, masks, heads, batch)
+    output = forward(config, params, masks, heads, batch)
     u, y = (np.asarray(leaf, np.float64) for leaf in (output.concept_logits, output.label_logits))
 
     def entropy(logits: np.ndarray, target: int) -> float:
@@ -186,16 +199,19 @@ def test_losses_by_hand(tiny_backbone_config: BackboneConfig) -> None:
 def test_a_batch_without_any_label_costs_nothing(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()._replace(label=np.full(4, -1, np.int32), concepts=np.full((4, NUM_CONCEPTS), -1, np.int32))
-    loss, _ = cbm.joint_loss(config, cbm.forward(config, params, masks, heads, batch), batch)
+    loss, _ = cbm.joint_loss(config, forward(config, params, masks, heads, batch), batch)
     assert float(loss) == 0.0
 
 
 def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig) -> None:
-    config, params, masks, heads = build(tiny_backbone_config)
-    batch = random_batch()
+    config, params, masks, heads = build(tiny_backbone_config, k=1)
+    batch = random_batch(k=1)
 
     def gradient(config: cbm.CBMConfig) -> dict:
-        return jax.grad(lambda p: cbm.joint_loss(config, cbm.forward(config, p, masks, heads, batch), batch)[0])(params)
+        def loss(p: dict) -> jax.Array:
+            return cbm.joint_loss(config, cbm.forward(config, p, masks, heads, batch), batch)[0]
+
+        return jax.jit(jax.grad(loss))(params)
 
     chex.assert_trees_all_close(
         gradient(config), gradient(dataclasses.replace(config, remat=True)), atol=EXACT, rtol=CLOSE
@@ -206,9 +222,9 @@ def test_own_word_embeddings_per_concept(tiny_backbone_config: BackboneConfig) -
     config, params, masks, _ = build(tiny_backbone_config)
     batch = random_batch()
     words = params["embed"]["word"]["embedding"][batch.input_ids]
-    z = cbm.encode(config, params, batch, masks=masks)
-    shared = cbm.encode(config, params, batch, masks=masks, word_embeddings=words)
-    apart = cbm.encode(config, params, batch, masks=masks, word_embeddings=jnp.stack([words, 0 * words, words]))
+    z = encode(config, params, batch, masks=masks)
+    shared = encode(config, params, batch, masks=masks, word_embeddings=words)
+    apart = encode(config, params, batch, masks=masks, word_embeddings=jnp.stack([words, 0 * words, words]))
     chex.assert_trees_all_close(z, shared, atol=EXACT)
     chex.assert_trees_all_close(z[:, [0, 2]], apart[:, [0, 2]], atol=EXACT)
     assert float(jnp.abs(z[:, 1] - apart[:, 1]).max()) > 1e-3
@@ -216,7 +232,7 @@ def test_own_word_embeddings_per_concept(tiny_backbone_config: BackboneConfig) -
 
 def test_standard_strategy_has_no_concepts(tiny_backbone_config: BackboneConfig) -> None:
     config, params, _, _ = build(tiny_backbone_config)
-    heads = cbm.init_heads(jax.random.key(0), config, "standard")
-    output = cbm.forward(config, params, None, heads, random_batch())
+    heads = random_heads(config, strategy="standard")
+    output = forward(config, params, None, heads, random_batch())
     assert output.label_logits.shape == (4, NUM_LABELS)
     assert output.concept_logits.shape == (4, 0, NUM_CLASSES)

@@ -18,7 +18,10 @@ ASKED = "--rankings=signed --ratios=0,0.01 --max_cells=2 --side_edits=1 --max_mi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model that says what it was trained on: a few reviews in a table, two of each original."""
+    """A saved model that says what it was trained on: a few reviews in a table, two of each original.
+
+    The reviews are of one width, which is other files' too.
+    """
     root = tmp_path_factory.mktemp("evaluate")
     for split in ("train", "validation", "test"):
         with (root / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -26,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.writerow(["text", *SCHEMA.concepts, "label", "original"])
             for n, text in enumerate(TEXTS):
                 classes = [SCHEMA.classes[(n + k) % 3] for k in range(3)]
-                writer.writerow([f"{text} {split}", *classes, SCHEMA.labels[n % 2], n // 2])
-    data = {"preset": "columns", "path": str(root), "text_column": "text", "label_column": "label", "max_length": 16}
+                writer.writerow([f"{text} {split} {TEXTS[1]}", *classes, SCHEMA.labels[n % 2], n // 2])
+    data = {"preset": "columns", "path": str(root), "text_column": "text", "label_column": "label", "max_length": 24}
     data |= {"concept_columns": SCHEMA.concepts, "group_column": "original"}
     run = from_config_dict({"data": data, "backbone": {"name": "tiny"}, "pruner": {"num_grads": 1}})
     model = dataclasses.replace(tiny_model(num_layers=1), metadata={"run_config": to_dict(run)})

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cbm import build, random_batch
+from test_cbm import build, forward, random_batch
 
-from sparsecbm_jax import blockwise, cbm, criteria, fisher, pruning, woodfisher
+from sparsecbm_jax import blockwise, criteria, fisher, pruning, woodfisher
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.backbones import BackboneConfig, input_squares
 from sparsecbm_jax.config import PrunerConfig, SparsityConfig
@@ -40,7 +40,7 @@ def test_no_gradient_is_an_error() -> None:
 def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()._replace(concepts=np.ones((4, 3), np.int32), label=np.zeros(4, np.int32))
-    activations = cbm.forward(config, params, masks, heads, batch).activations
+    activations = forward(config, params, masks, heads, batch).activations
     mask = masks_lib.concept(masks, 1)
     pairs = [(batch, activations)]
     (together,) = fisher.SubnetworkGradients(config, params, mask, heads, pairs, 1)
@@ -63,7 +63,7 @@ def test_other_masks_reach_a_concepts_gradients_and_scores_by_its_label_alone(
     def found(is_labelled: bool, all_masks: dict[str, jax.Array]) -> tuple[Any, Any]:
         labels = np.full(4, 1 if is_labelled else MISSING, np.int32)
         batches = [random_batch(seed)._replace(label=labels) for seed in range(3)]
-        pairs = [(batch, cbm.forward(config, params, all_masks, heads, batch).activations) for batch in batches]
+        pairs = [(batch, forward(config, params, all_masks, heads, batch).activations) for batch in batches]
         gradients = fisher.SubnetworkGradients(config, params, mask, heads, pairs, 0)
         scores = blockwise.woodfisher_scores(kernels, gradients, config=PrunerConfig(num_grads=3, block_size=8))
         return list(gradients), scores
@@ -94,7 +94,7 @@ def test_scores_against_dense_algebra(num_grads: int, tiny_backbone_config: Back
     config, params, masks, heads = build(tiny_backbone_config)
     batches = [random_batch(seed) for seed in range(5)]
     mask = masks_lib.concept(masks, 0)
-    pairs = [(b, cbm.forward(config, params, masks, heads, b).activations) for b in batches]
+    pairs = [(b, forward(config, params, masks, heads, b).activations) for b in batches]
     kernels = {path: jnp.where(kept, masks_lib.leaf_at(params, path), 0) for path, kept in mask.items()}
     gradients = list(fisher.SubnetworkGradients(config, params, mask, heads, pairs, 0))
     settings = PrunerConfig(block_size=16, damping=0.1, num_grads=num_grads)
@@ -264,7 +264,7 @@ def test_padding_rows_are_not_examples(tiny_backbone_config: BackboneConfig) -> 
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
     batch = Batch(*(np.asarray(leaf) for leaf in batch))._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
-    activations = cbm.forward(config, params, masks, heads, batch).activations
+    activations = forward(config, params, masks, heads, batch).activations
     rows = fisher.SubnetworkGradients(
         config, params, masks_lib.concept(masks, 0), heads, [(batch, activations)], 0, per_example=True
     )

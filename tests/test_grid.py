@@ -9,8 +9,12 @@ from small_sample import as_flag, small_data
 
 SETTINGS = (
     "--config.strategy=standard",
-    "--config.training.num_epochs=1",
+    # As in test_training, so that one program does for both.
+    "--config.training.num_epochs=3",
     "--config.training.batch_size=16",
+    "--config.training.eval_batch_size=16",
+    "--config.optim.learning_rate=1e-3",
+    "--config.optim.head_learning_rate=1e-2",
     "--config.sparsity.end_epoch=7",
     *(as_flag(f"data.{key}", value) for key, value in small_data().items()),
 )

@@ -1,5 +1,7 @@
 """Guards: the squared gradients of the masked subnetwork's loss, at kept and at pruned positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,18 +30,21 @@ def batches(model: SparseCBM) -> list[Batch]:
     return [found[0]._replace(concepts=concepts), found[1]._replace(concepts=missing)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=1)
+def loss_gradient(config: cbm.CBMConfig, params: masks_lib.Params, heads: cbm.Heads, batch: Batch) -> jax.Array:
+    logits = cbm.forward(config, params, None, heads, batch).concept_logits[:, CONCEPT]
+    gold = batch.concepts[:, CONCEPT]
+    counted = (gold >= 0) & (batch.example_weight > 0)
+    found = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(gold, 0)[:, None], axis=1)[:, 0]
+    return -jnp.sum(jnp.where(counted, found, 0)) / jnp.sum(counted)
+
+
 def squares_by_another_way(model: SparseCBM, batch: Batch) -> dict[str, np.ndarray]:
     """Of the dense model whose weights are those of the subnetwork, so that no mask hides a gradient."""
     assert model.masks is not None
     params = masks_lib.apply(model.params, model.masks, CONCEPT)
-
-    def loss(params: masks_lib.Params) -> jax.Array:
-        logits = cbm.forward(model.config, params, None, model.heads, batch).concept_logits[:, CONCEPT]
-        gold = batch.concepts[:, CONCEPT]
-        counted = np.flatnonzero((gold >= 0) & (batch.example_weight > 0))
-        return -jnp.mean(jax.nn.log_softmax(logits)[counted, gold[counted]])
-
-    grads = jax.grad(loss)(params)
+    grads = loss_gradient(model.config, params, model.heads, batch)
     return {path: np.square(np.asarray(masks_lib.leaf_at(grads, path))) for path in model.masks}
 
 
@@ -65,17 +70,19 @@ def test_directions_are_mean_gradients_of_logits_by_gold_class(model: SparseCBM,
     assert model.masks is not None
     found = guards.logit_directions(model.config, model.params, model.masks, model.heads, batches, CONCEPT)
     params = masks_lib.apply(model.params, model.masks, CONCEPT)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: masks_lib.Params, gold: int, logit: int) -> jax.Array:
+        total, count = jnp.float32(0), 0
+        for batch in batches:
+            logits = cbm.forward(model.config, params, None, model.heads, batch).concept_logits[:, CONCEPT, logit]
+            counted = (batch.concepts[:, CONCEPT] == gold) & (batch.example_weight > 0)
+            total, count = total + jnp.sum(jnp.where(counted, logits, 0)), count + jnp.sum(counted)
+        return total / count
+
     for gold, logit in ((0, 2), (1, 0)):
-
-        def mean_logit(params: masks_lib.Params, gold: int = gold, logit: int = logit) -> jax.Array:
-            values = [
-                cbm.forward(model.config, params, None, model.heads, batch).concept_logits[row, CONCEPT, logit]
-                for batch in batches
-                for row in np.flatnonzero((batch.concepts[:, CONCEPT] == gold) & (batch.example_weight > 0))
-            ]
-            return jnp.mean(jnp.stack(values))
-
-        grads = jax.grad(mean_logit)(params)
+        grads = gradient(params, gold, logit)
         for path, leaf in found.items():
             expected = np.asarray(masks_lib.leaf_at(grads, path))
             np.testing.assert_allclose(leaf[3 * gold + logit], expected, rtol=1e-3, atol=1e-6)

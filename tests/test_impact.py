@@ -12,7 +12,7 @@ CONCEPT = 1
 def test_a_preview_is_what_the_edited_model_reads() -> None:
     model = tiny_model(num_layers=1)
     assert model.masks is not None
-    arrays = (model.config, model.params)
+    arrays, forward = (model.config, model.params), cbm.make_forward(model.config)
     texts = [*TEXTS, *(f"{text} great" for text in TEXTS)]
     gold = np.arange(len(texts) + 2) % 3
     batches = [
@@ -25,7 +25,7 @@ def test_a_preview_is_what_the_edited_model_reads() -> None:
     expected_rows, repaired, broken, shift = [], 0, 0, []
     flips, label_flips = np.zeros((3, 3), int), np.zeros((2, 2), int)
     for batch in batches:
-        was, now = (cbm.forward(*arrays, some, model.heads, batch) for some in (model.masks, masks))
+        was, now = (forward(model.params, some, model.heads, batch) for some in (model.masks, masks))
         for row in np.flatnonzero(batch.example_weight):
             a, b = (np.asarray(output.concept_logits)[row, CONCEPT] for output in (was, now))
             p, q = (np.exp(u) / np.exp(u).sum() for u in (a, b))

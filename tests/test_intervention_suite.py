@@ -41,6 +41,10 @@ def nothing(config: cbm.CBMConfig, state: State, batch: Batch, concept: int, tar
     return Outcome(state, 0, False)
 
 
+def forward(subject: Subject, state: State, row: int) -> cbm.CBMOutput:
+    return cbm.make_forward(subject.config)(*state, batch_of(subject.split, [row]))
+
+
 def accuracies(subject: Subject) -> tuple[float, float]:
     gold, labels = subject.split.concepts, subject.split.labels
     found, is_cell, is_label = subject.readings, gold >= 0, labels >= 0
@@ -96,7 +100,7 @@ def test_each_row_is_corrected_by_itself_and_the_price_is_seen(subject: Subject)
         state = subject.state
         for k in subject.wrong_of(row):
             state = by_bias(subject.config, state, batch_of(split, [row]), k, int(split.concepts[row, k])).state
-        output = cbm.forward(subject.config, *state, batch_of(split, [row]))
+        output = forward(subject, state, row)
         labels[row] = np.asarray(output.label_logits)[0].argmax()
     assert found["task"] == pytest.approx(np.mean((labels == split.labels)[split.labels >= 0]))
 
@@ -114,7 +118,7 @@ def test_rows_that_were_not_drawn_fare_as_those_that_were(subject: Subject) -> N
 def test_the_oracle_sets_activations(subject: Subject) -> None:
     split, heads, right = subject.split, subject.state.heads, []
     for row in np.flatnonzero(split.labels >= 0):
-        activations = np.asarray(cbm.forward(subject.config, *subject.state, batch_of(split, [row])).activations).copy()
+        activations = np.asarray(forward(subject, subject.state, row).activations).copy()
         for k in subject.wrong_of(row):
             activations[0, k] = np.eye(3)[split.concepts[row, k]]
         logits = np.einsum("kc,kcy->y", activations[0], heads["predictor"]["kernel"]) + heads["predictor"]["bias"]

@@ -1,5 +1,6 @@
 """The smallest edit that repairs: seen to repair, one pair less seen not to, and the weights of the exact selection."""
 
+import functools
 from typing import Any
 
 import chex
@@ -28,37 +29,40 @@ def model() -> SparseCBM:
 
 @pytest.fixture(scope="module")
 def batch(model: SparseCBM) -> Batch:
-    """One text and a row of padding."""
-    return next(artifact.text_batches(model, TEXTS[:1], batch_size=2))
+    """One text: the program that other files' tests compile as well."""
+    return next(artifact.text_batches(model, TEXTS[:1], batch_size=1))
 
 
 def search(model: SparseCBM, batch: Batch, concept: int, target: Any, **kwargs: Any) -> tuple[Any, MinimalEdit]:
     assert model.masks is not None
-    kwargs = {"max_pairs": 64, **kwargs}
     return minimal.minimal_edit(model.config, model.params, model.masks, model.heads, batch, concept, target, **kwargs)
 
 
 def margin_with(model: SparseCBM, masks: Any, batch: Batch, concept: int, target: int) -> float:
-    logits = cbm.forward(model.config, model.params, masks, model.heads, batch).concept_logits[:, concept]
+    logits = cbm.make_forward(model.config)(model.params, masks, model.heads, batch).concept_logits[:, concept]
     return float(least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=4)
+def margin_gradient(
+    config: cbm.CBMConfig, params: Any, heads: Any, batch: Batch, kernels: Any, concept: int, target: int
+) -> jax.Array:
+    activations = jnp.zeros((batch.input_ids.shape[0], config.num_concepts, config.num_classes))
+    logits = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, activations).concept_logits[:, 0]
+    return least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight)
 
 
 def changed(model: SparseCBM, batch: Batch, concept: int, target: int, n: int, guard: Any = None) -> Any:
     """Masks with n pairs changed by a gradient and the exact selection, without the search."""
     mask = masks_lib.concept(model.masks, concept)
     weights = {path: masks_lib.leaf_at(model.params, path) for path in mask}
-    output = cbm.forward(model.config, model.params, model.masks, model.heads, batch)
-
-    def margin(kernels: Any) -> jax.Array:
-        args = (model.config, model.params, model.heads, batch, kernels, concept, output.activations)
-        logits = cbm.subnetwork_output(*args).concept_logits[:, 0]
-        return least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight)
-
-    grads = jax.grad(margin)({path: jnp.where(kept, weights[path], 0) for path, kept in mask.items()})
+    kernels = {path: jnp.where(kept, weights[path], 0) for path, kept in mask.items()}
+    grads = margin_gradient(model.config, model.params, model.heads, batch, kernels, concept, target)
     gains = {path: grads[path] * weights[path] for path in mask}
     if guard is not None:
         gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(guard.costs[path]) for path in mask}
-    return masks_lib.replace_concept(model.masks, concept, masks_lib.drop_and_grow(mask, gains, gains, n).mask)
+    return masks_lib.replace_concept(model.masks, concept, jax.jit(masks_lib.drop_and_grow)(mask, gains, gains, n).mask)
 
 
 @pytest.mark.parametrize(("concept", "target", "is_guarded"), [(0, 0, False), (2, 1, True), (0, 2, True)])
@@ -67,9 +71,10 @@ def test_n_repairs_and_one_less_does_not(
 ) -> None:
     guard = None
     if is_guarded:
+        rng = np.random.default_rng(0)
         costs = {
-            path: jnp.exp(jax.random.normal(jax.random.key(number), mask.shape[1:]))
-            for number, (path, mask) in enumerate(model.masks.items())
+            path: jnp.asarray(np.exp(rng.normal(size=mask.shape[1:])).astype(np.float32))
+            for path, mask in model.masks.items()
         }
         guard = Guard(costs)
     masks, found = search(model, batch, concept, target, guard=guard)
@@ -100,6 +105,7 @@ def test_a_margin_takes_more_and_what_cannot_be_had_changes_nothing(model: Spars
 
 
 def test_several_rows_are_repaired_together_in_one_program(model: SparseCBM) -> None:
+    # And a row of padding.
     batch = next(artifact.text_batches(model, TEXTS[:3], batch_size=4))
     size = minimal._minimal_edit._cache_size()
     _, first = search(model, batch, 0, np.array([1, 0, 2, 0]))
@@ -119,9 +125,7 @@ def test_a_mesh_finds_the_same_bits(model: SparseCBM, batch: Batch) -> None:
         for path, mask in model.masks.items()
     }
     placed = sharding.put(model.params, mesh), jax.device_put(model.masks, places)
-    there, on_mesh = minimal.minimal_edit(
-        model.config, placed[0], placed[1], model.heads, batch, SERVICE, 0, max_pairs=64
-    )
+    there, on_mesh = minimal.minimal_edit(model.config, placed[0], placed[1], model.heads, batch, SERVICE, 0)
     assert int(on_mesh.num_pairs) == int(found.num_pairs)
     chex.assert_trees_all_equal(jax.device_get(there), jax.device_get(masks))
 

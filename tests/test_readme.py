@@ -14,12 +14,14 @@ from sparsecbm_jax import artifact
 from sparsecbm_jax.config import from_config_dict
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+# Settings of test_training, so that one program does for both.
 SMALL_RUN = {
     "backbone": {"name": "tiny"},
     "data": small_data(),
-    "training": {"num_epochs": 2, "batch_size": 16},
+    "optim": {"learning_rate": 1e-3},
+    "training": {"num_epochs": 3, "batch_size": 16, "eval_batch_size": 16},
     "sparsity": {"start_epoch": 0, "end_epoch": 1},
-    "pruner": {"num_grads": 2, "block_size": 32},
+    "pruner": {"criterion": "magnitude", "num_grads": 2},
 }
 
 
@@ -28,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(tmp_path: Path) -> None:
-    artifact.save(tiny_model(), tmp_path / "model")
+    artifact.save(tiny_model(num_layers=1), tmp_path / "model")
     namespace = {
         "MODEL": tmp_path / "model",
         "WORKDIR": tmp_path,

@@ -27,7 +27,7 @@ def split(model: SparseCBM) -> Tokenized:
     concepts = rng.integers(0, 3, (len(texts), 3))
     concepts[0, 0] = -1
     labels = rng.integers(0, 2, len(texts))
-    return tokenize(Examples(texts, concepts, labels, tuple(GROUPS), np.arange(len(texts))), model.tokenizer, 40)
+    return tokenize(Examples(texts, concepts, labels, tuple(GROUPS), np.arange(len(texts))), model.tokenizer, 24)
 
 
 def state_of(model: SparseCBM) -> State:
@@ -43,7 +43,7 @@ def test_readings_are_those_of_the_model_in_the_order_asked(model: SparseCBM, sp
     rows = [5, 0, 7]
     found = streams.read(model.config, state_of(model), split, rows)
     for n, row in enumerate(rows):
-        output = cbm.forward(model.config, model.params, model.masks, model.heads, batch_of(split, [row]))
+        output = cbm.make_forward(model.config)(*state_of(model), batch_of(split, [row]))
         np.testing.assert_array_equal(found.concepts[n], np.asarray(output.concept_logits)[0].argmax(-1))
         assert found.labels[n] == np.asarray(output.label_logits)[0].argmax()
 
@@ -65,7 +65,7 @@ def test_without_correcting_nothing_moves(model: SparseCBM, split: Tokenized) ->
 
 def test_minimal_edits_repair_and_leave_other_concepts_alone(model: SparseCBM, split: Tokenized) -> None:
     start = state_of(model)
-    state, report = streams.run_stream(model.config, start, arms.minimal(max_pairs=64), split, GROUPS, max_edits=3)
+    state, report = streams.run_stream(model.config, start, arms.minimal(), split, GROUPS, max_edits=3)
     assert report.num_edits >= 3 and report.repaired > 0.5 and report.changed > 0
     assert report.num_reviews < 4 or report.num_edits < 6
     np.testing.assert_array_equal(masks_lib.num_kept(state.masks), masks_lib.num_kept(start.masks))

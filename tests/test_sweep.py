@@ -13,10 +13,12 @@ from sparsecbm_jax import artifact, training
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.config import from_config_dict
 
+# As in test_training, so that one program does for both.
 SETTINGS = {
     **{f"data.{key}": value for key, value in small_data().items()},
     "training.batch_size": 16,
     "training.eval_batch_size": 16,
+    "optim.learning_rate": 1e-3,
     "pruner.num_grads": 2,
     "pruner.block_size": 32,
     "backbone.name": "tiny",
@@ -29,7 +31,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for key, value in SETTINGS.items():
         section, _, name = key.partition(".")
         settings.setdefault(section, {})[name] = value
-    settings["training"]["num_epochs"] = 1
+    settings["training"]["num_epochs"] = 3
     run = from_config_dict({"strategy": "joint", **settings, "sparsity": {"end_epoch": 3}})
     return training.train(run, tmp_path_factory.mktemp("joint") / "seed0").workdir / "model"
 
@@ -65,9 +67,9 @@ def test_a_sweep_goes_on_where_it_was_stopped(dense: Path, tmp_path: Path) -> No
 
 
 def test_a_sweep_trains_on_under_its_masks(dense: Path, tmp_path: Path) -> None:
-    result = sweep(dense, tmp_path, "--criteria=magnitude", "--sparsities=0.8", "--epochs=2")
+    result = sweep(dense, tmp_path, "--criteria=magnitude", "--sparsities=0.8", "--epochs=3")
     assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("*seed0-model-magnitude-0.8-2epochs")
+    (folder,) = tmp_path.glob("*seed0-model-magnitude-0.8-3epochs")
     model = artifact.load(folder / "model")
     assert masks_lib.total_density(model.masks).round(3).tolist() == [0.2] * 2
     refused = sweep(dense, tmp_path, "--epochs=1")

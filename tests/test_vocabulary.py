@@ -26,7 +26,7 @@ def split(pad_token_id: int) -> Tokenized:
     return Tokenized(
         tokens=rng.choice(USED, size=lengths.sum()).astype(np.int32),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
-        concepts=rng.integers(0, 3, size=(16, 2)).astype(np.int32),
+        concepts=rng.integers(0, 3, size=(16, 1)).astype(np.int32),
         labels=rng.integers(0, 2, size=16).astype(np.int32),
         row_ids=np.arange(16, dtype=np.int32),
         pad_token_id=pad_token_id,
@@ -36,7 +36,7 @@ def split(pad_token_id: int) -> Tokenized:
 
 
 def test_the_same_weights_are_trained(tiny_backbone_config: BackboneConfig) -> None:
-    config, params, masks, heads = build(dataclasses.replace(tiny_backbone_config, **ROBERTA), k=2)
+    config, params, masks, heads = build(dataclasses.replace(tiny_backbone_config, **ROBERTA), k=1)
     splits = {"train": split(config.backbone.pad_token_id)}
     small = vocabulary.restrict(config, params, splits)
     assert small.config.backbone.vocab_size == len(small.ids) == len(set(USED)) + config.backbone.pad_token_id + 1
@@ -65,7 +65,7 @@ def test_the_same_weights_are_trained(tiny_backbone_config: BackboneConfig) -> N
 
 
 def test_a_token_beyond_the_table_is_refused(tiny_backbone_config: BackboneConfig) -> None:
-    config, params, _, _ = build(tiny_backbone_config, k=2)
+    config, params, _, _ = build(tiny_backbone_config, k=1)
     alien = split(0)._replace(tokens=np.full(200, 10_000, np.int32))
     with pytest.raises(ValueError, match="gives token 10000, but embed/word/embedding has 96 rows"):
         vocabulary.restrict(config, params, {"train": alien})

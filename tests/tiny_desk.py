@@ -12,8 +12,8 @@ HOSTILE = """</script><script>window.hacked = 1</script><img src=x onerror="wind
 
 
 def model() -> artifact.SparseCBM:
-    """Reads at most 16 tokens: one width to compile for."""
-    return dataclasses.replace(tiny_model(num_layers=1), metadata={"max_length": 16})
+    """Reads texts padded or cut to 24 tokens: one width to compile for, which is other tests' too."""
+    return dataclasses.replace(tiny_model(num_layers=1), metadata={"max_length": 24, "buckets": (24,)})
 
 
 def sample() -> Examples:

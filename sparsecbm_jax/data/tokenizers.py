@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from os import PathLike
@@ -13,6 +14,8 @@ from sparsecbm_jax.data.schema import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Names that transformers 5 and 4 have given the class for any tokenizer.json.
+_GENERAL_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -32,15 +35,18 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
     # Imported here because transformers takes seconds to import, and may bring torch with it.
     # It would say that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    import transformers
 
     name = str(path_or_name)
     is_local = Path(name).is_dir()
     try:
-        # A tokeniser's own code is never run, and never asked about.
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, use_fast=True, local_files_only=is_local, trust_remote_code=False
-        )
+        if _is_of_no_special_class(Path(name)):
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+        else:
+            # A tokeniser's own code is never run, and never asked about.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name, use_fast=True, local_files_only=is_local, trust_remote_code=False
+            )
     # A damaged tokenizer.json ends in errors of every kind.
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         where = (
@@ -60,6 +66,17 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
             "save_pretrained(DIR), and pass DIR"
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _is_of_no_special_class(directory: Path) -> bool:
+    """Whether all there is to a tokeniser is in its tokenizer.json, as of those made here.
+
+    Looking for a class would import torch, where it is installed: two seconds.
+    """
+    settings = directory / "tokenizer_config.json"
+    if not (settings.is_file() and (directory / "tokenizer.json").is_file()):
+        return False
+    return json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in _GENERAL_CLASSES
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
