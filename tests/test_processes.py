@@ -98,7 +98,7 @@ def test_what_is_killed_goes_on_in_as_many_processes_or_in_one(tmp_path: Path) -
     settings: dict[str, Any] = {
         "backbone": {"name": "tiny"},
         "data": small_data(),
-        "training": {"num_epochs": 2, "batch_size": 16, "eval_batch_size": 16}
+        "training": {"num_epochs": 1, "batch_size": 16, "eval_batch_size": 16}
         | {"log_every_steps": 1, "save_every_steps": 2},
         "mesh": {"data": 8},
     }

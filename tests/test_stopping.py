@@ -9,31 +9,22 @@ from typing import Any
 import chex
 import processes
 import pytest
-from small_sample import small_data
+from test_training import tiny_run
 
 from sparsecbm_jax import stopping, training
 from sparsecbm_jax.checkpoint import Checkpointer
-from sparsecbm_jax.config import from_config_dict
 
-RUN = from_config_dict(
-    {
-        "backbone": {"name": "tiny"},
-        "data": small_data(),
-        "training": {"num_epochs": 3, "batch_size": 16, "eval_batch_size": 16, "log_every_steps": 1},
-        "sparsity": {"start_epoch": 1, "end_epoch": 2},
-        "pruner": {"num_grads": 2, "block_size": 32},
-    }
-)
-STEPS = 6
+RUN = tiny_run(training={"log_every_steps": 1})
+STEPS, CONCEPTS, GRADS, SCORED = 6, 2, RUN.pruner.num_grads, 3
 # (where, how often the run asks until then whether to stop, the step that is saved), each from where the one before it
-# stopped. It asks after a step, after each of two gradients of two concepts, and before each of three scored batches.
+# stopped. It asks after a step, after each gradient of a concept, and before each batch that is scored.
 MOMENTS = (
     ("mid-epoch", 2, 2),
     ("the last step of an epoch", STEPS - 2, STEPS),
     ("validation", 2, STEPS),
-    ("a gradient of the second concept", 3 + 3, STEPS),
-    ("a step after pruning", 3 + 2 + 2, STEPS + 2),
-    ("the scores of the end", 2 * STEPS - 2 + 3 + 4 + 3 + 2, 3 * STEPS),
+    ("a gradient of the second concept", SCORED + GRADS + 1, STEPS),
+    ("a step after pruning", SCORED + GRADS + 2, STEPS + 2),
+    ("the scores of the end", STEPS - 2 + SCORED + CONCEPTS * GRADS + STEPS + SCORED + 2, 3 * STEPS),
 )
 
 
