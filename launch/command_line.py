@@ -1,4 +1,4 @@
-"""What the mains share: `--config`, `--workdir`, messages for people, and several hosts where there are several."""
+"""What the mains share: `--config` with its overrides, and messages for people."""
 
 from __future__ import annotations
 
@@ -135,27 +135,6 @@ class PlainFormatter(standard_logging.Formatter):
 
     def format(self, record: standard_logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {record.getMessage()}"
-
-
-def start_distributed() -> int:
-    """Joins the other hosts of the run where the environment says there are any; call before any array is made.
-
-    `JAX_COORDINATOR_ADDRESS` (host:port) with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` states them; with
-    `SPARSECBM_DISTRIBUTED=1` JAX finds them itself (SLURM, Open MPI, TPU pods, Kubernetes).
-
-    Returns:
-        The index of this process: 0 is the one that prints and writes summaries.
-    """
-    import jax
-
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address and "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ.get("JAX_PROCESS_ID", "0"))
-        )
-    elif address or os.environ.get("SPARSECBM_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
-    return jax.process_index()
 
 
 def _parse(argv: Sequence[str], *, takes_arguments: bool) -> list[str]:

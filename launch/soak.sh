@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Kills 200 writers of an edit log at random points and checks that no acknowledged edit is lost; see soak.py. With
-# 'server', 50 clients press the live page's server for a minute, and it is killed under them; see soak_server.py.
+# 'server', 50 clients press the live page's server for a minute, and it is killed under them; see soak_server.py. With
+# 'training', a run in one or two processes is killed 50 times, and has to come to the same end; see soak_training.py.
 # Arguments go to them:
 #
 #   bash launch/soak.sh
 #   bash launch/soak.sh --kills=1000 --seed=1
 #   bash launch/soak.sh server --model=runs/quickstart/model
+#   bash launch/soak.sh training --kills=3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ "${1:-}" == server ]]; then
+if [[ "${1:-}" == server || "${1:-}" == training ]]; then
+    kind="$1"
     shift
-    exec python launch/soak_server.py "$@"
+    exec python "launch/soak_$kind.py" "$@"
 fi
 exec python launch/soak.py "$@"

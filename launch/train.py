@@ -3,8 +3,10 @@
 python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 python launch/train.py --config=configs/cebab.py:bert --config.optim.learning_rate=1e-4 --workdir=runs/x --seeds=0,1,2
 
-A run that was stopped goes on from its last checkpoint when the same command is given again. With --seeds, each run
-goes to seedN below the workdir, and summary.json holds their means and standard deviations.
+A run that was stopped goes on from its last checkpoint when the same command is given again. At SIGTERM it finishes the
+step under way, saves a checkpoint and ends with status 75, on which a scheduler may start it again. With --seeds, each
+run goes to seedN below the workdir, and summary.json holds their means and standard deviations. In several processes,
+on one host or many, all get the same command and --coordinator; see processes.py.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import json
 from pathlib import Path
 
 import command_line
+import processes
 from absl import flags
 
 FLAGS = flags.FLAGS
 command_line.define_config()
 flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(processes)
 flags.DEFINE_string("workdir", None, "Folder that the run is written to.")
+flags.DEFINE_bool("profile", False, "Trace a few steps with JAX's profiler, to WORKDIR/profile (TensorBoard, xprof).")
 flags.DEFINE_list("seeds", None, "Seeds of several runs, such as 0,1,2; in place of --config.seed.")
 
 
@@ -29,17 +34,17 @@ def main() -> None:
         raise ValueError("--workdir is missing; expected the folder that the run is written to, such as runs/first")
     workdir = Path(FLAGS.workdir)
     seeds = _seeds()
-    process = command_line.start_distributed()
+    process = processes.start()
 
     from sparsecbm_jax import evaluation, training
 
-    if not seeds:
-        training.train(config, workdir)
-        return
     workdirs = [workdir / f"seed{seed}" for seed in seeds]
-    for seed, folder in zip(seeds, workdirs, strict=True):
-        training.train(dataclasses.replace(config, seed=seed), folder)
-    if process == 0:
+    with processes.ending_in_order():
+        if not seeds:
+            training.train(config, workdir, profile=FLAGS.profile)
+        for seed, folder in zip(seeds, workdirs, strict=True):
+            training.train(dataclasses.replace(config, seed=seed), folder, profile=FLAGS.profile)
+    if seeds and process == 0:
         summary = evaluation.summarise_runs(workdirs)
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(evaluation.render_summary(summary))

@@ -197,6 +197,18 @@ class Checkpointer:
         """
         return self._read(step)["meta"]
 
+    def describe(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array that was saved with a step, by its path.
+
+        `restore` takes it for a tree, which tells whether the checkpoint is whole.
+
+        Raises:
+            CheckpointError: no such step, or it cannot be read.
+            TypeError: there is a PRNG key among them.
+        """
+        leaves = self._read(step)["leaves"]
+        return {name: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for name, leaf in leaves.items()}
+
     def clear(self) -> None:
         """Delete all of them."""
         for step in self.steps():
@@ -296,7 +308,11 @@ class Checkpointer:
         return sizes
 
     def _write_sizes(self, step: int) -> None:
-        (self._directory / str(step) / _SIZES_FILE).write_text(json.dumps(self._files(step), indent=0))
+        path = self._directory / str(step) / _SIZES_FILE
+        # A process may be killed at any moment: there are no sizes, or all of them.
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(self._files(step), indent=0))
+        beside.replace(path)
 
     def _check_sizes(self, step: int) -> None:
         # orbax finds a truncated file too, but says so in a page of asyncio tracebacks.

@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from tqdm.auto import tqdm
+
+from sparsecbm_jax.checkpoint import write_atomically
 
 T = TypeVar("T")
 LOG_FILE = "metrics.jsonl"
@@ -60,17 +63,23 @@ class MetricsLog:
     Args:
       workdir: the run's directory.
       step: the step that the run goes on from; records after it, from a continuation that was lost, are dropped.
+      redone: kinds of records of that very step that are dropped, too, since they will be written again.
       is_writer: False on all processes but one, which then write nothing.
     """
 
-    def __init__(self, workdir: Path, *, step: int = 0, is_writer: bool = True) -> None:
+    def __init__(self, workdir: Path, *, step: int = 0, redone: Collection[str] = (), is_writer: bool = True) -> None:
         self._file = None
         self._board = None
         if not is_writer:
             return
         path = workdir / LOG_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        records = [(line, json.loads(line)) for line in _lines(path)] if step else []
+        kept = [
+            line
+            for line, record in records
+            if record["step"] < step or (record["step"] == step and record["kind"] not in redone)
+        ]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
@@ -93,6 +102,40 @@ class MetricsLog:
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
+
+
+class StepTrace:
+    """Traces a few steps with JAX's profiler, once the first ones have been compiled.
+
+    Args:
+      folder: where the trace goes, for TensorBoard or xprof; None traces nothing.
+    """
+
+    FIRST, COUNT = 3, 3
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._num_begun, self._is_tracing = folder, 0, False
+
+    def begin_step(self, wait: Callable[[], object]) -> None:
+        """Starts or ends the trace where it is time; to be called before each step.
+
+        Args:
+          wait: returns when the step before is done.
+        """
+        self._num_begun += 1
+        if self._folder is not None and self._num_begun == self.FIRST:
+            wait()
+            jax.profiler.start_trace(self._folder)
+            self._is_tracing = True
+        elif self._num_begun == self.FIRST + self.COUNT:
+            wait()
+            self.end()
+
+    def end(self) -> None:
+        """Ends a trace that is under way."""
+        if self._is_tracing:
+            jax.profiler.stop_trace()
+            self._is_tracing = False
 
 
 def _lines(path: Path) -> list[str]:

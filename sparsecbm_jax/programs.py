@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from sparsecbm_jax import backbones, blockwise, cutting, fisher, intervention, patterns, sharding, steps
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.backbones.readers import read_json
 from sparsecbm_jax.cbm import CBMConfig, init_heads, make_forward
 from sparsecbm_jax.config import MeshConfig, OptimConfig, RunConfig
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.presets import configured_schema
+from sparsecbm_jax.throughput import forward_flops, step_flops
 from sparsecbm_jax.training import LOSSES
 from sparsecbm_jax.woodfisher import form
 
@@ -333,9 +333,9 @@ def model_flops(program: str, shapes: Shapes) -> float:
     """Products that a program has to compute, over all devices: nothing computed again, nothing twice."""
     run, config, k = shapes.run, shapes.config, shapes.config.num_concepts
     pruner, passes = run.pruner, k if shapes.is_sparse else 1
-    forward = functools.partial(_forward_flops, config.backbone, shapes.length)
+    forward = functools.partial(forward_flops, config.backbone, shapes.length)
     if program == "train_step":
-        return 3 * passes * forward(run.training.batch_size)
+        return step_flops(config, shapes.length, run.training.batch_size, is_sparse=shapes.is_sparse)
     if program == "eval_step":
         return passes * forward(run.training.eval_batch_size)
     if program == "intervene":
@@ -349,11 +349,3 @@ def model_flops(program: str, shapes: Shapes) -> float:
     # Gradients, the activations that they want once for all passes and concepts, and the products of a Fisher block.
     outer = 2 * pruner.num_grads * min(pruner.block_size, pruner.num_grads) * num_weights
     return pruner.num_grads * (3 + 1 / num_passes) * per_gradient + outer
-
-
-def _forward_flops(backbone: BackboneConfig, length: int, rows: int) -> float:
-    width, inner = backbone.hidden_size, backbone.intermediate_size
-    weights = backbone.num_layers * (4 * width**2 + 2 * width * inner)
-    weights += 2 * width * backbone.embedding_size if backbone.has_projections else 0
-    attention = backbone.num_layers * 2 * length * width
-    return 2.0 * rows * length * (weights + attention)

@@ -5,7 +5,6 @@ one of the authors' code. Deviation: masks alone are learnt. Eq. 10 moves the su
 by K subnetworks.
 """
 
-import functools
 import json
 import resource
 import sys
@@ -191,6 +190,7 @@ def prune(
     seed: int = 0,
     reports: list[Report] | None = None,
     make_bar: Callable[..., Bar] | None = None,
+    on_gradient: Callable[[], object] = lambda: None,
     store: ScoreStore | None = None,
 ) -> Masks:
     """Scores every concept's subnetwork and cuts its mask to `sparsity`.
@@ -205,6 +205,7 @@ def prune(
       seed: of the criterion 'random'.
       reports: gets what the criterion did, cut by cut and concept by concept.
       make_bar: called with `total=`, how many gradients there are to be, makes the bar that shows them.
+      on_gradient: called after each gradient; may raise to stop.
       store: gives scores that were made before, and gets those made now.
 
     Returns:
@@ -216,6 +217,11 @@ def prune(
     per_cut = num_gradients(params, masks, pruner) if criterion is None else pruner.num_grads
     bar = _NoBar() if make_bar is None else make_bar(total=config.num_concepts * cuts * per_cut)
     cutter = _Cutter(cutting, patterns.unit_of(pruner.pattern, pruner.block_size))
+
+    def count_gradient() -> None:
+        bar.update(1)
+        on_gradient()
+
     for cut in range(1, cuts + 1):
         pairs: list[tuple[Batch, Array]] = []
         collected: list[Kernels] = []
@@ -238,7 +244,7 @@ def prune(
                     k,
                     per_example=pruner.per_example,
                     limit=pruner.num_grads,
-                    on_gradient=functools.partial(bar.update, 1),
+                    on_gradient=count_gradient,
                 )
                 if criterion is None:
                     scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients)

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,19 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsecbm_jax import backbones, evaluation, host_memory, pruning, sharding, vocabulary
+from sparsecbm_jax import backbones, evaluation, host_memory, pruning, sharding, throughput, vocabulary
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.artifact import SparseCBM, load, save
 from sparsecbm_jax.blockwise import Report
-from sparsecbm_jax.cbm import Heads, LossFn, concept_loss, init_heads, joint_loss, make_forward, task_loss
+from sparsecbm_jax.cbm import Heads, LossFn, concept_loss, init_heads, joint_loss, task_loss
 from sparsecbm_jax.checkpoint import Checkpointer, check_same_run, read_run, write_atomically
 from sparsecbm_jax.config import RunConfig, to_dict
 from sparsecbm_jax.criteria import Criterion
-from sparsecbm_jax.data.batches import Batch, Tokenized, eval_batches, num_batches, train_batches
-from sparsecbm_jax.logs import MetricsLog, progress
+from sparsecbm_jax.data.batches import Tokenized, num_batches, train_batches
+from sparsecbm_jax.finishing import kept_model, score
+from sparsecbm_jax.logs import MetricsLog, StepTrace, progress
 from sparsecbm_jax.preparation import Prepared, prepare
 from sparsecbm_jax.pruning import PruningEvent
-from sparsecbm_jax.steps import TrainState, fit_predictor, init_state, make_optimizer, make_train_step
+from sparsecbm_jax.steps import TrainState, init_state, make_optimizer, make_train_step
+from sparsecbm_jax.stopping import Preempted, StopSignal
+from sparsecbm_jax.throughput import Meter
 
 LOSSES: dict[str, LossFn] = {
     "standard": task_loss,
@@ -71,6 +74,7 @@ def train(
     loss_fn: LossFn | None = None,
     criterion: Criterion | None = None,
     start: SparseCBM | None = None,
+    profile: bool = False,
 ) -> TrainResult:
     """Runs a config to its end, or goes on with what an earlier call left in `workdir`.
 
@@ -81,12 +85,14 @@ def train(
       criterion: a pruning score of one's own, of the shape of `blockwise.woodfisher_scores`.
       start: a model of the same backbone and schema whose parameters and heads to start from, in place of the
         pretrained backbone and fresh heads.
+      profile: whether a few of the steps are traced by JAX's profiler, to workdir/profile.
 
     Returns:
       The model of the kept epoch and its metrics.
 
     Raises:
       NonFiniteError: if a loss or gradient is NaN or Inf; names the step, the rows and the last good checkpoint.
+      Preempted: SIGTERM came. The step under way was finished and a checkpoint saved.
       RunMismatchError: if `workdir` holds a run with another config, loss or criterion.
     """
     workdir = Path(workdir)
@@ -119,6 +125,7 @@ def train(
     # Only now, so that a command that could not start does not claim the directory.
     check_same_run(workdir, described, ignore=_UNRELATED)
     with (
+        StopSignal() as stop,
         Checkpointer(workdir / "checkpoints", run.training.keep_checkpoints) as checkpoints,
         Checkpointer(workdir / "best", 1) as best,
         Checkpointer(workdir / "scores", prepared.config.num_concepts * run.sparsity.reestimations) as scores,
@@ -126,12 +133,12 @@ def train(
         small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
         in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
         heads = init_heads(jax.random.key(run.seed), small.config, run.strategy) if start is None else start.heads
-        loop = _Loop(run, in_use, heads, mesh, checkpoints, best, scores, workdir, loss_fn, criterion)
+        loop = _Loop(run, in_use, heads, mesh, checkpoints, best, scores, workdir, loss_fn, criterion, stop, profile)
         loop.run_epochs()
         state, meta = loop.best_state()
+        model, metrics = kept_model(run, in_use, mesh, state, meta, stop)
     if jax.process_index() == 0:
         shutil.rmtree(workdir / "scores")  # empty by now
-    model, metrics = _kept_model(run, in_use, mesh, state, meta)
     whole = vocabulary.put_back(model.params, prepared.params, small.ids)
     model = dataclasses.replace(model, config=prepared.config, params=whole)
     save(model, workdir / "model")
@@ -170,8 +177,10 @@ class _Loop:
         workdir: Path,
         loss_fn: LossFn | None,
         criterion: Criterion | None,
+        stop: StopSignal,
+        profile: bool,
     ) -> None:
-        self.settings, self.prepared, self.mesh = run, prepared, mesh
+        self.settings, self.prepared, self.mesh, self.stop = run, prepared, mesh, stop
         self.checkpoints, self.best, self.workdir, self.criterion = checkpoints, best, workdir, criterion
         self.scores = scores
         self.train_split = prepared.splits["train"]
@@ -189,13 +198,17 @@ class _Loop:
         )
         self.rng = jax.random.fold_in(jax.random.key(run.seed), 1)
         self.meta: dict[str, Any] = {"events_done": 0, "best_score": None, "best_epoch": None, "seconds": 0.0}
+        self.meta["scored_epochs"] = 0
         latest = checkpoints.latest_step()
         if latest is not None:
             self.meta = checkpoints.read_meta(latest)
             self.state = checkpoints.restore(latest, self._abstract(bool(self.meta["events_done"])))
             _say(f"resuming {workdir} after step {latest}")
         self.step = latest or 0
-        self.log = MetricsLog(workdir, step=self.step, is_writer=jax.process_index() == 0)
+        # Of an epoch that was stopped between its last step and its scores, these are still to come.
+        redone = () if self._is_scored() else ("validation",)
+        self.log = MetricsLog(workdir, step=self.step, redone=redone, is_writer=jax.process_index() == 0)
+        self.trace = StepTrace(workdir / "profile" if profile and jax.process_index() == 0 else None)
 
     def _abstract(self, has_masks: bool) -> TrainState:
         state = self.state
@@ -211,15 +224,24 @@ class _Loop:
         packed = jax.jit(masks_lib.pack)(masks)
         return jax.device_put(packed, sharding.shardings(self.mesh, sharding.packed_specs(packed)))
 
+    def _is_scored(self) -> bool:
+        return self.meta.get("scored_epochs", math.inf) >= self.step // self.steps_per_epoch
+
     def run_epochs(self) -> None:
         first = self.step // self.steps_per_epoch
         with contextlib.closing(self.log):
             try:
+                if not self._is_scored():
+                    self._end_of_epoch(first - 1)
                 for epoch in range(first, self.settings.training.num_epochs):
                     if self.meta.get("stopped_early"):
                         break
                     self._epoch(epoch)
                     self._end_of_epoch(epoch)
+            except Preempted:
+                self._save()
+                _say(f"saved what there is after step {self.step}")
+                raise
             except KeyboardInterrupt:
                 saved = self.checkpoints.latest_step() or 0
                 _say(f"\nstopped in step {self.step + 1}; the same command goes on after step {saved}")
@@ -245,13 +267,17 @@ class _Loop:
             initial=done,
             unit="step",
         )
-        started = time.monotonic()
+        self.started = time.monotonic()
+        self.meter = Meter(self.prepared.config, list(self.mesh.devices.flat))
         pending: Pending = None
         for index, batch in enumerate(bar, start=done):
             while self._is_due(epoch, index):
                 self._check(pending)
-                self._prune(epoch)
+                with self.meter.not_counting():
+                    self._prune(epoch)
                 bar.unpause()  # its time left is that of steps
+            self.trace.begin_step(functools.partial(self._check, pending))
+            self.meter.add(batch, is_sparse=self.state.packed is not None)
             self.state, metrics = self.step_fn(self.state, sharding.put_batch(batch, self.mesh), self.rng)
             # One step behind, so that the device never waits for the host to look.
             self._check(pending)
@@ -259,15 +285,30 @@ class _Loop:
             self.step += 1
             if self.step % training.log_every_steps == 0:
                 values = {name: float(value) for name, value in metrics.items()}
-                self.log.write(self.step, "train", {"epoch": epoch, **values})
-                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+                rates = self.meter.read()
+                self.log.write(self.step, "train", {"epoch": epoch, **values, **rates})
+                bar.set_postfix_str(f"loss {values['loss']:.3f}, {throughput.render(rates)}", refresh=False)
             every = training.save_every_steps
+            if self.stop.is_due():
+                self._check(pending)
+                self._count_time()
+                raise Preempted
             if every and self.step % every == 0 and index + 1 < self.steps_per_epoch:
                 self._check(pending)
-                self._save(time.monotonic() - started)
-                started = time.monotonic()
+                self._count_time()
+                with self.meter.not_counting():
+                    self._save()
+                self.started = time.monotonic()
         self._check(pending)
-        self.meta["seconds"] += time.monotonic() - started
+        self._count_time()
+        self.trace.end()
+        _say(f"epoch {epoch + 1}: {throughput.render(self.meter.read_all())}")
+
+    def _count_time(self) -> None:
+        """Adds the time since the last count to that of training."""
+        now = time.monotonic()
+        self.meta["seconds"] += now - self.started
+        self.started = now
 
     def _check(self, pending: Pending) -> None:
         if pending is None:
@@ -317,6 +358,7 @@ class _Loop:
                 seed=run.seed + number,
                 reports=reports,
                 make_bar=functools.partial(progress, description=f"pruning to {event}", unit="gradient"),
+                on_gradient=self.stop.check,
                 store=store,
             )
         store.clear()
@@ -328,7 +370,7 @@ class _Loop:
         self.meta["events_done"] = number + 1
 
     def _end_of_epoch(self, epoch: int) -> None:
-        report = score(self.settings, self.prepared, self.mesh, self.state, "validation")
+        report = score(self.settings, self.prepared, self.mesh, self.state, "validation", self.stop)
         value = _selection_score(self.settings.strategy, report)
         is_eligible = epoch >= self.first_kept_epoch
         is_best = is_eligible and (self.meta["best_score"] is None or value > self.meta["best_score"])
@@ -346,11 +388,14 @@ class _Loop:
         if patience and is_eligible and epoch - self.meta["best_epoch"] >= patience:
             self.meta["stopped_early"] = True
             _say(f"stopping early: no better validation score for {patience} epochs")
-        self._save(0.0)
+        self.meta["scored_epochs"] = epoch + 1
+        self._save()
 
-    def _save(self, seconds: float) -> None:
-        self.meta["seconds"] += seconds
-        self.checkpoints.save(self.step, self.state, self.meta)
+    def _save(self) -> None:
+        # One of this step is left as it is, though an event or scores that follow it may have begun: they are done
+        # again. To replace it would leave none for a while.
+        if self.checkpoints.latest_step() != self.step:
+            self.checkpoints.save(self.step, self.state, self.meta)
 
     def best_state(self) -> tuple[TrainState, dict[str, Any]]:
         """The state of the kept epoch."""
@@ -374,82 +419,3 @@ def _check_can_be_scored(strategy: str, validation: Tokenized) -> None:
     labels = {"concept": validation.concepts, "task": validation.labels}
     if not any((labels[name] >= 0).any() for name in _SCORED.get(strategy, ("concept", "task"))):
         raise ValueError(f"the validation split has no label that strategy {strategy!r} could be scored on")
-
-
-def _placed_batches(run: RunConfig, split: Tokenized, mesh: Mesh) -> Iterator[Batch]:
-    batches = eval_batches(
-        split,
-        batch_size=run.training.eval_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return (sharding.put_batch(batch, mesh) for batch in batches)
-
-
-def score(run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, split: str) -> dict[str, Any]:
-    """Scores a state on one split; see `evaluation.evaluate`."""
-    return evaluation.evaluate(
-        prepared.config,
-        state.params,
-        state.packed,
-        state.heads,
-        _placed_batches(run, prepared.splits[split], mesh),
-        prepared.dataset.schema,
-        forward_fn=make_forward(prepared.config, mesh),
-    )
-
-
-def _with_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState) -> TrainState:
-    """Second stage of 'independent' and 'sequential': φ on gold or on predicted activations."""
-    train_split = prepared.splits["train"]
-    classes = prepared.config.num_classes
-    if run.strategy == "independent":
-        # A missing cell (−1) activates no class.
-        activations = np.asarray(jax.nn.one_hot(train_split.concepts, classes))
-        labels = train_split.labels
-    else:
-        forward = make_forward(prepared.config, mesh)
-        collected, gold = [], []
-        for batch in _placed_batches(run, train_split, mesh):
-            real = sharding.to_host(batch.example_weight) > 0
-            collected.append(sharding.to_host(forward(state.params, None, state.heads, batch).activations)[real])
-            gold.append(sharding.to_host(batch.label)[real])
-        activations, labels = np.concatenate(collected), np.concatenate(gold)
-    heads = fit_predictor(
-        state.heads,
-        activations,
-        labels,
-        learning_rate=run.optim.head_learning_rate,
-        num_epochs=run.training.predictor_epochs,
-        batch_size=run.training.batch_size,
-        seed=run.seed,
-    )
-    return state._replace(heads=heads)
-
-
-def _kept_model(
-    run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any]
-) -> tuple[SparseCBM, dict[str, Any]]:
-    """The model of the kept epoch, what is fitted last fitted, and its scores on validation and test."""
-    if run.strategy in ("independent", "sequential"):
-        state = _with_predictor(run, prepared, mesh, state)
-    config, schema = prepared.config, prepared.dataset.schema
-    metrics: dict[str, Any] = {
-        "validation": score(run, prepared, mesh, state, "validation"),
-        "test": score(run, prepared, mesh, state, "test"),
-        "best_epoch": meta["best_epoch"],
-        "train_seconds": meta["seconds"],
-    }
-    masks = None if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
-    if masks is not None:
-        metrics["density"] = dict(zip(schema.concepts, masks_lib.total_density(masks).tolist(), strict=True))
-    metadata = {
-        "seed": run.seed,
-        "dataset": prepared.dataset.name,
-        "backbone": run.backbone.name,
-        "max_length": run.data.max_length,
-        "metrics": metrics,
-        "run_config": to_dict(run),
-    }
-    model = SparseCBM(config, state.params, masks, state.heads, schema, prepared.tokenizer, run.strategy, metadata)
-    return model, metrics

@@ -145,7 +145,7 @@ def test_a_missing_file_of_texts_is_named(tmp_path: Path) -> None:
 STAND_IN = """
 import json, runpy, sys, types
 training = types.ModuleType("sparsecbm_jax.training")
-training.train = lambda config, workdir: print(json.dumps([str(workdir), config.seed, config.data.concepts,
+training.train = lambda config, workdir, profile: print(json.dumps([str(workdir), config.seed, config.data.concepts,
     config.sparsity.final, config.training.num_epochs, config.data.missing_as_unknown, config.strategy]))
 evaluation = types.ModuleType("sparsecbm_jax.evaluation")
 evaluation.summarise_runs = lambda workdirs: {"runs": [str(path) for path in workdirs]}

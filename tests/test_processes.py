@@ -1,10 +1,10 @@
-"""Two processes that each hold one device and half of the rows train as one process with two devices does."""
+"""Two processes train as one does, and where one of them is killed, what follows is as if it had not been."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from small_sample import as_flag, small_data
+from soak_training import Kill, Run, differences, free_port
 
 import sparsecbm_jax
 from sparsecbm_jax import training
@@ -32,11 +33,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port: int = server.getsockname()[1]
-        return port
+def _flags(settings: dict[str, Any]) -> list[str]:
+    return [as_flag(f"{section}.{key}", value) for section, values in settings.items() for key, value in values.items()]
 
 
 def _records(workdir: Path) -> list[dict[str, Any]]:
@@ -44,15 +42,18 @@ def _records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def test_two_processes_train_prune_and_save_as_one(tmp_path: Path) -> None:
-    flags = [
-        as_flag(f"{section}.{key}", value) for section, values in SETTINGS.items() for key, value in values.items()
-    ]
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{_free_port()}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [sys.executable, "launch/train.py", "--config=configs/common.py", *flags, f"--workdir={tmp_path / 'two'}"]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--config=configs/common.py",
+        *_flags(SETTINGS),
+        f"--workdir={tmp_path / 'two'}",
+    ]
     processes = [
         subprocess.Popen(
             command,
@@ -90,3 +91,31 @@ def test_two_processes_train_prune_and_save_as_one(tmp_path: Path) -> None:
     same = [np.mean(np.asarray(loaded.masks[path]) == np.asarray(mask)) for path, mask in one.model.masks.items()]
     # Gradients are added up in another order, which may swap weights of almost equal score.
     assert min(same) > 0.999
+
+
+def test_what_is_killed_goes_on_in_as_many_processes_or_in_one(tmp_path: Path) -> None:
+    """Two kills as `launch/soak_training.py` makes them, of two processes with four devices each, without pruning."""
+    settings: dict[str, Any] = {
+        "backbone": {"name": "tiny"},
+        "data": small_data(),
+        "training": {"num_epochs": 1, "batch_size": 16, "eval_batch_size": 16}
+        | {"log_every_steps": 1, "save_every_steps": 2},
+        "mesh": {"data": 8},
+    }
+    flags = ["--config=configs/common.py", "--config.strategy=joint", *_flags(settings)]
+    whole, killed = (Run(tmp_path / name, flags, os.environ) for name in ("whole", "killed"))
+    run = from_config_dict({"strategy": "joint", **settings})
+    sparsecbm_jax.train(run, whole.workdir)
+
+    outcome = killed.end_by(Kill(num_processes=2, victim=1, signal=signal.SIGKILL, steps=3, delay=0.0))
+    assert not outcome.is_finished and outcome.saved is not None
+    survivor = killed.output(0).read_text()
+    assert "Another process may have died" in survivor or "another task died" in survivor
+
+    outcome = killed.end_by(Kill(num_processes=2, victim=1, signal=signal.SIGTERM, steps=2, delay=0.0))
+    assert outcome.statuses == [75, 75]
+    assert outcome.saved == killed.last_step(), "both saved what was done"
+    assert "the same command goes on where it was" in killed.output(0).read_text()
+
+    sparsecbm_jax.train(run, killed.workdir)
+    assert max(differences(whole, killed)) <= LOSS_TOLERANCE

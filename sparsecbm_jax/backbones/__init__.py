@@ -10,6 +10,7 @@ from sparsecbm_jax.backbones.backbone import (
     maskable_paths,
 )
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
+from sparsecbm_jax.backbones.conversion import Converted, convert
 from sparsecbm_jax.backbones.dropout import dropout, fold_keys
 from sparsecbm_jax.backbones.published import published_config
 from sparsecbm_jax.backbones.weights import (
@@ -22,10 +23,12 @@ from sparsecbm_jax.backbones.weights import (
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "Converted",
     "Params",
     "WeightsError",
     "config_from_hf",
     "config_to_hf",
+    "convert",
     "dropout",
     "encode_dense",
     "export_pretrained",

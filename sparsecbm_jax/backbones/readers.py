@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 Index = tuple[slice, ...]
@@ -30,6 +31,14 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str, index: Index) -> np.ndarray:
         """The values of one tensor at `index`, in the checkpoint's own precision."""
+
+    def read_whole(self, name: str) -> np.ndarray:
+        """All values of one tensor."""
+        return self.read(name, tuple(slice(None) for _ in self.shapes[name]))
+
+    def dtype(self, name: str) -> np.dtype:
+        """The precision of one tensor."""
+        return self.read(name, tuple(slice(0, 0) for _ in self.shapes[name])).dtype
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,9 +127,11 @@ class TorchReader(Reader):
             raise WeightsError(f"{path}: cannot be read as PyTorch weights (truncated?): {error}") from error
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        tensor = self._tensors[name][index]
-        # numpy has no bfloat16 that torch would convert to.
-        return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+        tensor = self._tensors[name][index].detach()
+        if tensor.dtype == self._torch.bfloat16:
+            # numpy has none of its own that torch would convert to: its bits go over.
+            return tensor.view(self._torch.int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
 
 
 class MsgpackReader(Reader):

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def load_pretrained(
 ) -> tuple[BackboneConfig, Params]:
     """Reads a checkpoint of a supported family; heads and poolers in it are passed over.
 
-    Each leaf is read slice by slice, so the host holds at most its own shards of one stacked leaf (for msgpack: and
+    Each leaf is read slice by slice, so the host holds at most one device's shard of one stacked leaf (for msgpack: and
     one file).
 
     Args:
@@ -68,7 +68,7 @@ def load_pretrained(
         ValueError: The model type is not supported.
         OSError: The name is no directory and cannot be had from the hub.
     """
-    directory = _directory(name_or_dir)
+    directory = find_checkpoint(name_or_dir)
     if not (directory / "config.json").is_file():
         raise WeightsError(f"{directory}: holds no config.json")
     config = config_from_hf(read_json(directory / "config.json"))
@@ -100,17 +100,19 @@ def _flat_shardings(shardings: Any | None, shapes: Shapes) -> Mapping[str, Shard
 def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
     if sharding is None:
         return jnp.array(read(tuple(slice(None) for _ in shape)))
-    # The callback is asked once a device, and devices that hold the same shard ask for the same slices.
-    seen: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-    def shard(index: Index | None) -> np.ndarray:
-        index = index or tuple(slice(None) for _ in shape)
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        if key not in seen:
-            seen[key] = read(index)
-        return seen[key]
-
-    return jax.make_array_from_callback(shape, sharding, shard)
+    # Shard by shard, so that the host holds one; devices that hold the same one have it read once.
+    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        parts = index or tuple(slice(None) for _ in shape)
+        key = tuple(part.indices(size) for part, size in zip(parts, shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    shards = []
+    for key, devices in holders.items():
+        values = read(tuple(slice(*bounds) for bounds in key))
+        # A copy for each device: a training step gives its arrays away.
+        shards += [jax.device_put(values, device, may_alias=False) for device in devices]
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read_leaf(
@@ -168,17 +170,26 @@ def _problem(name: str, expected: tuple[int, ...], found: Mapping[str, tuple[int
     return None
 
 
-def _directory(name_or_dir: str | os.PathLike[str]) -> Path:
+def find_checkpoint(name_or_dir: str | os.PathLike[str], *, also: Sequence[str] = ()) -> Path:
+    """The directory of a checkpoint, which is downloaded if it is named as on the hub.
+
+    Args:
+        name_or_dir: See `load_pretrained`.
+        also: Names of files to download beside config and weights, where they are there.
+
+    Raises:
+        OSError: It is no directory and cannot be had from the hub.
+    """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
         return path
     name = str(name_or_dir)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{name}: no such directory")
-    return _download(name)
+    return _download(name, also)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, also: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     # Read now: the library reads the variable only when it is first imported.
@@ -186,7 +197,7 @@ def _download(name: str) -> Path:
     try:
         for weights, _ in FORMATS:
             stem, suffix = os.path.splitext(weights)
-            patterns = ["config.json", weights, f"{stem}-*{suffix}", f"{weights}.index.json"]
+            patterns = ["config.json", *also, weights, f"{stem}-*{suffix}", f"{weights}.index.json"]
             path = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline))
             if any((path / found).is_file() for found in (weights, f"{weights}.index.json")):
                 break
