@@ -43,6 +43,7 @@ FLOORS = (
         "intervention",
         "minimal",
         "guards",
+        "lasting",
         "correction",
         "arms",
         "impact",
