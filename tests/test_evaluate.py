@@ -89,17 +89,18 @@ def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> No
     kept, log = tmp_path / "corrections.jsonl", tmp_path / "edits.log"
     model = artifact.load(folder / "model")
     assert model.masks is not None
-    for text in (TEXTS[0], TEXTS[3]):
-        read = int(artifact.predict(model, [text]).concepts[0, 1])
-        asked = [f"--text={text}", "--concept=ambiance", f"--target={SCHEMA.classes[(read + 2) % 3]}"]
-        made = run_main("intervene.py", f"--model={folder / 'model'}", *asked, f"--lasting={kept}", f"--log={log}")
-        assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
+    readings = artifact.predict(model, [TEXTS[0], TEXTS[3]]).concepts[:, 1]
+    earlier, now = SCHEMA.classes[readings[0]], SCHEMA.classes[(readings[1] + 2) % 3]
+    kept.write_text(json.dumps({"text": TEXTS[0], "concept": "ambiance", "target": earlier}) + "\n")
+    asked = [f"--model={folder / 'model'}", f"--text={TEXTS[3]}", "--concept=ambiance", f"--target={now}"]
+    made = run_main("intervene.py", *asked, f"--lasting={kept}", f"--log={log}")
+    assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
     corrections = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert [one["text"] for one in corrections] == [TEXTS[0], TEXTS[3]]
+    assert [(one["text"], one["target"]) for one in corrections] == [(TEXTS[0], earlier), (TEXTS[3], now)]
     with EditLog(log, model.masks, SCHEMA.concepts) as edits:
         corrected = dataclasses.replace(model, masks=edits.replay(model.masks))
     read = artifact.predict(corrected, [one["text"] for one in corrections]).concepts[:, 1]
-    assert [SCHEMA.classes[index] for index in read] == [one["target"] for one in corrections]
+    assert [SCHEMA.classes[index] for index in read] == [earlier, now]
     kept.write_text('{"text": "fine", "concept": "food"}\n')
-    refused = run_main("intervene.py", f"--model={folder / 'model'}", *asked, f"--lasting={kept}")
+    refused = run_main("intervene.py", *asked, f"--lasting={kept}")
     assert refused.returncode == 2 and f"{kept}, line 1: expected a JSON object" in refused.stderr

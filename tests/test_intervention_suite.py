@@ -156,7 +156,7 @@ def test_an_arm_is_what_it_is_called(subject: Subject, name: str) -> None:
     outcome = ARMS[name].make(kit, 0)(subject.config, subject.state, batch, k, (reading + 1) % 3)
     assert vars(kit).keys() & {"guards", "sparing_guards"} == {
         "guarded": {"guards"},
-        "rehearsed": {"sparing_guards"},
+        "rehearsed": {"guards", "sparing_guards"},
     }.get(name, set())
     if name in ("none", "oracle"):
         assert outcome == Outcome(subject.state, 0, name == "oracle")

@@ -14,8 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from killed_runs import Kill, Run, differences, free_port
 from small_sample import as_flag, small_data
-from soak_training import Kill, Run, differences, free_port
 
 import sparsecbm_jax
 from sparsecbm_jax import training
