@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import cbm
 from sparsecbm_jax import masks as masks_lib
-from sparsecbm_jax.cbm import CBMConfig
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit
 from sparsecbm_jax.intervention import Guard, check_index, check_masks, edit_between, guarded, signed, spare
@@ -111,11 +111,11 @@ def _minimal_edit(
     weights = {path: masks_lib.leaf_at(params, path) for path in mask}
     kernels = masks_lib.kernels_of(params, mask)
 
-    def margin_of(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
+    def read(kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], CBMOutput]:
         output = cbm.subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
-        return least_margin(output.concept_logits[:, 0], target, batch.example_weight)
+        return least_margin(output.concept_logits[:, 0], target, batch.example_weight), output
 
-    grads = jax.grad(margin_of)(kernels)
+    start, grads = jax.value_and_grad(read, has_aux=True)(kernels)
     # How much the margin gains where a weight is grown, and loses where it is dropped: it is to rise, not to fall.
     if guard is None:
         gains = {path: signed(weights[path], -grads[path]) for path in mask}
@@ -128,25 +128,18 @@ def _minimal_edit(
     )
     most = jnp.minimum(dropped.num, grown.num)
 
-    def edited(n: Int[Array, ""]) -> dict[str, Float[Array, "..."]]:
-        return swapped(kernels, weights, dropped, grown, n)
-
-    low, high, repaired, trials = _smallest(lambda n: margin_of(edited(n)) > wanted, most, margin_of(kernels) > wanted)
-    count = jnp.where(repaired, high, 0)
+    search = _smallest(lambda n: read(swapped(kernels, weights, dropped, grown, n)), start, wanted, most)
+    count = jnp.where(search.is_found, search.high, 0)
+    margin, after = jax.tree.map(
+        lambda at_high, at_start: jnp.where(count > 0, at_high, at_start), search.at_high, start
+    )
     new_mask = swapped_mask(mask, dropped, grown, count)
-    after = cbm.subnetwork_output(config, params, heads, batch, edited(count), concept, before.activations)
     no_label = jnp.full_like(target, -1)
     edit = edit_between(
         mask, new_mask, before, after, concept=concept, target=target, label=no_label, num_per_step=count
     )
-    found = MinimalEdit(
-        edit,
-        count,
-        repaired,
-        least_margin(after.concept_logits[:, 0], target, batch.example_weight),
-        jnp.where(count > 0, margin_of(edited(low)), jnp.nan),
-        trials,
-    )
+    margin_below = jnp.where(count > 0, search.margin_at_low, jnp.nan)
+    found = MinimalEdit(edit, count, search.is_found, margin, margin_below, search.num_trials)
     return masks_lib.replace_concept(masks, concept, new_mask), found
 
 
@@ -169,32 +162,50 @@ def margins(logits: Float[Array, "B C"], target: Int[Array, " B"]) -> Float[Arra
     return own - jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=1)
 
 
-_Search = tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""], Int[Array, ""]]
+_Seen = tuple[Float[Array, ""], CBMOutput]
+
+
+class _Search(NamedTuple):
+    """Where the search stands: n − 1, which was seen not to repair, and n, which was seen to where one is found."""
+
+    low: Int[Array, ""]
+    high: Int[Array, ""]
+    is_found: Bool[Array, ""]
+    margin_at_low: Float[Array, ""]
+    at_high: _Seen
+    num_trials: Int[Array, ""]
 
 
 def _smallest(
-    repairs: Callable[[Int[Array, ""]], Bool[Array, ""]], most: Int[Array, ""], is_right: Bool[Array, ""]
+    read: Callable[[Int[Array, ""]], _Seen], start: _Seen, wanted: Float[Array, ""], most: Int[Array, ""]
 ) -> _Search:
-    """n − 1, which does not repair; n, which does; whether there is one; trials. n is 0 where all is right already."""
+    """Doubles n until the margin is above the wanted one, then halves the gap; n is 0 where it is from the start.
+
+    One loop does both, so that the subnetwork is compiled once for all trials.
+    """
+
+    def step(state: _Search) -> _Search:
+        doubled = jnp.minimum(jnp.maximum(2 * state.high, 1), most)
+        n = jnp.where(state.is_found, (state.low + state.high) // 2, doubled)
+        seen = read(n)
+        repairs = seen[0] > wanted
+        # While nothing is found, what was tried last is the most that does not repair.
+        is_high = repairs | ~state.is_found
+        margin_at_low = jnp.where(is_high, jnp.where(state.is_found, state.margin_at_low, state.at_high[0]), seen[0])
+        return _Search(
+            jnp.where(is_high, jnp.where(state.is_found, state.low, state.high), n),
+            jnp.where(is_high, n, state.high),
+            state.is_found | repairs,
+            margin_at_low,
+            jax.tree.map(lambda new, old: jnp.where(is_high, new, old), seen, state.at_high),
+            state.num_trials + 1,
+        )
+
+    def goes_on(state: _Search) -> Bool[Array, ""]:
+        return jnp.where(state.is_found, state.high - state.low > 1, state.high < most)
+
     zero = jnp.int32(0)
-
-    def double(state: _Search) -> _Search:
-        _, high, _, trials = state
-        trial = jnp.minimum(jnp.maximum(2 * high, 1), most)
-        return high, trial, repairs(trial), trials + 1
-
-    def grows(state: _Search) -> Bool[Array, ""]:
-        _, high, found, _ = state
-        return ~found & (high < most)
-
-    def halve(state: _Search) -> _Search:
-        low, high, found, trials = state
-        middle = (low + high) // 2
-        does = repairs(middle)
-        return jnp.where(does, low, middle), jnp.where(does, middle, high), found, trials + 1
-
-    state = jax.lax.while_loop(grows, double, (zero, zero, is_right, zero))
-    return jax.lax.while_loop(lambda state: state[2] & (state[1] - state[0] > 1), halve, state)
+    return jax.lax.while_loop(goes_on, step, _Search(zero, zero, start[0] > wanted, start[0], start, zero))
 
 
 class Ranked(NamedTuple):
