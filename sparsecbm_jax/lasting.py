@@ -28,9 +28,9 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.guards import concept_output
-from sparsecbm_jax.intervention import Guard, check_index, check_masks, guarded, signed, spare
+from sparsecbm_jax.intervention import Guard, check_index, check_masks
 from sparsecbm_jax.masks import Masks, Params
-from sparsecbm_jax.minimal import margins, ranked, swapped, swapped_mask
+from sparsecbm_jax.minimal import margins, ranked_swaps, swapped, swapped_mask
 
 ANCHOR = -1  # in place of a target
 # Trials of a round without a lower J, after one that had it, before the round ends.
@@ -187,20 +187,11 @@ def _lasting_edit(
         drift = jnp.sum(squares) / jnp.maximum(jnp.sum(is_anchor), 1)
         return jnp.sum(jnp.maximum(margin - of_rows, 0)) + strength * drift, _Reading(of_rows, drift)
 
-    def gains_of(grads: dict[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-        if guard is None:
-            return {path: signed(weights[path], grads[path]) for path in grads}
-        grads = spare(grads, guard)
-        return {path: guarded(weights[path], grads[path], guard.costs[path]) for path in grads}
-
     def one_round(state: _Round) -> _Round:
         mask = state.mask
         kernels = masks_lib.kernels_of(params, mask)
         before, grads = jax.value_and_grad(objective, has_aux=True)(kernels)
-        gains = gains_of(grads)
-        dropped = ranked(gains, mask, max_pairs)
-        pruned = {path: ~kept for path, kept in mask.items()}
-        grown = ranked({path: -gain for path, gain in gains.items()}, pruned, max_pairs)
+        dropped, grown = ranked_swaps(weights, mask, grads, guard, max_pairs)
         most = jnp.minimum(dropped.num, grown.num)
 
         def trial(state: _Trial) -> _Trial:

@@ -116,16 +116,8 @@ def _minimal_edit(
         return least_margin(output.concept_logits[:, 0], target, batch.example_weight), output
 
     start, grads = jax.value_and_grad(read, has_aux=True)(kernels)
-    # How much the margin gains where a weight is grown, and loses where it is dropped: it is to rise, not to fall.
-    if guard is None:
-        gains = {path: signed(weights[path], -grads[path]) for path in mask}
-    else:
-        grads = spare(grads, guard)
-        gains = {path: guarded(weights[path], -grads[path], guard.costs[path]) for path in mask}
-    dropped = ranked(gains, mask, max_pairs)
-    grown = ranked(
-        {path: -gain for path, gain in gains.items()}, {path: ~kept for path, kept in mask.items()}, max_pairs
-    )
+    # Negated: the margin is to rise.
+    dropped, grown = ranked_swaps(weights, mask, {path: -grad for path, grad in grads.items()}, guard, max_pairs)
     most = jnp.minimum(dropped.num, grown.num)
 
     search = _smallest(lambda n: read(swapped(kernels, weights, dropped, grown, n)), start, wanted, most)
@@ -234,6 +226,23 @@ def ranked(scores: Mapping[str, Float[Array, "..."]], among: Mapping[str, Bool[A
     parts = dict(zip(positions, jnp.split(places, len(positions)), strict=True))
     shapes = {path: scores[path].shape[0] for path in positions}
     return Ranked(positions, parts, shapes, sum((jnp.sum(real, dtype=jnp.int32) for real in is_real), jnp.int32(0)))
+
+
+def ranked_swaps(
+    weights: Mapping[str, Float[Array, "..."]],
+    mask: Mapping[str, Bool[Array, "..."]],
+    grads: Mapping[str, Float[Array, "..."]],
+    guard: Guard | None,
+    size: int,
+) -> tuple[Ranked, Ranked]:
+    """Kept weights to drop and pruned ones to grow, first those by which a loss falls most, from its gradients."""
+    if guard is None:
+        gains = {path: signed(weights[path], grads[path]) for path in mask}
+    else:
+        spared = spare(grads, guard)
+        gains = {path: guarded(weights[path], spared[path], guard.costs[path]) for path in mask}
+    pruned = {path: ~kept for path, kept in mask.items()}
+    return ranked(gains, mask, size), ranked({path: -gain for path, gain in gains.items()}, pruned, size)
 
 
 def swapped(
