@@ -73,7 +73,7 @@ def get_scaled_config(
     config = get_config(backbone)
     config.data.preset = "cebab"
     config.backbone.dtype = "bfloat16"
-    config.backbone.remat = True
+    config.backbone.remat = "full"
     config.training.batch_size = config.training.eval_batch_size = batch_size
     config.mesh.fsdp = fsdp
     config.mesh.tensor = tensor

@@ -55,7 +55,7 @@ flags.DEFINE_integer("concepts", None, "Concepts to score and cut; by default al
 flags.DEFINE_float("drop_fraction", 1e-4, "Share of the backbone's weights that is dropped, and grown.")
 flags.DEFINE_integer("batch", 32, "Texts of a training step.", lower_bound=1)
 flags.DEFINE_integer("length", 128, "Tokens of a text of a training step.", lower_bound=3)
-flags.DEFINE_bool("remat", False, "Our layers are computed again in the backward pass.")
+flags.DEFINE_enum("remat", "selective", ["none", "selective", "full"], "What of our layers is computed again.")
 flags.DEFINE_bool("unroll_layers", False, "Our layers are written out, which takes longer to compile.")
 flags.DEFINE_bool("dropout", True, "The step has the backbone's dropout.")
 flags.DEFINE_bool("torch", False, "Also the step in PyTorch.")

@@ -63,8 +63,8 @@ def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rou
     packed = jax.eval_shape(masks_lib.pack, masks)
     programs_of: dict[str, Callable[[], Any]] = {
         "forward": lambda: make_forward(config).lower(params, packed, heads, batch),  # type: ignore[attr-defined]
-        "intervene": lambda: _lower_intervene(config, params, masks, heads, batch),
-        "minimal_edit": lambda: _lower_minimal_edit(config, params, masks, heads, batch),
+        "intervene": lambda: _lower_intervene(config, params, packed, heads, batch),
+        "minimal_edit": lambda: _lower_minimal_edit(config, params, packed, heads, batch),
     }
     found: dict[str, Any] = {name: {"wanted_bytes": None} for name in programs_of}
     for name, lower in programs_of.items():
@@ -77,8 +77,8 @@ def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rou
 
     def make() -> dict[str, Any]:
         model["params"] = random_params(config, param_dtype)
-        model["masks"] = random_masks(config, model["params"], density_of(run, config))
-        model["packed"] = jax.jit(masks_lib.pack)(model["masks"])
+        masks = random_masks(config, model["params"], density_of(run, config))
+        model["masks"] = jax.jit(masks_lib.pack)(masks)
         return {"peak_bytes": peak_bytes()}
 
     found["model"] = attempt("a random model", make)
@@ -87,14 +87,12 @@ def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rou
     say(f"intervention: {masks_lib.num_weights(model['masks'])} maskable weights, peak so far {in_gb(peak_bytes())}")
     arguments = (config, model["params"], model["masks"], heads, batch, 0, 1)
     calls: dict[str, Callable[[], Any]] = {
-        "forward": lambda: make_forward(config)(model["params"], model["packed"], heads, batch),
+        "forward": lambda: make_forward(config)(model["params"], model["masks"], heads, batch),
         "intervene": lambda: intervention.intervene(*arguments, drop_fraction),
         "minimal_edit": lambda: minimal.minimal_edit(*arguments),
     }
     for name, call in calls.items():
         found[name] |= attempt(name, functools.partial(_times_of, name, call, num_rounds))
-        # Only the forward pass takes packed masks.
-        model.pop("packed", None)
     return {
         **about_device(),
         "param_dtype": param_dtype,

@@ -147,7 +147,7 @@ def heading(run: RunConfig, topology: Topology) -> str:
     estimate = "" if chip.is_compiled_for else " (estimates: compiled for virtual CPU devices)"
     length = min(run.data.max_length, config.backbone.max_length)
     columns = ("argument", "output", "temporary", "held", "peak", "of chip", "flops x", "wire", "seconds", "bound")
-    how = f"{run.backbone.dtype}{', remat' if run.backbone.remat else ''}"
+    how = f"{run.backbone.dtype}{'' if run.backbone.remat == 'none' else f', remat {run.backbone.remat}'}"
     return "\n".join(
         [
             f"{run.backbone.name}, K = {config.num_concepts}, {length} tokens, batch {run.training.batch_size}, {how}, "

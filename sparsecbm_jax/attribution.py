@@ -25,10 +25,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax import cbm
-from sparsecbm_jax.cbm import AnyMasks, CBMConfig, CBMOutput, Heads
+from sparsecbm_jax.cbm import CBMConfig, CBMOutput, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import did_you_mean
-from sparsecbm_jax.masks import Params
+from sparsecbm_jax.masks import AnyMasks, Params
 
 Method = Literal["gradient_norm", "gradient_x_input", "integrated_gradients"]
 Baseline = Literal["zero", "pad"]

@@ -22,18 +22,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax import sharding
 from sparsecbm_jax.backbones import Backbone, BackboneConfig, make_backbone
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.masks import Params
+from sparsecbm_jax.masks import AnyMasks, Params
 from sparsecbm_jax.sharding import SINGLE, Axes
 
 Heads = Mapping[str, Mapping[str, Any]]
 Kernels = Mapping[str, Float[Array, "K ..."]]
-AnyMasks = Mapping[str, Bool[Array, "K ..."] | UInt[Array, "..."]]
+
+REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
 
 # Folded into a row's key: the layers take their own number, concepts start here.
 _CONCEPT_STREAM = 1_000_000
@@ -49,7 +54,9 @@ class CBMConfig:
       num_classes: C, classes of every concept.
       num_labels: Y, classes of the task.
       dtype: matmuls' type, 'float32' or 'bfloat16'; parameters, norms, softmax, pooling and heads stay float32.
-      remat: recompute a layer's activations in the backward pass instead of keeping them.
+      remat: what of a layer is computed again in the backward pass instead of being kept: nothing ('none'), all but
+        what its kernels give ('selective': less memory for little time, and faster where memory is what is slow), or
+        everything ('full').
       unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
         runs about a quarter faster.
       gamma: γ, the weight of the concept loss in Eq. 1.
@@ -60,9 +67,13 @@ class CBMConfig:
     num_classes: int
     num_labels: int
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     unroll_layers: bool = False
     gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; expected one of {', '.join(map(repr, REMAT_POLICIES))}")
 
 
 class CBMOutput(NamedTuple):
@@ -110,7 +121,7 @@ def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None 
     Differentiating with respect to these, not to θ, keeps gradients at pruned positions alive; and since concept k
     enters the loss only through its own copy, the gradient of the joint loss is that of L_k through subnetwork k.
     """
-    if any(mask.dtype != jnp.bool_ for mask in masks.values()):
+    if any(map(masks_lib.is_packed, masks.values())):
         if num_concepts is None:
             raise ValueError("packed masks do not know how many concepts they hold; pass num_concepts")
         masks = masks_lib.unpack(dict(masks), num_concepts)
@@ -175,7 +186,7 @@ def encode(
     if kernels is not None:
         passes = next(iter(kernels.values())).shape[0]
     elif masks is not None:
-        is_packed = all(mask.dtype != jnp.bool_ for mask in masks.values())
+        is_packed = all(map(masks_lib.is_packed, masks.values()))
         passes = config.num_concepts if is_packed else masks_lib.num_concepts(dict(masks))
         bits = dict(masks) if is_packed else masks_lib.pack(masks)
         if axes.size("concept") > 1:
@@ -240,6 +251,12 @@ def encode(
     is_shared = not (embed_bits or embed_kernels or per_pass_words)
     hidden = [embed(0)] * passes if is_shared else [embed(k) for k in range(passes)]
 
+    def rematerialised(body: Callable[..., Any]) -> Callable[..., Any]:
+        if config.remat == "none":
+            return body
+        # What a loop goes through again cannot be merged with what it did before.
+        return jax.checkpoint(body, prevent_cse=config.unroll_layers, policy=REMAT_POLICIES[config.remat])
+
     # Layers outside, subnetworks inside.
     layer_bits = _group(bits, "layers/")
     layer_kernels = {path: jnp.moveaxis(leaf, 1, 0) for path, leaf in _group(kernels or {}, "layers/").items()}
@@ -261,14 +278,14 @@ def encode(
             k, h, row_keys = k_and_h
             return None, one(h, k, row_keys)
 
-        body = jax.checkpoint(inner) if config.remat else inner
-        return jax.lax.scan(body, None, (jnp.arange(passes), *carry))[1], None
+        return jax.lax.scan(rematerialised(inner), None, (jnp.arange(passes), *carry))[1], None
 
     num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
     scanned = (params["layers"], layer_bits, layer_kernels, jnp.arange(num_layers))
     if unroll:
-        body = jax.checkpoint(layer) if config.remat else layer
-        carry, _ = jax.lax.scan(body, tuple(hidden), scanned, unroll=num_layers if config.unroll_layers else 1)
+        carry, _ = jax.lax.scan(
+            rematerialised(layer), tuple(hidden), scanned, unroll=num_layers if config.unroll_layers else 1
+        )
         hidden = list(carry)
     else:
         stacked_keys = None if keys is None else jnp.stack([key for key in pass_keys if key is not None])
@@ -277,8 +294,7 @@ def encode(
             return layer((h, stacked_keys), scanned_here)
 
         # One subnetwork at a time is computed again, with the weights that were gathered again for all.
-        body = jax.checkpoint(with_keys) if config.remat else with_keys
-        stack, _ = jax.lax.scan(body, jnp.stack(hidden), scanned)
+        stack, _ = jax.lax.scan(rematerialised(with_keys), jnp.stack(hidden), scanned)
         hidden = [stack[k] for k in range(passes)]
 
     finish_params = gathered(params["finish"], "finish", master=True)

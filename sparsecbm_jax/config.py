@@ -185,8 +185,9 @@ class BackboneChoice:
     training texts), a hub name, or a local directory of the hub's layout."""
     dtype: str = setting("float32", one_of(*DTYPES))
     """Type of the computation; parameters stay float32."""
-    remat: bool = False
-    """Whether layers are computed again in the backward pass to save memory."""
+    remat: str = setting("none", one_of("none", "selective", "full"))
+    """What of a layer is computed again in the backward pass to save memory: 'none', 'selective' (all but what its
+    kernels give, which on accelerators costs little time or none), 'full'."""
     dropout: float | None = setting(None, FRACTION)
     """Dropout rate while training, in [0, 1). None: the checkpoint's own."""
 

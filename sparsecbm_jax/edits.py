@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.checkpoint import write_atomically
 from sparsecbm_jax.data.schema import did_you_mean
-from sparsecbm_jax.masks import Masks
+from sparsecbm_jax.masks import AnyMasks, Masks
 from sparsecbm_jax.selection import count_true
 
 FORMAT = "sparsecbm_jax edit 1"
@@ -57,7 +57,7 @@ class MaskEdit(NamedTuple):
     label_logits_after: Float[Array, "B Y"]
 
 
-def apply(masks: Masks, edit: MaskEdit) -> Masks:
+def apply(masks: AnyMasks, edit: MaskEdit) -> AnyMasks:
     """Masks with the edit made: what was dropped is pruned, what was grown is kept; to the bit.
 
     Raises:
@@ -66,7 +66,7 @@ def apply(masks: Masks, edit: MaskEdit) -> Masks:
     return _flip(masks, edit.concept, off=edit.dropped, on=edit.grown, verb="apply")
 
 
-def undo(masks: Masks, edit: MaskEdit) -> Masks:
+def undo(masks: AnyMasks, edit: MaskEdit) -> AnyMasks:
     """The inverse of `apply`: `undo(apply(masks, edit), edit)` is `masks` to the bit.
 
     Raises:
@@ -85,7 +85,7 @@ def is_traced(*values: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def _flip(masks: Masks, concept: Int[Array, ""], *, off: Mapping, on: Mapping, verb: str) -> Masks:
+def _flip(masks: AnyMasks, concept: Int[Array, ""], *, off: Mapping, on: Mapping, verb: str) -> AnyMasks:
     mask = masks_lib.concept(masks, concept)
     for path in sorted({*mask, *off, *on}):
         shapes = [tree[path].shape if path in tree else None for tree in (mask, off, on)]

@@ -20,7 +20,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, CBMOutput
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit, is_traced
-from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.masks import AnyMasks, Params
 from sparsecbm_jax.selection import count_true
 
 # Added to the products of a guard's directions with themselves, as a share of their mean square.
@@ -112,7 +112,7 @@ class OracleOutput(NamedTuple):
 def intervene(
     config: CBMConfig,
     params: Params,
-    masks: Masks,
+    masks: AnyMasks,
     heads: Params,
     batch: Batch,
     concept: int | Int[Array, ""],
@@ -124,7 +124,7 @@ def intervene(
     num_steps: int | Int[Array, ""] = 1,
     scope: str = "global",
     guard: Guard | None = None,
-) -> tuple[Masks, MaskEdit]:
+) -> tuple[AnyMasks, MaskEdit]:
     r"""Moves concept k's mask so that it reads the batch as class `target`.
 
     $L_k = \gamma\,CE(u_k, target) + CE(y, label)$, averaged over the batch, is differentiated by the effective kernels
@@ -135,7 +135,7 @@ def intervene(
     Args:
         config: the model's static description.
         params: the backbone θ.
-        masks: booleans of all K concepts (not packed).
+        masks: of all K concepts, booleans or packed: a byte a weight instead of K for K of 8 or less.
         heads: projector ψ and predictor φ.
         batch: the texts to be corrected together, usually one row. Their own labels are not read.
         concept: index k of the corrected concept.
@@ -151,13 +151,13 @@ def intervene(
         guard: for saliency 'guarded', what a change costs everything else; see `Guard`.
 
     Returns:
-        The new masks, which differ in concept k only and keep exactly as many weights, and the edit: the difference
-        between first and last mask over all steps.
+        The new masks, packed if they were, which differ in concept k only and keep exactly as many weights, and the
+        edit: the difference between first and last mask over all steps.
 
     Raises:
         ValueError: if concept, target, label or drop_fraction lies out of range, the subnetwork has fewer kept or
-            pruned weights than the fraction asks for, the masks are missing or packed, or saliency 'guarded' and a
-            guard do not go together.
+            pruned weights than the fraction asks for, the masks are missing, or saliency 'guarded' and a guard do not
+            go together.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
@@ -192,7 +192,7 @@ def intervene(
 def _intervene(
     config: CBMConfig,
     params: Params,
-    masks: Masks,
+    masks: AnyMasks,
     heads: Params,
     batch: Batch,
     concept: Int[Array, ""],
@@ -203,7 +203,7 @@ def _intervene(
     guard: Guard | None,
     *,
     saliency_fn: SaliencyFn | None,
-) -> tuple[Masks, MaskEdit]:
+) -> tuple[AnyMasks, MaskEdit]:
     before = cbm.forward(config, params, masks, heads, batch)
     weights = {path: masks_lib.leaf_at(params, path) for path in masks}
     wanted = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
@@ -260,8 +260,8 @@ def edit_between(
 def edit_of(
     config: CBMConfig,
     params: Params,
-    old: Masks,
-    new: Masks,
+    old: AnyMasks,
+    new: AnyMasks,
     heads: Params,
     batch: Batch,
     concept: int | Int[Array, ""],
@@ -317,15 +317,15 @@ def find_saliency(saliency: str | SaliencyFn) -> SaliencyFn:
     return SALIENCIES[saliency]
 
 
-def check_masks(masks: Masks | None) -> None:
-    """Raises ValueError where there are no masks, or packed ones."""
+def check_masks(masks: AnyMasks | None) -> None:
+    """Raises ValueError where there are no masks, or neither booleans nor their bits."""
     if not masks:
         raise ValueError(
             "the model has no masks: a dense model has nothing to drop or grow, train with strategy 'sparse'"
         )
-    packed = [path for path, mask in masks.items() if mask.dtype != jnp.bool_]
-    if packed:
-        raise ValueError(f"{packed[0]}: the masks are {masks[packed[0]].dtype}; expected booleans, see masks.unpack")
+    for path, mask in masks.items():
+        if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.unsignedinteger):
+            raise ValueError(f"{path}: the masks are {mask.dtype}; expected booleans, or their bits, see masks.pack")
 
 
 def check_index(name: str, value: Any, low: int, high: int) -> None:
@@ -341,7 +341,7 @@ def _sum(count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"] | Bool[Arr
 
 
 def _change_count(
-    masks: Masks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""], scope: str
+    masks: AnyMasks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""], scope: str
 ) -> UInt[Array, ""] | dict[str, UInt[Array, "*layers"]]:
     """How many weights a step drops and grows, of the whole backbone or of each kernel."""
     if scope not in ("global", "per_kernel"):

@@ -8,6 +8,7 @@ Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways'
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from sparsecbm_jax.selection import Count, count_true, select_smallest
 Params = Mapping[str, Any]
 Masks = dict[str, Bool[Array, "K ..."]]
 Packed = dict[str, UInt[Array, "..."]]
+# Either of both, as it is handed through.
+AnyMasks = dict[str, Bool[Array, "K ..."] | UInt[Array, "..."]]
 MAX_CONCEPTS = 32
 
 
@@ -67,19 +70,43 @@ def num_concepts(masks: Masks) -> int:
     return next(iter(sizes.values()))
 
 
-def num_weights(masks: Masks) -> int:
+def num_weights(masks: AnyMasks) -> int:
     """Maskable weights of the backbone (of one concept), as an exact Python int."""
-    return sum(int(np.prod(mask.shape[1:])) for mask in masks.values())
+    return sum(math.prod(mask.shape if is_packed(mask) else mask.shape[1:]) for mask in masks.values())
 
 
-def concept(masks: Mapping[str, Bool[Array, "K ..."]], index: int | Int[Array, ""]) -> dict[str, Bool[Array, "..."]]:
+def is_packed(mask: Array) -> bool:
+    """Whether a leaf has its concepts as bits of an integer, not as booleans along its first axis."""
+    return mask.dtype != jnp.bool_
+
+
+def concept(masks: AnyMasks, index: int | Int[Array, ""]) -> dict[str, Bool[Array, "..."]]:
     """The masks of one concept, without the concept axis; `index` may be traced."""
-    return {path: jax.lax.dynamic_index_in_dim(mask, index, 0, keepdims=False) for path, mask in masks.items()}
+
+    def one(mask: Array) -> Bool[Array, "..."]:
+        if is_packed(mask):
+            return kept(mask, index)
+        return jax.lax.dynamic_index_in_dim(mask, index, 0, keepdims=False)
+
+    return {path: one(mask) for path, mask in masks.items()}
 
 
-def replace_concept(masks: Masks, index: int | Int[Array, ""], mask: Mapping[str, Bool[Array, "..."]]) -> Masks:
-    """New masks in which concept `index` has `mask`; `index` may be traced."""
-    return {path: jax.lax.dynamic_update_index_in_dim(masks[path], mask[path], index, 0) for path in masks}
+def replace_concept(masks: AnyMasks, index: int | Int[Array, ""], mask: Mapping[str, Bool[Array, "..."]]) -> AnyMasks:
+    """New masks in which concept `index` has `mask`, packed where they were; `index` may be traced.
+
+    >>> import jax.numpy as jnp
+    >>> bits = replace_concept({"w": jnp.array([3, 2], jnp.uint8)}, 1, {"w": jnp.array([False, True])})
+    >>> bits["w"].tolist()
+    [1, 2]
+    """
+
+    def one(old: Array, new: Bool[Array, "..."]) -> Array:
+        if not is_packed(old):
+            return jax.lax.dynamic_update_index_in_dim(old, new, index, 0)
+        shift = jnp.asarray(index, old.dtype)
+        return (old & ~(jnp.ones((), old.dtype) << shift)) | (new.astype(old.dtype) << shift)
+
+    return {path: one(masks[path], mask[path]) for path in masks}
 
 
 def apply(params: Params, masks: Masks, index: int) -> dict[str, Any]:
@@ -257,7 +284,10 @@ def drop_and_grow(
     if isinstance(count, Mapping):
         dropped, grown = _select_in_kernels(drop_score, count, mask), _select_in_kernels(lowest, count, pruned)
     else:
-        dropped, grown = select_smallest(drop_score, count, mask), select_smallest(lowest, count, pruned)
+        dropped = select_smallest(drop_score, count, mask)
+        # One after the other, so that the keys of both are not in memory at once.
+        dropped, lowest = jax.lax.optimization_barrier((dropped, lowest))
+        grown = select_smallest(lowest, count, pruned)
     return DropGrow({path: (mask[path] & ~dropped[path]) | grown[path] for path in mask}, dropped, grown)
 
 

@@ -19,7 +19,7 @@ from sparsecbm_jax.cbm import CBMConfig, CBMOutput
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.edits import MaskEdit
 from sparsecbm_jax.intervention import Guard, check_index, check_masks, edit_between, guarded, signed, spare
-from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.masks import AnyMasks, Params
 from sparsecbm_jax.selection import select_smallest
 
 
@@ -46,7 +46,7 @@ class MinimalEdit(NamedTuple):
 def minimal_edit(
     config: CBMConfig,
     params: Params,
-    masks: Masks,
+    masks: AnyMasks,
     heads: Params,
     batch: Batch,
     concept: int | Int[Array, ""],
@@ -55,7 +55,7 @@ def minimal_edit(
     margin: float | Float[Array, ""] = 0.0,
     guard: Guard | None = None,
     max_pairs: int = 4096,
-) -> tuple[Masks, MinimalEdit]:
+) -> tuple[AnyMasks, MinimalEdit]:
     """Drops the n most harmful kept weights of concept k and grows the n most helpful pruned ones, n as small as does.
 
     Pure, and compiled once for all concepts, targets and margins of a batch shape. First-order gains, by which weights
@@ -96,7 +96,7 @@ def minimal_edit(
 def _minimal_edit(
     config: CBMConfig,
     params: Params,
-    masks: Masks,
+    masks: AnyMasks,
     heads: Params,
     batch: Batch,
     concept: Int[Array, ""],
@@ -105,7 +105,7 @@ def _minimal_edit(
     guard: Guard | None,
     *,
     max_pairs: int,
-) -> tuple[Masks, MinimalEdit]:
+) -> tuple[AnyMasks, MinimalEdit]:
     before = cbm.forward(config, params, masks, heads, batch)
     mask = masks_lib.concept(masks, concept)
     weights = {path: masks_lib.leaf_at(params, path) for path in mask}

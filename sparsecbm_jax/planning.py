@@ -31,6 +31,9 @@ from sparsecbm_jax.programs import (
     parts_of,
 )
 
+# What a layer keeps for its backward pass, in hidden states.
+_KEPT_OF_A_LAYER = {"none": 30, "selective": 10, "full": 1}
+
 
 def devices_of(topology: Topology) -> list[Any]:
     """The devices to compile for: those of a TPU topology that need not be at hand, or virtual CPU devices.
@@ -232,8 +235,8 @@ def advice(program: str, run: RunConfig, chip: Chip, peak: float | None) -> list
             if bound > 0
             else "training's state and masks alone leave no room: prune a saved model with launch/prune.py"
         )
-    if program in ("train_step", "prune_pass", "intervene") and not run.backbone.remat:
-        found.append("--config.backbone.remat: layers computed again in the backward pass")
+    if program in ("train_step", "prune_pass", "intervene") and run.backbone.remat != "full":
+        found.append("--config.backbone.remat=full: layers computed again in the backward pass")
     if run.backbone.dtype == "float32":
         found.append("--config.backbone.dtype=bfloat16")
     name = {"train_step": "training.batch_size", "eval_step": "training.eval_batch_size"}.get(program)
@@ -286,7 +289,7 @@ def _estimate(shapes: Shapes, chip: Chip) -> tuple[float, float]:
     tokens = run.training.batch_size * shapes.length / (mesh.data * mesh.fsdp)
     width = 2 if run.backbone.dtype == "bfloat16" else 4
     kept = tokens * backbone.hidden_size * width * k / mesh.concept * backbone.num_layers
-    kept *= 1 if run.backbone.remat else 12
+    kept *= _KEPT_OF_A_LAYER[run.backbone.remat]
     gathered = 2 * 4 * backbone.vocab_size * backbone.embedding_size
     memory = bytes_of(shapes.state) + bytes_of(shapes.params) + kept + gathered
     weights = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / mesh.tensor

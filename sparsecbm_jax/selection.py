@@ -28,17 +28,17 @@ _FOLD = 16
 
 
 def order_key(scores: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers in the order of the floats; −0 and +0 are equal, NaN of either sign is largest.
+    """Unsigned integers of their width in the order of the floats; −0 and +0 are equal, NaN of either sign is largest.
 
     >>> import jax.numpy as jnp
     >>> key = order_key(jnp.array([-1.0, -0.0, 0.0, 2.0, jnp.inf]))
     >>> bool(jnp.all(key[1:] >= key[:-1])), bool(key[1] == key[2])
     (True, True)
     """
-    if scores.dtype not in (jnp.float32, jnp.float64):
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
         scores = scores.astype(jnp.float32)
     width = scores.dtype.itemsize * 8
-    uint = jnp.uint32 if width == 32 else jnp.uint64
+    uint = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
     bits = jax.lax.bitcast_convert_type(scores, uint)
     sign = uint(1 << (width - 1))
     # Integer comparisons throughout: the CPU backend flushes denormals in float comparisons.
@@ -101,6 +101,24 @@ def _sum(part: UInt[Array, "..."] | Bool[Array, "..."]) -> Count:
     rows = jnp.sum(jnp.atleast_1d(part), axis=range(max(0, part.ndim - 1)), dtype=jnp.uint32)
     parts = (rows >> _LOW, rows & (2**_LOW - 1))
     return _carried(*(jnp.sum(one, dtype=jnp.uint32) for one in parts))
+
+
+def _sum_of_counts(part: UInt[Array, "..."]) -> Count:
+    """The sum of counts of less than 2³² each, of which there are at most 2²⁴."""
+    half = _LOW // 2
+    high, low = jnp.sum(part >> half, dtype=jnp.uint32), jnp.sum(part & (2**half - 1), dtype=jnp.uint32)
+    return _carried(high >> (_LOW - half), ((high & (2 ** (_LOW - half) - 1)) << half) + low)
+
+
+def _largest_with_fewer(count_before: Callable[[UInt[Array, ""]], Count], needed: Count, most: int) -> UInt[Array, ""]:
+    """The largest number up to `most` with fewer than `needed` elements before it."""
+    bits = most.bit_length()
+
+    def bit(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
+        candidate = found | (jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32))
+        return jnp.where(_is_less(count_before(candidate), needed), candidate, found)
+
+    return jax.lax.fori_loop(0, bits, bit, jnp.uint32(0))
 
 
 def _check_countable(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -242,13 +260,14 @@ def select_smallest(
     for path in paths:
         if eligible[path].shape != scores[path].shape:
             raise ValueError(f"{path}: scores {scores[path].shape} but eligible {eligible[path].shape}")
-    keys = [order_key(scores[path]) for path in paths]
+    dtype = jnp.result_type(*scores.values()) if scores else jnp.float32
+    keys = [order_key(scores[path].astype(dtype)) for path in paths]
     allowed = [eligible[path] for path in paths]
-    uint = jnp.result_type(*keys) if keys else jnp.uint32
+    uint = keys[0].dtype if keys else jnp.uint32
     width = jnp.dtype(uint).itemsize * 8
     # What may not be marked counts as largest, so that no candidate has it below.
     largest = jnp.asarray(2**width - 1, uint)
-    keys = [jnp.where(ok, key.astype(uint), largest) for key, ok in zip(keys, allowed, strict=True)]
+    keys = [jnp.where(ok, key, largest) for key, ok in zip(keys, allowed, strict=True)]
     keys = jax.lax.optimization_barrier(keys)
     wanted, most = exact_count(count), _count(allowed)
     wanted = jnp.where(_is_less(wanted, most), wanted, most)
@@ -265,32 +284,31 @@ def select_smallest(
     tied = [(key == threshold) & ok for key, ok in zip(keys, allowed, strict=True)]
     needed = _minus(wanted, _count(below))
 
-    def largest_with_fewer(
-        before: Callable[[UInt[Array, ""]], list[Bool[Array, "..."]]], needed: Count, most: int
-    ) -> UInt[Array, ""]:
-        """The largest number up to `most` with fewer than `needed` elements before it."""
-        bits = most.bit_length()
-
-        def bit(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
-            candidate = found | (jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32))
-            return jnp.where(_is_less(_count(before(candidate)), needed), candidate, found)
-
-        return jax.lax.fori_loop(0, bits, bit, jnp.uint32(0))
-
-    def before_row(candidate: UInt[Array, ""]) -> list[Bool[Array, "..."]]:
-        return [t & (row < candidate) for t, (row, _) in zip(tied, _places(shapes), strict=True)]
-
     def last_tied() -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-        num_rows = sum(math.prod(shape[:-1]) for shape in shapes.values())
-        last_row = largest_with_fewer(before_row, needed, num_rows)
+        """Row and column of the last tied element to mark, from how many each row has, and each column of that row."""
+        rows = [row for row, _ in _places(shapes)]
+        of_row = [jnp.sum(t, axis=range(t.ndim)[-1:], keepdims=True, dtype=jnp.uint32) for t in tied]
+        of_row = jax.lax.optimization_barrier(of_row)
 
-        def before_column(candidate: UInt[Array, ""]) -> list[Bool[Array, "..."]]:
-            places = zip(tied, _places(shapes), strict=True)
-            return [t & (row == last_row) & (column < candidate) for t, (row, column) in places]
+        def before_row(row: UInt[Array, ""]) -> Count:
+            parts = [jnp.where(number < row, tied_in, 0) for number, tied_in in zip(rows, of_row, strict=True)]
+            return functools.reduce(_plus, map(_sum_of_counts, parts), exact_count(0))
 
-        rest = _minus(needed, _count(before_row(last_row)))
+        last_row = _largest_with_fewer(before_row, needed, sum(math.prod(shape[:-1]) for shape in shapes.values()))
+        rest = _minus(needed, before_row(last_row))
+        # Only one leaf has the row.
+        of_column = [
+            jnp.sum(t & (row == last_row), axis=range(t.ndim - 1), dtype=jnp.uint32)
+            for t, row in zip(tied, rows, strict=True)
+        ]
+        of_column = jax.lax.optimization_barrier(of_column)
+
+        def before_column(column: UInt[Array, ""]) -> Count:
+            parts = [jnp.where(jnp.arange(here.size) < column, here, 0) for here in map(jnp.atleast_1d, of_column)]
+            return functools.reduce(_plus, map(_sum_of_counts, parts), exact_count(0))
+
         widest = max((shape[-1] for shape in shapes.values() if shape), default=1)
-        return last_row, largest_with_fewer(before_column, rest, widest)
+        return last_row, _largest_with_fewer(before_column, rest, widest)
 
     everything = jnp.uint32(_MAX_UINT), jnp.uint32(_MAX_UINT)
     last_row, last_column = jax.lax.cond(jnp.all(_count(tied) == needed), lambda: everything, last_tied)

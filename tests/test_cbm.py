@@ -203,7 +203,8 @@ def test_a_batch_without_any_label_costs_nothing(tiny_backbone_config: BackboneC
     assert float(loss) == 0.0
 
 
-def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig) -> None:
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig, remat: str) -> None:
     config, params, masks, heads = build(tiny_backbone_config, k=1)
     batch = random_batch(k=1)
 
@@ -214,7 +215,7 @@ def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig) -> None
         return jax.jit(jax.grad(loss))(params)
 
     chex.assert_trees_all_close(
-        gradient(config), gradient(dataclasses.replace(config, remat=True)), atol=EXACT, rtol=CLOSE
+        gradient(config), gradient(dataclasses.replace(config, remat=remat)), atol=EXACT, rtol=CLOSE
     )
 
 

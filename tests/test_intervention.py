@@ -228,11 +228,23 @@ def test_what_cannot_be_done_is_refused(model: SparseCBM, batch: Batch, argument
         edit_of(model, batch, *arguments)
 
 
+def test_packed_masks_get_the_same_edit_and_stay_packed(model: SparseCBM, batch: Batch) -> None:
+    packed = dataclasses.replace(model, masks=masks_lib.pack(model.masks))
+    (expected, edit), (new, of_packed) = (edit_of(one, batch, SERVICE, NEGATIVE, 0.01) for one in (model, packed))
+    chex.assert_trees_all_equal(new, masks_lib.pack(expected))
+    chex.assert_trees_all_equal((of_packed.dropped, of_packed.grown), (edit.dropped, edit.grown))
+    chex.assert_trees_all_equal(edits.undo(new, of_packed), packed.masks)
+    chex.assert_trees_all_equal(edits.apply(packed.masks, of_packed), new)
+    with pytest.raises(ValueError, match=r"cannot apply the edit of concept 2: .* positions are in another state"):
+        edits.apply(new, of_packed)
+
+
 def test_wrong_masks_and_options_are_refused(model: SparseCBM, batch: Batch) -> None:
     with pytest.raises(ValueError, match="the model has no masks"):
         edit_of(dataclasses.replace(model, masks=None), batch, 0, 0, 0.1)
-    with pytest.raises(ValueError, match="the masks are uint8; expected booleans"):
-        edit_of(dataclasses.replace(model, masks=masks_lib.pack(model.masks)), batch, 0, 0, 0.1)
+    floats = {path: mask.astype(jnp.float32) for path, mask in model.masks.items()}
+    with pytest.raises(ValueError, match="the masks are float32; expected booleans, or their bits"):
+        edit_of(dataclasses.replace(model, masks=floats), batch, 0, 0, 0.1)
     with pytest.raises(ValueError, match="saliency is 'sgined'; expected one of 'signed', 'magnitude'"):
         edit_of(model, batch, 0, 0, 0.1, saliency="sgined")
     with pytest.raises(ValueError, match="num_steps is 0"):

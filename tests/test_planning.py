@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     (folder / "config.json").write_text(json.dumps(config))
     return from_config_dict(
         {
-            "backbone": {"name": str(folder), "remat": True},
+            "backbone": {"name": str(folder), "remat": "full"},
             "data": {"preset": "cebab", "max_length": LENGTH, "concepts": ("food", "noise")},
             "training": {"batch_size": BATCH, "eval_batch_size": BATCH},
             "pruner": {"num_grads": 8, "block_size": 8, "grad_batch_size": 2},
@@ -170,7 +170,7 @@ def test_a_mesh_is_proposed_that_fits() -> None:
 
 def test_what_to_turn_is_said(run: RunConfig) -> None:
     tight = chips.CHIPS["cpu"]._replace(memory_bytes=1e5)
-    bare = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, remat=False))
+    bare = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, remat="none"))
     said = planning.advice("train_step", bare, tight, 3e5)
     assert "config.backbone.remat" in said[0] and "bfloat16" in said[1] and said[-1].startswith("3.0 times the chips")
     assert "training.batch_size below 8, down to 4" in " ".join(said)

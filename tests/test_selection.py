@@ -59,6 +59,19 @@ def test_the_count_is_traced_not_compiled() -> None:
         assert int(select({"a": jnp.arange(5.0)}, jnp.uint32(count))["a"].sum()) == count
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_ordered_as_it_is_in_float32(dtype: str) -> None:
+    select = jax.jit(selection.select_smallest)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), dtype)
+    scores = scores.at[0, :4].set(jnp.array([jnp.inf, -jnp.inf, -0.0, 0.0], dtype)).at[1, 0].set(jnp.nan)
+    assert selection.order_key(scores).dtype == jnp.uint16
+    for count in (0, 1, 700, 64 * 32):
+        picked = select({"a": scores, "b": -scores}, count)
+        # A tree of several types is ordered as one.
+        chex.assert_trees_all_equal(picked, select({"a": scores.astype(jnp.float32), "b": -scores}, count))
+        assert sum(int(flags.sum()) for flags in picked.values()) == count
+
+
 @pytest.mark.parametrize("kind", ["distinct", "ties"])
 def test_counts_carry_into_their_high_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they do beyond 2¹⁶, with a low part of three bits."""

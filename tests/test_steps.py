@@ -37,7 +37,7 @@ def noisy(tiny_backbone_config: BackboneConfig) -> BackboneConfig:
 def run(backbone: BackboneConfig, mesh_name: str | None, num_steps: int, masked: bool) -> tuple[list[float], Any]:
     config, params, masks, heads = build(backbone, k=4)
     # What is computed again on several devices is kept on one: that must not matter either.
-    config = dataclasses.replace(config, remat=mesh_name is not None)
+    config = dataclasses.replace(config, remat="none" if mesh_name is None else "full")
     mesh = sharding.make_mesh(**(MESHES[mesh_name] if mesh_name else {}))
     settings = OptimConfig(learning_rate=1e-3, warmup_fraction=0.0, decay="constant", clip_norm=1e9)
     tx = steps.make_optimizer(settings, num_steps)
