@@ -2,7 +2,7 @@
 
 python launch/benchmark_device.py --backbone=facebook/opt-1.3b --output=runs/device.json
 python launch/benchmark_device.py --backbone=facebook/opt-6.7b --parts=intervention --param_dtype=bfloat16
-python launch/benchmark_device.py --parts=step --batch=32 --length=128 --torch
+python launch/benchmark_device.py --parts=step --batch=256 --length=64 --torch
 
 K = 4, as in CEBaB. No data or checkpoint is read: weights, masks at the final sparsity 1 − 1/K and tokens are random.
 

@@ -201,8 +201,8 @@ def _draw_undone(report: Report, pyplot: Any) -> Any:
     for column, name in enumerate(("concepts", "task")):
         axes[0, column].set(title=name, ylabel=f"accuracy on {report['split']} (%),\ngold-triggered, undone")
         axes[1, column].axhline(0, color=plots.GREY, linewidth=0.8)
-        axes[1, column].set(xlabel="r, share dropped, and grown", ylabel="change (points),\nother texts, one edit")
-        axes[1, column].set_xticks(list(places.values()), [share(ratio) for ratio in ratios])
+        axes[1, column].set(xlabel="r, share dropped, and grown (%)", ylabel="change (points),\nother texts, one edit")
+        axes[1, column].set_xticks(list(places.values()), [f"{100 * ratio:g}" for ratio in ratios])
     plots.tidy(axes.flat)
     plots.legend(figure)
     return figure
