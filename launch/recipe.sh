@@ -19,28 +19,41 @@ run() {
 # start_again COMMAND...: again as long as it ends with $AGAIN. A SIGTERM to this shell goes to the command, and is the
 # last start.
 start_again() {
-    local child status is_last=
+    local child='' status is_last='' is_told=''
     if [[ -n "${DRY_RUN:-}" ]]; then
         run "$@"
         return
     fi
+    trap 'is_last=1; tell_once' TERM
     while :; do
         "$@" &
         child=$!
-        trap 'is_last=1; kill -TERM "$child"' TERM
+        # A signal that came before there was a number to tell.
+        if [[ -n "$is_last" ]]; then
+            tell_once
+        fi
         status=0
         wait "$child" || status=$?
-        # The signal ends the first wait.
-        if [[ -n "$is_last" ]]; then
+        # A signal ends the wait, not the command.
+        while kill -0 "$child" 2>/dev/null; do
             status=0
             wait "$child" || status=$?
-        fi
-        trap - TERM
+        done
+        child=
         if [[ "$status" != "$AGAIN" || -n "$is_last" ]]; then
+            trap - TERM
             return "$status"
         fi
         echo "starting again" >&2
     done
+}
+
+# The command of start_again, whose variables these are.
+tell_once() {
+    if [[ -n "$child" && -z "$is_told" ]]; then
+        is_told=1
+        kill -TERM "$child"
+    fi
 }
 
 # convert_once CHECKPOINT DIR: to safetensors, where DIR is not there. It comes to be whole, at once.

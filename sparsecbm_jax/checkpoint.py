@@ -87,8 +87,9 @@ def _sharding_of(leaf: Any) -> jax.sharding.Sharding:
 class Checkpointer:
     """The checkpoints of one run, by step.
 
-    Saving waits until the checkpoint is on disk: the arrays may be donated to the next step at once. With several
-    processes every method is to be called by all of them.
+    Saving copies the arrays to the host, so that they may be donated to the next step at once, and writes them
+    meanwhile. Every method waits for what is being written; so does leaving the context. A process that is killed
+    before leaves the checkpoints before. With several processes every method is to be called by all of them.
 
     Args:
         directory: where the checkpoints lie; made where it does not exist. On a file system that all processes share.
@@ -105,9 +106,10 @@ class Checkpointer:
         path = os.fspath(directory)
         self._directory = epath.Path(path if "://" in path else os.path.abspath(path))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=max_to_keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._in_writing: int | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -117,6 +119,7 @@ class Checkpointer:
 
     def steps(self) -> tuple[int, ...]:
         """All saved steps, in rising order."""
+        self.wait()
         return tuple(sorted(self._manager.all_steps()))
 
     def latest_step(self) -> int | None:
@@ -152,9 +155,7 @@ class Checkpointer:
         if data:
             items["state"] = self._ocp.args.StandardSave(data)
         self._manager.save(step, args=self._ocp.args.Composite(**items), force=True)
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            self._write_sizes(step)
+        self._in_writing = step
 
     def restore(self, step: int, abstract_tree: Any) -> Any:
         """Restore the tree of a step, bit for bit, onto the shardings asked for.
@@ -215,12 +216,22 @@ class Checkpointer:
             self._manager.delete(step)
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk."""
+        """Return when everything saved so far is on disk.
+
+        Raises:
+            OSError: it could not be written; or what else the file system raises.
+        """
         self._manager.wait_until_finished()
+        if self._in_writing is not None and jax.process_index() == 0:
+            self._write_sizes(self._in_writing)
+        self._in_writing = None
 
     def close(self) -> None:
-        """Release what the checkpointer holds."""
-        self._manager.close()
+        """Release what the checkpointer holds, with everything saved on disk."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _read(self, step: int) -> dict[str, Any]:
         if step not in self.steps():

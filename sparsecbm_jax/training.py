@@ -240,6 +240,7 @@ class _Loop:
                     self._end_of_epoch(epoch)
             except Preempted:
                 self._save()
+                self.checkpoints.wait()
                 _say(f"saved what there is after step {self.step}")
                 raise
             except KeyboardInterrupt:
@@ -395,6 +396,8 @@ class _Loop:
         # One of this step is left as it is, though an event or scores that follow it may have begun: they are done
         # again. To replace it would leave none for a while.
         if self.checkpoints.latest_step() != self.step:
+            # What the meta data calls the best is there before they are.
+            self.best.wait()
             self.checkpoints.save(self.step, self.state, self.meta)
 
     def best_state(self) -> tuple[TrainState, dict[str, Any]]:

