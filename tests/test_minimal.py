@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tiny_model import TEXTS, tiny_model
 
 from sparsecbm_jax import artifact, cbm, edits, minimal, sharding
@@ -117,17 +115,15 @@ def test_several_rows_are_repaired_together_in_one_program(model: SparseCBM) -> 
         assert bool(found.is_repaired) == (own > margin)
 
 
-def test_a_mesh_finds_the_same_bits(model: SparseCBM, batch: Batch) -> None:
+def test_a_mesh_finds_the_same_bits_for_packed_masks(model: SparseCBM, batch: Batch) -> None:
     mesh = sharding.make_mesh(fsdp=2, tensor=2, concept=1)
     masks, found = search(model, batch, SERVICE, 0)
-    places = {
-        path: NamedSharding(mesh, P(None, *sharding.spec_for(path, mask.ndim - 1)))
-        for path, mask in model.masks.items()
-    }
-    placed = sharding.put(model.params, mesh), jax.device_put(model.masks, places)
-    there, on_mesh = minimal.minimal_edit(model.config, placed[0], placed[1], model.heads, batch, SERVICE, 0)
+    packed = masks_lib.pack(model.masks)
+    packed = jax.device_put(packed, sharding.shardings(mesh, sharding.packed_specs(packed)))
+    params = sharding.put(model.params, mesh)
+    there, on_mesh = minimal.minimal_edit(model.config, params, packed, model.heads, batch, SERVICE, 0)
     assert int(on_mesh.num_pairs) == int(found.num_pairs)
-    chex.assert_trees_all_equal(jax.device_get(there), jax.device_get(masks))
+    chex.assert_trees_all_equal(jax.device_get(there), jax.device_get(masks_lib.pack(masks)))
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (2, 3, 4)])
