@@ -93,8 +93,8 @@ def soak(folder: Path, settings: Sequence[str], kills: Iterator[Kill], num_kills
     num_saved = sum(outcome.saved is not None for outcome in seen)
     return (
         f"{len(seen)} kills of {len(found)} runs: every checkpoint was whole, {num_saved} of the starts after them "
-        f"went on from one, and the other processes ended within {slowest:.1f} s. Beside the undisturbed run, numbers of "
-        f"the log differ by at most {numbers:.2g}, parameters by {weights:.2g}, masks in {100 * masks:.2g} % of the "
+        f"went on from one, and the other processes ended within {slowest:.1f} s. Beside the undisturbed run, numbers "
+        f"of the log differ by at most {numbers:.2g}, parameters by {weights:.2g}, masks in {100 * masks:.2g} % of the "
         "weights"
     )
 
