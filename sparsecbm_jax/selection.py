@@ -104,7 +104,7 @@ def _sum(part: UInt[Array, "..."] | Bool[Array, "..."]) -> Count:
 
 
 def _sum_of_counts(part: UInt[Array, "..."]) -> Count:
-    """The sum of counts of less than 2³² each, of which there are at most 2²⁴."""
+    """The sum, below 2⁴⁰, of at most 2²⁴ counts."""
     half = _LOW // 2
     high, low = jnp.sum(part >> half, dtype=jnp.uint32), jnp.sum(part & (2**half - 1), dtype=jnp.uint32)
     return _carried(high >> (_LOW - half), ((high & (2 ** (_LOW - half) - 1)) << half) + low)
