@@ -80,6 +80,14 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
     page.wait_for_selector(f"text=Applied: edit {edit.id}")
     corrected = page.locator(".concept[data-concept='2'] .class.predicted .name")
     assert corrected.text_content() == target
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("Undo", "Download"):
+        box = page.locator(f"[aria-label='{name} edit {edit.id}']").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390, "within reach on a phone, without scrolling the table"
+    page.fill("#text", TEXTS[1])
+    assert "of the text as it was" in page.text_content(".status") and page.is_hidden(".correcting")
+    page.fill("#text", TEXTS[0])
+    assert page.is_visible(".correcting")
     with page.expect_download() as download:
         page.click("text=Download")
     assert StoredEdit.load(download.value.path()).id == edit.id

@@ -69,7 +69,9 @@ def evaluation_section(metrics: Mapping[str, Any], source: str) -> Section:
     epoch, seconds = metrics.get("best_epoch"), metrics.get("train_seconds")
     if epoch is not None and is_number(epoch):
         took = f" Training took {seconds:,.0f} s." if is_number(seconds) else ""
-        words.append(f"Epoch {epoch + 1} was kept, the best on validation; test was scored once, with it.{took}")
+        among = " of those at the final sparsity" if "density" in metrics else ""
+        kept = f"Epoch {epoch + 1} was kept, the best on validation{among}; test was scored once, with it."
+        words.append(kept + took)
     return Section("Evaluation", words, figures, tables)
 
 

@@ -78,7 +78,7 @@
   async function explain(text) {
     const pathway = await ask("/api/explain", { text });
     shown = text;
-    correcting.hidden = false;
+    correcting.hidden = fields.text.value !== text;
     place.replaceChildren(pathwayView(pathway, { onset: (concept, target) => {
       fields.concept.value = concept;
       fields.target.value = target;
@@ -154,12 +154,19 @@
       inForce.append(make("p", { class: "small" }, "None: the model reads as it was saved."));
       return;
     }
-    inForce.append(table("All edits, oldest first", ["Concept", "Was", "Corrected to", "Weights changed", "Edit", "", ""], edits.map((edit) => [
-      edit.concept, edit.was, edit.target, exact(edit.num_dropped + edit.num_grown, count(edit.num_dropped + edit.num_grown)), make("code", {}, edit.id),
+    inForce.append(table("All edits, oldest first", ["Concept", "Corrected to", "", "", "Was", "Weights changed", "Edit"], edits.map((edit) => [
+      edit.concept, edit.target,
       make("button", { type: "button", "aria-label": `Undo edit ${edit.id}`, onclick: () => undo(edit) }, "Undo"),
       make("a", { href: `/api/edits/${edit.id}`, download: `edit-${edit.id}.json`, "aria-label": `Download edit ${edit.id}` }, "Download"),
+      edit.was, exact(edit.num_dropped + edit.num_grown, count(edit.num_dropped + edit.num_grown)), make("code", {}, edit.id),
     ])));
   }
+
+  fields.text.addEventListener("input", () => {
+    const isOther = shown !== null && fields.text.value !== shown;
+    correcting.hidden = shown === null || isOther;
+    status.textContent = isOther ? "What is shown below is of the text as it was: Explain reads it as it is now." : "";
+  });
 
   main.prepend(asking, correcting, status, problem);
   main.append(inForce);

@@ -285,7 +285,7 @@ const drawing = (() => {
       verdict.replaceChildren(make("span", { class: "eyebrow" }, chosen.size ? "Label, what if" : "Label"),
         make("strong", { class: "decided" }, label), exact(probabilities[label], percent(probabilities[label])));
       if (reference && !chosen.size && reference.label !== label) verdict.append(make("span", { class: "changed" }, `changed: was ${reference.label}`));
-      explained.textContent = `Explained: label ${shownLabel}` + (shownLabel === pathway.explained_label ? ` (asked: ${pathway.target})` : "")
+      explained.textContent = `Explained: label ${shownLabel}` + (shownLabel !== pathway.explained_label ? "" : pathway.target === "predicted" ? " (the predicted one)" : ` (asked for: ${pathway.target})`)
         + `; words by ${methodWords(pathway)}`;
       status.textContent = chosen.size
         ? `With ${[...chosen].map(([name, value]) => `${name} = ${value}`).join(", ")} the label is ${label}; the model said ${pathway.label} (${percent(pathway.label_probabilities[pathway.label])}).` : "";
