@@ -69,7 +69,8 @@ def start() -> int:
 
 
 def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
-    sys.exit(EXIT_STATUS)
+    # Not an exception: libraries that are just being loaded end the process with another status when they meet one.
+    os._exit(EXIT_STATUS)
 
 
 def _number(flag: str, variable: str) -> int | None:

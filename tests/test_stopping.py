@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,13 @@ def test_the_exit_status_is_what_schedulers_start_again_on(capsys: pytest.Captur
         raise stopping.Preempted
     assert ended.value.code == stopping.EXIT_STATUS == 75
     assert "the same command goes on where it was (exit status 75)" in capsys.readouterr().err
+
+
+def test_sigterm_before_the_run_begins_ends_with_that_status_whatever_is_being_done() -> None:
+    program = (
+        "import os, signal, sys; sys.path.insert(0, 'launch'); import processes\n"
+        "try:\n    processes.flags.FLAGS([''])\n    processes.start()\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except BaseException:\n    sys.exit(3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).resolve().parents[1])
+    assert ended.returncode == stopping.EXIT_STATUS
