@@ -21,6 +21,7 @@ from sparsecbm_jax.backbones import (
     config_to_hf,
     dropout,
     encode_dense,
+    encoder,
     find_minilm,
     fold_keys,
     init_params,
@@ -418,3 +419,18 @@ def test_tensor_parallel_layer_equals_the_whole(name, with_dropout):
     (_, found), found_grads = value_and_grad(sharded)
     np.testing.assert_allclose(found, expected, atol=SHARDED_TOLERANCE)
     chex.assert_trees_all_close(found_grads, expected_grads, atol=SHARDED_TOLERANCE, rtol=SHARDED_TOLERANCE)
+
+
+def test_the_gradient_of_rounded_attention_scores_is_that_of_exact_ones():
+    rng = np.random.default_rng(0)
+    query, key, weight = (jnp.asarray(rng.normal(size=(2, 3, 5, size)), jnp.bfloat16) for size in (4, 4, 5))
+
+    def gradients(dtype):
+        def total(query, key):
+            return jnp.sum(encoder.attention_scores(query, key) * weight)
+
+        return jax.grad(total, argnums=(0, 1))(query.astype(dtype), key.astype(dtype))
+
+    for found, exact in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)

@@ -153,18 +153,24 @@ def visible(attention_mask: Num[Array, "B T"], causal: bool) -> Bool[Array, "B #
     return seen
 
 
-@jax.custom_vjp
 def attention_scores(query: Float[Array, "B H T d"], key: Float[Array, "B H S d"]) -> Float[Array, "B H T S"]:
     """Products of queries and keys, added up in float32 and left so for the softmax.
 
     Their gradient is rounded to the operands' type before it meets them, as everywhere else: by itself JAX would
     multiply in float32 here, at a fraction of the speed.
     """
+    return _scores(query, key) if query.dtype == jnp.float32 else _rounded_scores(query, key)
+
+
+def _scores(query: Array, key: Array) -> Array:
     return jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
 
 
+_rounded_scores = jax.custom_vjp(_scores)
+
+
 def _scores_forward(query: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
-    return attention_scores(query, key), (query, key)
+    return _scores(query, key), (query, key)
 
 
 def _scores_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -173,7 +179,7 @@ def _scores_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Ar
     return jnp.einsum("bhqk,bhkd->bhqd", gradient, key), jnp.einsum("bhqk,bhqd->bhkd", gradient, query)
 
 
-attention_scores.defvjp(_scores_forward, _scores_backward)
+_rounded_scores.defvjp(_scores_forward, _scores_backward)
 
 
 class Attention(nn.Module):
