@@ -55,8 +55,7 @@ class CBMConfig:
       num_labels: Y, classes of the task.
       dtype: matmuls' type, 'float32' or 'bfloat16'; parameters, norms, softmax, pooling and heads stay float32.
       remat: what of a layer is computed again in the backward pass instead of being kept: nothing ('none'), all but
-        what its kernels give ('selective': less memory for little time, and faster where memory is what is slow), or
-        everything ('full').
+        what its kernels give ('selective'), or everything ('full').
       unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
         runs about a quarter faster.
       gamma: γ, the weight of the concept loss in Eq. 1.

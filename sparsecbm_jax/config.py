@@ -187,7 +187,7 @@ class BackboneChoice:
     """Type of the computation; parameters stay float32."""
     remat: str = setting("none", one_of("none", "selective", "full"))
     """What of a layer is computed again in the backward pass to save memory: 'none', 'selective' (all but what its
-    kernels give, which on accelerators costs little time or none), 'full'."""
+    kernels give), 'full'."""
     dropout: float | None = setting(None, FRACTION)
     """Dropout rate while training, in [0, 1). None: the checkpoint's own."""
 

@@ -31,7 +31,7 @@ from sparsecbm_jax.programs import (
     parts_of,
 )
 
-# What a layer keeps for its backward pass, in hidden states.
+# What a layer keeps for its backward pass, in hidden states: a rough guess, by which meshes are ranked.
 _KEPT_OF_A_LAYER = {"none": 30, "selective": 10, "full": 1}
 
 
