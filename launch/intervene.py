@@ -35,6 +35,7 @@ from absl import flags
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.artifact import SparseCBM
     from sparsecbm_jax.correction import CorrectionReport
+    from sparsecbm_jax.keeping import Case, CaseFile
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -56,12 +57,6 @@ flags.DEFINE_string("html", None, "Page to write, with the decision pathway befo
 flags.DEFINE_bool("json", False, "Print JSON.")
 
 _FIND_CHUNK = 64
-
-
-class _Case(typing.NamedTuple):
-    text: str
-    concept: str
-    target: str
 
 
 def main() -> None:
@@ -90,8 +85,10 @@ def main() -> None:
     from sparsecbm_jax.artifact import load, save
     from sparsecbm_jax.correction import correct, correct_minimally
     from sparsecbm_jax.edit_log import EditLog
+    from sparsecbm_jax.keeping import Case, CaseFile
     from sparsecbm_jax.rendering import render_correction
 
+    kept = CaseFile(FLAGS.lasting) if FLAGS.lasting else None
     loaded = load(FLAGS.model)
     if loaded.masks is None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
@@ -101,14 +98,14 @@ def main() -> None:
         log = stack.enter_context(EditLog(FLAGS.log, loaded.masks, loaded.schema.concepts)) if FLAGS.log else None
         if log is not None:
             model = dataclasses.replace(model, masks=log.replay(loaded.masks))
-        case = _find(model, FLAGS.concept) if FLAGS.find else _Case(FLAGS.text, FLAGS.concept, FLAGS.target)
+        case = _find(model, FLAGS.concept) if FLAGS.find else Case(FLAGS.text, FLAGS.concept, FLAGS.target)
         if case is None:
             print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
             return
         if FLAGS.minimal:
             corrected, report = correct_minimally(model, *case, margin=FLAGS.margin)
-        elif FLAGS.lasting:
-            corrected, report = _correct_lastingly(model, dataclasses.replace(model, masks=loaded.masks), case)
+        elif kept is not None:
+            corrected, report = _correct_lastingly(model, dataclasses.replace(model, masks=loaded.masks), case, kept)
         else:
             corrected, report = correct(
                 model,
@@ -120,11 +117,10 @@ def main() -> None:
             )
         print(json.dumps(report.to_dict(), indent=2) if FLAGS.json else render_correction(report))
         aside = sys.stderr if FLAGS.json else sys.stdout
+        if kept is not None:
+            kept.add(case)
         if log is not None and report.num_dropped:
             print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
-        if FLAGS.lasting:
-            with open(FLAGS.lasting, "a", encoding="utf-8") as file:
-                file.write(json.dumps(case._asdict()) + "\n")
         if FLAGS.html:
             _write_page(model, corrected, report)
             print(f"page: {FLAGS.html}", file=aside)
@@ -133,47 +129,16 @@ def main() -> None:
             print(f"saved: {directory}", file=aside)
 
 
-def _correct_lastingly(model: SparseCBM, original: SparseCBM, case: _Case) -> tuple[SparseCBM, CorrectionReport]:
+def _correct_lastingly(
+    model: SparseCBM, original: SparseCBM, case: Case, kept: CaseFile
+) -> tuple[SparseCBM, CorrectionReport]:
     """One edit for this correction and those of `--lasting`, with training texts held where they were."""
-    from sparsecbm_jax import guards, pruning
-    from sparsecbm_jax.correction import correct_lastingly, name_index, remember
-    from sparsecbm_jax.lasting import Replay
+    from sparsecbm_jax.keeping import Keeper
     from sparsecbm_jax.logs import progress
 
-    earlier = _read_corrections(Path(FLAGS.lasting))
-    run = saved.own_run(
-        model, FLAGS.model, "a model that was trained here, whose training texts are to stay as they are"
-    )
-    batches = pruning.fisher_batches(saved.read(FLAGS.model, run).splits["train"], run.pruner, seed=run.seed)
-    replay = Replay(batches)
-    for one in earlier:
-        remember(model, *one, replay)
-    concept = name_index("concept", case.concept, model.schema.concepts)
-    assert original.masks is not None
-    arrays = (original.config, original.params, original.masks, original.heads)
-    with contextlib.closing(progress(description="what weights cost", total=len(batches), unit="gradient")) as bar:
-        guard = guards.fisher_guard(*arrays, batches, concept, on_gradient=functools.partial(bar.update, 1))
-    return correct_lastingly(model, *case, replay, original=original, guard=guards.steep(guard))
-
-
-def _read_corrections(path: Path) -> list[_Case]:
-    """The corrections of a file; none where there is no file yet.
-
-    Raises:
-        ValueError: If a line is not an object with the three fields, all strings.
-    """
-    if not path.exists():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            case = _Case(**json.loads(line))
-        except (ValueError, TypeError):
-            case = None
-        if case is None or not all(isinstance(value, str) for value in case):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with the strings text, concept and target")
-        found.append(case)
-    return found
+    anchors = saved.anchors(model, FLAGS.model)
+    with contextlib.closing(progress(description="what weights cost", total=len(anchors), unit="gradient")) as bar:
+        return Keeper(original, anchors, on_gradient=functools.partial(bar.update, 1)).correct(model, case, kept.cases)
 
 
 def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport) -> None:
@@ -201,11 +166,12 @@ def _check_minimal() -> None:
         raise ValueError("--margin does not go without --minimal")
 
 
-def _find(model: SparseCBM, concept: str | None) -> _Case | None:
+def _find(model: SparseCBM, concept: str | None) -> Case | None:
     """The first test review with a mispredicted concept, and what the concept should be."""
     from sparsecbm_jax.artifact import predict
     from sparsecbm_jax.correction import name_index
     from sparsecbm_jax.data.sources import load_dataset
+    from sparsecbm_jax.keeping import Case
 
     schema = model.schema
     searched = [name_index("concept", concept, schema.concepts)] if concept else range(schema.num_concepts)
@@ -217,7 +183,7 @@ def _find(model: SparseCBM, concept: str | None) -> _Case | None:
         predicted, gold = predict(model, examples.texts[rows]).concepts, examples.concepts[rows]
         for n, k in ((n, k) for n in range(len(gold)) for k in searched):
             if gold[n, k] >= 0 and gold[n, k] != predicted[n, k]:
-                return _Case(examples.texts[start + n], schema.concepts[k], schema.classes[gold[n, k]])
+                return Case(examples.texts[start + n], schema.concepts[k], schema.classes[gold[n, k]])
     return None
 
 

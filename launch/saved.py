@@ -9,7 +9,7 @@ from pathlib import Path
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.artifact import SparseCBM
     from sparsecbm_jax.config import RunConfig
-    from sparsecbm_jax.data.batches import Tokenized
+    from sparsecbm_jax.data.batches import Batch, Tokenized
     from sparsecbm_jax.data.schema import Dataset
     from sparsecbm_jax.masks import Masks
 
@@ -74,6 +74,18 @@ def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
             f"expected {instead}"
         )
     return from_config_dict(model.metadata["run_config"])
+
+
+def anchors(model: SparseCBM, folder: str) -> list[Batch]:
+    """Training texts that lasting corrections leave as they are.
+
+    Raises:
+        ValueError: If the model does not say what it was trained on.
+    """
+    from sparsecbm_jax import pruning
+
+    run = own_run(model, folder, "a model that was trained here, whose training texts are to stay as they are")
+    return pruning.fisher_batches(read(folder, run).splits["train"], run.pruner, seed=run.seed)
 
 
 def check_names(model: SparseCBM, folder: str, dataset: Dataset) -> None:

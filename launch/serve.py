@@ -2,18 +2,22 @@
 
 python launch/serve.py --model=runs/quickstart/model
 python launch/serve.py --model=runs/quickstart/model --port=8080 --edits=runs/quickstart/edits.log
+python launch/serve.py --model=runs/quickstart/model --lasting=runs/quickstart/corrections.jsonl
 SPARSECBM_TOKEN=... python launch/serve.py --model=runs/quickstart/model --host=0.0.0.0
 
 Wants the extra `app`. Corrections are kept in --edits, a log that `launch/edits.py` and `launch/intervene.py --log`
-read, too; each is on disk before it is acknowledged, and made again when the server starts. Only this machine reaches
-the server, unless --host says otherwise: then a token is wanted, that of the variable SPARSECBM_TOKEN or one that is
-made and printed. It travels in the clear: put a proxy that speaks TLS before the server, or use an SSH tunnel.
+read, too; each is on disk before it is acknowledged, and made again when the server starts. Each is as small as
+repairs its concept; with --lasting, each keeps those before it in force, whose texts stand in a file that
+`launch/intervene.py --lasting` reads, too: that takes minutes on a CPU. Only this machine reaches the
+server, unless --host says otherwise: then a token is wanted, that of the variable SPARSECBM_TOKEN or one that is made
+and printed. It travels in the clear: put a proxy that speaks TLS before the server, or use an SSH tunnel.
 Programs are compiled before the first request; with JAX_COMPILATION_CACHE_DIR=FOLDER, they are kept for the next start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import socket
@@ -25,6 +29,7 @@ import saved
 from absl import flags
 
 if typing.TYPE_CHECKING:
+    from sparsecbm_jax.app.desk import Lasting
     from sparsecbm_jax.artifact import SparseCBM
     from sparsecbm_jax.data.schema import Examples
 
@@ -34,6 +39,7 @@ flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/quic
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; beyond loopback, a token is wanted.")
 flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.", lower_bound=0, upper_bound=65535)
 flags.DEFINE_string("edits", None, "File of edits; by default edits.log beside the model's folder.")
+flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force; those that are made are added.")
 flags.DEFINE_integer(
     "sample", 64, "Held-out texts of the model's own data that previews read; 0 for none.", lower_bound=0
 )
@@ -66,8 +72,11 @@ def main() -> None:
             )
         path = Path(FLAGS.edits or Path(FLAGS.model).resolve().parent / "edits.log")
         path.parent.mkdir(parents=True, exist_ok=True)
-        desk = stack.enter_context(contextlib.closing(Desk(model, path, _sample(model))))
-        print(f"{len(desk.edits)} {'edit' if len(desk.edits) == 1 else 'edits'} in force in {path}", flush=True)
+        lasting = _lasting(model)
+        desk = stack.enter_context(contextlib.closing(Desk(model, path, _sample(model), lasting=lasting)))
+        print(f"{_counted(len(desk.edits), 'edit')} in force in {path}", flush=True)
+        if lasting is not None:
+            print(f"{_counted(desk.num_kept, 'correction')} of {FLAGS.lasting} kept in force", flush=True)
         for length in progress(desk.warm_up(), description="compiling", total=desk.num_lengths, unit="length"):
             print(f"compiled for texts of up to {length} tokens", flush=True)
         app = create_app(desk, token=token, host_names=[FLAGS.host, socket.gethostname(), *FLAGS.allowed_hosts])
@@ -109,6 +118,23 @@ def _address(bound: socket.socket, token: str | None) -> str:
     host = socket.gethostname() if FLAGS.host in ("0.0.0.0", "::") else FLAGS.host
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{bound.getsockname()[1]}/" + (f"?token={token}" if token else "")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what if number == 1 else what + 's'}"
+
+
+def _lasting(model: SparseCBM) -> Lasting | None:
+    from sparsecbm_jax.app.desk import Lasting
+    from sparsecbm_jax.keeping import CaseFile, Keeper
+
+    if not FLAGS.lasting:
+        return None
+    cases = CaseFile(FLAGS.lasting)
+    cases.path.parent.mkdir(parents=True, exist_ok=True)
+    # Written-out layers would cost more to compile than single texts can win back.
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    return Lasting(Keeper(model, saved.anchors(model, FLAGS.model)), cases)
 
 
 def _sample(model: SparseCBM) -> Examples | None:

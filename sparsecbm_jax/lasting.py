@@ -14,6 +14,7 @@ Reference: replay of what was learnt before, Robins 1995, 'Catastrophic forgetti
 outputs held at those of the old model, Li & Hoiem 2016, 'Learning without Forgetting'.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -245,7 +246,7 @@ class Replay:
         """
         if num_rows < 4:
             raise ValueError(f"num_rows is {num_rows}; expected at least 4")
-        self._batches, self._num_rows = list(anchors), num_rows
+        self._batches, self._num_rows, self._seed = list(anchors), num_rows, seed
         self._anchors = [ids for batch in anchors for ids in _real_rows(batch)]
         if not self._anchors:
             raise ValueError("there are no anchors; expected batches with texts that are to be read as they are")
@@ -255,6 +256,12 @@ class Replay:
         self._width = 0
         # No batch is wider than those that were given, which fit the backbone.
         self._widest = max(batch.input_ids.shape[1] for batch in anchors)
+
+    def emptied(self) -> "Replay":
+        """One of the same anchors, held as they are here, that draws from the beginning and has no corrections."""
+        fresh = copy.copy(self)
+        fresh._rng, fresh._corrected = np.random.default_rng(self._seed), {}
+        return fresh
 
     def add(self, concept: int, batch: Batch, target: int) -> None:
         """Remembers the one text of a batch, and the class that the concept should have in it: no longer another."""

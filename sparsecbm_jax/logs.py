@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 from tqdm.auto import tqdm
 
+from sparsecbm_jax import traces
 from sparsecbm_jax.checkpoint import write_atomically
 
 T = TypeVar("T")
@@ -115,6 +116,7 @@ class StepTrace:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._num_begun, self._is_tracing = folder, 0, False
+        self._is_told = True
 
     def begin_step(self, wait: Callable[[], object]) -> None:
         """Starts or ends the trace where it is time; to be called before each step.
@@ -126,7 +128,7 @@ class StepTrace:
         if self._folder is not None and self._num_begun == self.FIRST:
             wait()
             jax.profiler.start_trace(self._folder)
-            self._is_tracing = True
+            self._is_tracing, self._is_told = True, False
         elif self._num_begun == self.FIRST + self.COUNT:
             wait()
             self.end()
@@ -136,6 +138,15 @@ class StepTrace:
         if self._is_tracing:
             jax.profiler.stop_trace()
             self._is_tracing = False
+
+    def report(self) -> str | None:
+        """What was traced, once, after its end: None before, and where nothing is new."""
+        if self._folder is None or self._is_tracing or self._is_told:
+            return None
+        self._is_told = True
+        waits = traces.read_waits(self._folder)
+        told = "" if waits is None else f": {traces.render(waits)}"
+        return f"a trace of training steps is in {self._folder}{told}"
 
 
 def _lines(path: Path) -> list[str]:

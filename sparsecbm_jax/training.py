@@ -303,6 +303,8 @@ class _Loop:
         self._check(pending)
         self._count_time()
         self.trace.end()
+        if (traced := self.trace.report()) is not None:
+            _say(traced)
         _say(f"epoch {epoch + 1}: {throughput.render(self.meter.read_all())}")
 
     def _count_time(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 from test_json_schema import problem
-from tiny_desk import HOSTILE, model, sample
+from tiny_desk import HOSTILE, anchors, asked_otherwise, model, sample
 from tiny_model import TEXTS, tiny_model
 
 from sparsecbm_jax import artifact
@@ -22,6 +22,7 @@ from sparsecbm_jax.correction import correct_minimally
 from sparsecbm_jax.edits import StoredEdit, apply_stored
 from sparsecbm_jax.explanation import DecisionPathway, explain
 from sparsecbm_jax.json_schema import schema_of
+from sparsecbm_jax.keeping import CaseFile, Keeper
 
 pytest.importorskip("jinja2", reason="jinja2 not here: pip install 'sparsecbm-jax[report]'")
 pytest.importorskip("starlette", reason="starlette not here: pip install 'sparsecbm-jax[app]'")
@@ -32,6 +33,7 @@ from starlette.testclient import TestClient
 
 from sparsecbm_jax.app import Desk, Limits, create_app, forms, gate, is_loopback
 from sparsecbm_jax.app import desk as desk_lib
+from sparsecbm_jax.app.desk import Lasting
 
 ADDRESS = "http://127.0.0.1:8000"
 TOKEN = "a token, of the test"
@@ -142,6 +144,29 @@ def test_a_restart_keeps_what_was_acknowledged(desk: Desk, client: TestClient, t
         with TestClient(create_app(restarted), ADDRESS) as again:
             assert reading(ask(again, "/api/explain", {"text": TEXTS[1]}), "food") == second["target"]
             assert ask(again, "/api/preview", question(again, TEXTS[1], "food"))["sample"] is None
+
+
+def test_lasting_corrections_hold_those_before_them(tmp_path: Path) -> None:
+    def opened() -> Desk:
+        cases = CaseFile(tmp_path / "cases.jsonl")
+        return Desk(model(), tmp_path / "edits.log", lasting=Lasting(Keeper(model(), anchors()), cases))
+
+    with contextlib.closing(opened()) as desk, TestClient(create_app(desk), ADDRESS) as client:
+        first, second = (
+            asked_otherwise(text, "ambiance", off)._asdict() for text, off in ((TEXTS[0], 1), (TEXTS[2], 2))
+        )
+        ask(client, "/api/apply", first)
+        previewed = ask(client, "/api/preview", second)
+        assert previewed["report"]["saliency"] == "lasting"
+        ask(client, "/api/apply", second | {"edit": previewed["edit"]})
+        for one in (first, second):
+            assert reading(ask(client, "/api/explain", {"text": one["text"]}), "ambiance") == one["target"]
+    with contextlib.closing(opened()) as desk, TestClient(create_app(desk), ADDRESS) as client:
+        assert desk.num_kept == 2
+        ask(client, "/api/undo", {"edit": desk.edits[-1].id})
+        assert desk.num_kept == 1, "what is undone is no longer kept in force"
+        # The same question again, after a restart: the same edit.
+        assert ask(client, "/api/preview", second)["edit"] == previewed["edit"]
 
 
 def test_what_is_made_is_what_was_previewed(client: TestClient) -> None:

@@ -6,7 +6,9 @@ import numpy as np
 from tiny_model import TEXTS, tiny_model
 
 from sparsecbm_jax import artifact
+from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
 from sparsecbm_jax.data.schema import Examples
+from sparsecbm_jax.keeping import Case
 
 HOSTILE = """</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> 'a' & {{ 7 * 7 }}"""
 
@@ -18,3 +20,17 @@ def model() -> artifact.SparseCBM:
 
 def sample() -> Examples:
     return Examples(TEXTS, np.zeros((4, 3), np.int32), np.zeros(4, np.int32), None, np.arange(4, dtype=np.int32) + 7)
+
+
+def anchors() -> list[Batch]:
+    """Two texts, the others are for corrections."""
+    held = sample()._replace(texts=TEXTS[1::2], concepts=np.zeros((2, 3), np.int32), labels=np.zeros(2, np.int32))
+    tokens = tokenize(held._replace(row_ids=np.arange(2, dtype=np.int32)), model().tokenizer, 24)
+    return list(eval_batches(tokens, batch_size=1, buckets=(24,)))
+
+
+def asked_otherwise(text: str, concept: str, off: int = 1) -> Case:
+    """A correction to a class that the text is not read as."""
+    schema = model().schema
+    read = artifact.predict(model(), [text]).concepts[0, schema.concepts.index(concept)]
+    return Case(text, concept, schema.classes[(read + off) % schema.num_classes])

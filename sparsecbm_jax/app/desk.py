@@ -29,6 +29,7 @@ from sparsecbm_jax.edit_log import EditLog
 from sparsecbm_jax.edits import Positions, StoredEdit, apply_stored, overlapping, text_hash, undo_stored
 from sparsecbm_jax.explanation import DecisionPathway, explain
 from sparsecbm_jax.intervention import check_masks
+from sparsecbm_jax.keeping import Case, CaseFile, Keeper
 
 # What single texts are padded to.
 WIDTHS = (64, 128, 256, 512)
@@ -51,20 +52,32 @@ class State(NamedTuple):
     edits: tuple[StoredEdit, ...]
 
 
+class Lasting(NamedTuple):
+    """What lasting corrections take: what makes them, and the file that their texts are kept in."""
+
+    keeper: Keeper
+    cases: CaseFile
+
+
 class Desk:
-    """A model that takes corrections, one after another, each as small as repairs its concept.
+    """A model that takes corrections, one after another.
+
+    Each is as small as repairs its concept, or, where a `Lasting` is given, keeps those before it in force.
 
     What it is asked it does at once, in the caller's thread, and one thing at a time. `edits`, `num_edits` and `get`
     alone may be called from another thread meanwhile: they read a state that is replaced as a whole.
     """
 
-    def __init__(self, model: SparseCBM, log: str | Path, sample: Examples | None = None) -> None:
+    def __init__(
+        self, model: SparseCBM, log: str | Path, sample: Examples | None = None, *, lasting: Lasting | None = None
+    ) -> None:
         """Opens the log, or makes it, and makes the edits that are in force there.
 
         Args:
             model: with masks, and without any of the log's edits.
             log: file of edits; see `EditLog`.
             sample: held-out texts that previews read; None or no texts for none.
+            lasting: of the same model; None for corrections that look at one text only.
 
         Raises:
             ValueError: if the model has no masks, or the log is damaged or another model's.
@@ -77,6 +90,7 @@ class Desk:
         model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
         self._log = EditLog(log, masks, model.schema.concepts)
         self._state = State(dataclasses.replace(model, masks=self._log.replay(masks)), self._log.edits)
+        self._lasting = lasting
         self._sample: list[Batch] = []
         self._sample_texts: dict[int, str] = {}
         if sample is not None and sample.texts:
@@ -105,6 +119,11 @@ class Desk:
     def num_edits(self) -> int:
         """How many edits are in force."""
         return len(self._state.edits)
+
+    @property
+    def num_kept(self) -> int:
+        """How many edits in force later lasting corrections answer for: those whose texts are in the file."""
+        return 0 if self._lasting is None else len(self._lasting.cases.of_edits(self._state.edits))
 
     def get(self, edit_id: str) -> StoredEdit:
         """An edit in force.
@@ -158,6 +177,9 @@ class Desk:
             concepts = self.model.schema.concepts
             masks = apply_stored(self._masks(), found.edit, concepts)
             with _writing():
+                if self._lasting is not None:
+                    # First: what is in force has its text then.
+                    self._lasting.cases.add(Case(order.text, order.concept, order.target))
                 self._log.append(found.edit)
             self._state = State(dataclasses.replace(self.model, masks=masks), self._log.edits)
         return Applied(found.edit.id if found.edit else None, found.is_repaired, self.edits)
@@ -195,7 +217,9 @@ class Desk:
             text = " ".join(["a"] * (length - self.model.tokenizer.num_special_tokens_to_add()))
             reading = self.explain(text).concepts[0]
             target = next(name for name in schema.classes if name != reading.predicted_class)
-            self._correct(Question(text, schema.concepts[0], target))
+            # Lasting edits are as wide as their widest text: the program for wide ones is left for who brings them.
+            if self._lasting is None or length == self._lengths()[0]:
+                self._correct(Question(text, schema.concepts[0], target))
             yield length
 
     def _flip_and_back(self) -> None:
@@ -232,7 +256,12 @@ class Desk:
             except ValueError as error:
                 raise Refusal(400, str(error), field=field) from None
         self._check_text(question.text)
-        corrected, report = correct_minimally(self.model, question.text, question.concept, question.target)
+        case = Case(question.text, question.concept, question.target)
+        if self._lasting is None:
+            corrected, report = correct_minimally(self.model, *case)
+        else:
+            earlier = self._lasting.cases.of_edits(self._state.edits)
+            corrected, report = self._lasting.keeper.correct(self.model, case, earlier)
         found = Found(report.stored() if report.num_dropped or report.num_grown else None, report.is_repaired)
         while len(self._found) >= MAX_REMEMBERED:
             self._found.pop(next(iter(self._found)))

@@ -206,7 +206,7 @@ class Applied:
     """What was made of an order.
 
     Attributes:
-        edit: id of the edit that is in force now; null where nothing had to change, or no small edit repairs.
+        edit: id of the edit that is in force now; null where nothing had to change, or no edit was found.
         is_repaired: whether the concept has the asked class on the text now.
         edits: all in force, oldest first.
     """

@@ -89,12 +89,12 @@
 
   function preview() {
     const form = { text: shown, concept: fields.concept.value, target: fields.target.value };
-    run("Looking for the smallest edit", async () => {
+    run("Looking for an edit", async () => {
       const found = await ask("/api/preview", form);
       const { report } = found;
       if (found.edit === null) {
         return report.is_repaired ? `${report.concept} is read as ${report.target} already: nothing would change.`
-          : `No edit that is small enough makes the model read ${report.concept} as ${report.target}: nothing would change.`;
+          : `No edit was found that makes the model read ${report.concept} as ${report.target}: nothing would change.`;
       }
       const heading = make("h2", { tabindex: "-1" }, "Preview: nothing is changed yet");
       const apply = make("button", { type: "button", class: "main", onclick: () => applied({ ...form, edit: found.edit }) }, "Apply");

@@ -1,0 +1,82 @@
+"""Corrections that stay in force: their file, and each new one with those before it in view."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from tiny_desk import anchors, asked_otherwise, model
+from tiny_model import TEXTS
+
+from sparsecbm_jax import artifact
+from sparsecbm_jax.edits import StoredEdit
+from sparsecbm_jax.keeping import Case, CaseFile, Keeper
+
+CASES = (Case("the soup\nwas “cold”", "food", "Negative"), Case("", "service", "unknown"))
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    kept = CaseFile(tmp_path / "cases.jsonl")
+    for case in CASES:
+        kept.add(case)
+    assert kept.cases == CaseFile(kept.path).cases == list(CASES)
+    by_hand = json.dumps(CASES[0]._asdict())
+    kept.path.write_text(by_hand)
+    kept = CaseFile(kept.path)
+    kept.add(CASES[1])
+    assert CaseFile(kept.path).cases == list(CASES) and kept.path.read_text().startswith(f"{by_hand}\n")
+
+
+@pytest.mark.parametrize("length", [1, 20, 60])
+def test_a_torn_line_is_left_out_and_written_over(tmp_path: Path, length: int) -> None:
+    kept = CaseFile(tmp_path / "cases.jsonl")
+    kept.add(CASES[0])
+    whole = kept.path.read_bytes()
+    kept.path.write_bytes(whole + whole[:length])
+    kept = CaseFile(kept.path)
+    assert kept.cases == [CASES[0]]
+    kept.add(CASES[1])
+    assert CaseFile(kept.path).cases == list(CASES)
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "{", '{"text": "a", "concept": 1, "target": "b"}', ""])
+def test_another_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "cases.jsonl"
+    path.write_text(json.dumps(CASES[0]._asdict()) + f"\n{line}\n")
+    with pytest.raises(ValueError, match=r"cases\.jsonl, line 2: expected a JSON object"):
+        CaseFile(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="line 1: expected"):
+        CaseFile(path)
+
+
+def test_each_correction_keeps_those_before_it() -> None:
+    gradients: list[int] = []
+    keeper = Keeper(model(), anchors(), on_gradient=lambda: gradients.append(1))
+    first, second = asked_otherwise(TEXTS[0], "ambiance"), asked_otherwise(TEXTS[2], "ambiance", 2)
+    once, one = keeper.correct(model(), first, [])
+    twice, two = keeper.correct(once, second, [first])
+    assert one.is_repaired and two.is_repaired and len(gradients) == len(anchors())
+    read = artifact.predict(twice, [first.text, second.text]).concepts[:, 1]
+    assert [model().schema.classes[index] for index in read] == [first.target, second.target]
+    # What was asked in between changes no answer, and neither does another keeper.
+    assert keeper.correct(once, second, [first])[1].stored().id == two.stored().id
+    assert Keeper(model(), anchors()).correct(model(), first, [])[1].stored().id == one.stored().id
+    with pytest.raises(ValueError, match=r"there is no concept .foot."):
+        keeper.correct(model(), first._replace(concept="foot"), [])
+
+
+def test_the_cases_of_edits_are_found_by_what_was_asked(tmp_path: Path) -> None:
+    kept = CaseFile(tmp_path / "cases.jsonl")
+    first, second = asked_otherwise(TEXTS[0], "ambiance"), asked_otherwise(TEXTS[2], "ambiance", 2)
+    keeper = Keeper(model(), anchors())
+    edits: list[StoredEdit] = [keeper.correct(model(), case, [])[1].stored() for case in (first, second)]
+    kept.add(second)
+    assert kept.of_edits(edits) == [second]
+    kept.add(first)
+    assert kept.of_edits(edits) == [first, second] and kept.of_edits(edits[1:]) == [second]
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="masks"):
+        Keeper(dataclasses.replace(model(), masks=None), anchors())
