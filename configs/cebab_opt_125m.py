@@ -15,4 +15,4 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    return common.get_scaled_config("opt_125m", batch_size=8)
+    return common.get_scaled_config("opt_125m", batch_size=8, fisher_gib=8)

@@ -16,4 +16,4 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    return common.get_scaled_config("opt_1_3b", batch_size=64, fsdp=16)
+    return common.get_scaled_config("opt_1_3b", batch_size=64, fsdp=16, fisher_gib=8)
