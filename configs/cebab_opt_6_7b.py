@@ -15,4 +15,4 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    return common.get_scaled_config("opt_6_7b", batch_size=16, fsdp=16, fisher_gib=4)
+    return common.get_scaled_config("opt_6_7b", batch_size=16, fsdp=16, fisher_gib=8)

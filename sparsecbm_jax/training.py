@@ -131,15 +131,19 @@ def train(
         Checkpointer(workdir / "scores", prepared.config.num_concepts * run.sparsity.reestimations) as scores,
     ):
         small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
-        in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
         heads = init_heads(jax.random.key(run.seed), small.config, run.strategy) if start is None else start.heads
+        in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
         loop = _Loop(run, in_use, heads, mesh, checkpoints, best, scores, workdir, loss_fn, criterion, stop, profile)
+        # The loop trains a copy. Of the values that it began from, only rows of tokens in no text are needed again.
+        table, ids = masks_lib.leaf_at(prepared.params, vocabulary.PATH), small.ids
+        prepared, in_use = prepared._replace(params=None), loop.prepared
+        del small
         loop.run_epochs()
         state, meta = loop.best_state()
         model, metrics = kept_model(run, in_use, mesh, state, meta, stop)
     if jax.process_index() == 0:
         shutil.rmtree(workdir / "scores")  # empty by now
-    whole = vocabulary.put_back(model.params, prepared.params, small.ids)
+    whole = vocabulary.put_back(model.params, table, ids)
     model = dataclasses.replace(model, config=prepared.config, params=whole)
     save(model, workdir / "model")
     if jax.process_index() == 0:
@@ -180,7 +184,7 @@ class _Loop:
         stop: StopSignal,
         profile: bool,
     ) -> None:
-        self.settings, self.prepared, self.mesh, self.stop = run, prepared, mesh, stop
+        self.settings, self.prepared, self.mesh, self.stop = run, prepared._replace(params=None), mesh, stop
         self.checkpoints, self.best, self.workdir, self.criterion = checkpoints, best, workdir, criterion
         self.scores = scores
         self.train_split = prepared.splits["train"]
@@ -202,7 +206,9 @@ class _Loop:
         latest = checkpoints.latest_step()
         if latest is not None:
             self.meta = checkpoints.read_meta(latest)
-            self.state = checkpoints.restore(latest, self._abstract(bool(self.meta["events_done"])))
+            abstract = self._abstract(bool(self.meta["events_done"]))
+            del self.state  # or there would be two for a while
+            self.state = checkpoints.restore(latest, abstract)
             _say(f"resuming {workdir} after step {latest}")
         self.step = latest or 0
         # Of an epoch that was stopped between its last step and its scores, these are still to come.

@@ -65,9 +65,9 @@ def restrict(config: CBMConfig, params: Params, splits: Mapping[str, Tokenized])
     )
 
 
-def put_back(params: Params, whole: Params, ids: Int[np.ndarray, " R"]) -> Params:
-    """`params` with the whole token table: its own rows for `ids`, those of `whole` for the others."""
-    return with_leaf(params, PATH, jax.jit(_put)(leaf_at(whole, PATH), ids, leaf_at(params, PATH)))
+def put_back(params: Params, table: Float[Array, "V E"], ids: Int[np.ndarray, " R"]) -> Params:
+    """`params` with the whole token table: its own rows for `ids`, those of `table` for the others."""
+    return with_leaf(params, PATH, jax.jit(_put)(table, ids, leaf_at(params, PATH)))
 
 
 def _take(table: Float[Array, "V E"], ids: Int[Array, " R"]) -> Float[Array, "R E"]:

@@ -1,7 +1,9 @@
 """Whole runs of a tiny model: every strategy, resuming to the bit, NaN, a workdir that is taken, save and load."""
 
 import dataclasses
+import gc
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,27 @@ def test_a_sharded_run_is_the_same_run(finished: training.TrainResult, tmp_path:
     np.testing.assert_allclose(
         artifact.predict(loaded, [TEXT]).label_probabilities, expected.label_probabilities, atol=1e-5
     )
+
+
+def test_the_values_that_a_run_began_from_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def live() -> Counter[tuple[int, ...]]:
+        gc.collect()
+        return Counter(leaf.shape for leaf in jax.live_arrays())
+
+    before, kernel = live(), "layers/ffn_in/kernel"
+
+    class Begun(Exception):
+        pass
+
+    def stop(loop: Any) -> None:
+        shape = masks_lib.leaf_at(loop.state.params, kernel).shape
+        loop.log.close()
+        assert live()[shape] - before[shape] == 3, "the weights and Adam's two moments"
+        raise Begun
+
+    monkeypatch.setattr(training._Loop, "run_epochs", stop)
+    with pytest.raises(Begun):
+        training.train(tiny_run("joint"), tmp_path)
 
 
 def test_minilm_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
