@@ -192,6 +192,13 @@ class _Walk:
 
     def __init__(self, computations: Mapping[str, Computation], num_partitions: int) -> None:
         self._computations, self._num_partitions = computations, num_partitions
+        # TPUs write a collective that goes on beside several fusions into each of them: it is sent once, from its start.
+        self._starts: dict[str, Instruction] = {}
+        for computation in computations.values():
+            for one in computation.values():
+                if one.opcode == "custom-call" and 'custom_call_target="AsyncCollectiveStart"' in one.attributes:
+                    begun = (computation[name] for name in one.operands if name in computation)
+                    self._starts |= {channel: gather for gather in begun if (channel := _channel(gather)) is not None}
         self.of: Callable[[str], Cost] = functools.cache(self._of)
 
     def _of(self, name: str) -> Cost:
@@ -218,6 +225,8 @@ class _Walk:
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else called
             total.add(max((self.of(branch) for branch in names), key=_dearness))
         elif kind in _COLLECTIVES:
+            if self._starts.get(_channel(instruction) or "", instruction) is not instruction:
+                return
             self._add_collective(total, kind, instruction, computation)
         elif opcode == "fusion" and (scattered := self._scattered(called)):
             self._add_collective(total, "reduce-scatter", *scattered)
@@ -309,6 +318,11 @@ class _Walk:
                 own = 0.0 if instruction.opcode == "dynamic-update-slice" else written
             read += own
         return written + read
+
+
+def _channel(instruction: Instruction) -> str | None:
+    found = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+    return found and found[1]
 
 
 def _far_bytes(arrays: Iterable[Array]) -> float:

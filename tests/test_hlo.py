@@ -106,6 +106,23 @@ def test_what_a_collective_sends(line: str, kind: str, sent: float) -> None:
     assert dict(hlo.cost(entry(X, line)).wire_bytes) == {kind: sent}
 
 
+def test_what_goes_on_beside_fusions_is_sent_once() -> None:
+    gather = 'all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}'
+    begun = '(f32[64], f32[512]) custom-call(%g), custom_call_target="AsyncCollectiveStart"'
+    parts = {"start": begun, "beside": "f32[512] add(%g, %g)", "done": "f32[512] copy(%g)"}
+    more = "\n".join(
+        f"%{name} (x: f32[64]) -> f32[512] {{\n  {X}\n  %g = f32[512]{{0}} {gather}\n  ROOT %r = {root}\n}}"
+        for name, root in parts.items()
+    )
+    fused = [f"%{name}.1 = f32[512]{{0}} fusion(%x), kind=kCustom, calls=%{name}" for name in parts]
+    another = f"%o = f32[512]{{0}} {gather}".replace("channel_id=7", "channel_id=8")
+    cost = hlo.cost(entry(X, *fused, another, more=more))
+    assert (cost.num_collectives["all-gather"], cost.wire_bytes["all-gather"]) == (2, 2 * 7 * 256)
+    # Without the start there is nothing that says which of them it is.
+    cost = hlo.cost(entry(X, *fused[1:], more=more.replace("AsyncCollectiveStart", "other")))
+    assert cost.num_collectives["all-gather"] == 2
+
+
 def test_a_group_of_one_sends_nothing() -> None:
     assert not hlo.cost(entry(X, "ROOT %y = f32[64]{0} all-reduce(%x), replica_groups=[8,1]<=[8]")).wire_bytes
 
