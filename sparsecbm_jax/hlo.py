@@ -192,7 +192,7 @@ class _Walk:
 
     def __init__(self, computations: Mapping[str, Computation], num_partitions: int) -> None:
         self._computations, self._num_partitions = computations, num_partitions
-        # TPUs write a collective that goes on beside several fusions into each of them: it is sent once, from its start.
+        # TPUs write a collective that goes on beside fusions into each of them: it is sent once, from its start.
         self._starts: dict[str, Instruction] = {}
         for computation in computations.values():
             for one in computation.values():
