@@ -430,6 +430,8 @@ const drawing = (() => {
   function correctionView({ report, before, after, change = null }) {
     const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was so before" : "repaired";
     const followed = before.concepts.findIndex((lane) => lane.name === report.concept);
+    const way = report.saliency === "lasting" ? "so that earlier corrections hold"
+      : `ranked by ${report.saliency} saliency${report.num_steps > 1 ? ` in ${report.num_steps} steps` : ""}`;
     const rows = before.concepts.map(({ name }) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
     rows.push(["label", report.before.label, report.before.label_probabilities, report.after.label, report.after.label_probabilities]);
     return make("div", { class: "correction" },
@@ -437,7 +439,7 @@ const drawing = (() => {
         make("div", {},
           make("p", { class: "label" }, make("span", { class: "eyebrow" }, `Asked: ${report.concept} = ${report.target}${report.label ? `, label = ${report.label}` : ""}`), make("strong", {}, outcome)),
           make("p", { class: "explained" }, exact(report.num_dropped, count(report.num_dropped)), " weights dropped from the mask of ", report.concept, " and ", exact(report.num_grown, count(report.num_grown)), " grown: ",
-            exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)}, ranked by ${report.saliency} saliency${report.num_steps > 1 ? ` in ${report.num_steps} steps` : ""}. No parameter changed.`)),
+            exact(report.changed_share, percent(report.changed_share, 4)), ` of the backbone’s ${count(report.num_weights)}, ${way}. No parameter changed.`)),
         table("Before and after", ["", "Before", "After", "Changed"], rows.map(([name, old, oldShares, now, nowShares]) =>
           [name, `${old} (${percent(oldShares[old])})`, `${now} (${percent(nowShares[now])})`, old === now ? "no" : make("strong", {}, "yes")]))),
       change && change.kernels.length ? changeView(change) : null,
