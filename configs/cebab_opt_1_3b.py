@@ -4,8 +4,8 @@
     python launch/plan.py --config=configs/cebab_opt_1_3b.py --topology=v5e:4x4
 
 Planned with K = 4 and 512 tokens: a training step takes 3.0 of a chip's 16.9 GB, 1.23 times the model's flops, and
-sends 11.4 GB; a pass of the pruner takes 9.2 GB, the selection 2.7, an intervention 2.0. It is the smallest topology that
-was planned. RESULTS.md has the command.
+sends 11.4 GB; a pass of the pruner takes 9.2 GB, the selection 2.7, an intervention 2.0. It is the smallest topology
+that was planned. RESULTS.md has the command.
 The learning rate is ours, from the grid in the paper's Table 3.
 """
 

@@ -3,7 +3,9 @@
     python launch/train.py --config=configs/cebab_opt_6_7b.py --config.data.path=DIR --workdir=runs/opt_6_7b
     python launch/plan.py --config=configs/cebab_opt_6_7b.py --topology=v5e:4x4
 
-Its plan has not been compiled yet; training's state takes 5.4 GB of a chip's 16.9.
+Planned with K = 4 and 512 tokens: a training step takes 9.2 of a chip's 16.9 GB, 1.22 times the model's flops, and
+sends 60.5 GB; a pass of the pruner takes 16.1 GB, the selection 14.8, an intervention 10.8. It is the smallest
+topology that was planned. RESULTS.md has the command.
 The learning rate is ours, from the grid in the paper's Table 3, for a model that the paper has not.
 """
 
