@@ -3,7 +3,9 @@
     python launch/train.py --config=configs/cebab_opt_125m.py --config.data.path=DIR --workdir=runs/opt_125m
     python launch/plan.py --config=configs/cebab_opt_125m.py --topology=v5e:1x1
 
-Its plan has not been compiled yet; training's state takes 1.6 GB of the chip's 16.9.
+Planned with K = 4 and 512 tokens: a training step takes 3.2 of the chip's 16.9 GB and 1.23 times the model's flops; a
+pass of the pruner takes 10.0 GB, the selection 3.5, an intervention 2.2. There is no smaller topology. RESULTS.md has
+the command.
 The learning rate is ours, from the grid in the paper's Table 3.
 """
 
