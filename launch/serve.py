@@ -138,7 +138,6 @@ def _lasting(model: SparseCBM) -> Lasting | None:
     if not path:
         return None
     cases = CaseFile(path)
-    cases.path.parent.mkdir(parents=True, exist_ok=True)
     try:
         anchors = saved.anchors(model, FLAGS.model)
     except (ValueError, OSError, ImportError) as error:

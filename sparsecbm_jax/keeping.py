@@ -63,6 +63,7 @@ class CaseFile:
             OSError: if it cannot be written.
         """
         line = self._prefix + json.dumps(case._asdict()).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "r+b" if self.path.exists() else "xb") as file:
             file.truncate(self._end)
             file.seek(self._end)

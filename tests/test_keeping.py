@@ -16,7 +16,7 @@ CASES = (Case("the soup\nwas “cold”", "food", "Negative"), Case("", "service
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
-    kept = CaseFile(tmp_path / "cases.jsonl")
+    kept = CaseFile(tmp_path / "a folder to be made" / "cases.jsonl")
     for case in CASES:
         kept.add(case)
     assert kept.cases == CaseFile(kept.path).cases == list(CASES)
