@@ -28,7 +28,9 @@ def test_a_trace_of_eight_devices_says_what_they_waited_for(tmp_path: Path) -> N
     waits = traces.read_waits(tmp_path)
     assert waits is not None and waits.num_devices == 8
     assert {"all-gather", "all-reduce"} >= set(waits.by_kind) >= {"all-reduce"}
-    assert 0 < max(waits.by_kind.values()) <= waits.waited <= sum(waits.by_kind.values())
+    a_little = 1e-9 * waits.waited  # sums of the same seconds in another order
+    assert 0 < max(waits.by_kind.values()) <= waits.waited + a_little
+    assert waits.waited <= sum(waits.by_kind.values()) + a_little
     assert waits.waited < waits.seconds
 
 
