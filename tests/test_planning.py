@@ -203,7 +203,12 @@ def test_the_main_prints_a_table_and_writes_json(run: RunConfig, tmp_path: Path)
     assert f"{step['peak_bytes_per_chip'] / 1e9:.2f}" in row
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not here: pip install '.[tpu-plan]'")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu not here: pip install '.[tpu-plan]'"
+)
+
+
+@needs_libtpu
 def test_a_tiny_program_compiles_for_a_tpu(run: RunConfig, tmp_path: Path) -> None:
     arguments = [f"--config.{key}={value}" for key, value in (("backbone.name", run.backbone.name), ("mesh.fsdp", 4))]
     arguments += ["--config.data.max_length=32", "--programs=eval_step", "--json=plan.json"]
@@ -214,3 +219,14 @@ def test_a_tiny_program_compiles_for_a_tpu(run: RunConfig, tmp_path: Path) -> No
     assert step["fits"] and not report["is_estimate"]
     assert step["flops_ratio"] == pytest.approx(1, rel=0.05)
     assert step["wire_bytes_by_kind"]["all-gather"] > 0
+
+
+@needs_libtpu
+def test_the_projections_of_opt_350m_are_selected_from_on_a_tpu(tmp_path: Path) -> None:
+    """Kernels of [1024, 512] that no layer stacks."""
+    shape = {"hidden_size": 1024, "word_embed_proj_dim": 512, "num_hidden_layers": 1, "ffn_dim": 1024}
+    shape |= {"vocab_size": 96, "num_attention_heads": 16, "max_position_embeddings": 64, "do_layer_norm_before": False}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt", **shape}))
+    arguments = [f"--config.backbone.name={tmp_path}", "--config.data.max_length=32", "--programs=select"]
+    result = run_main("plan.py", "--config=configs/cebab.py:tiny", "--topology=v5e:1x1", *arguments)
+    assert result.returncode == 0, result.stderr
