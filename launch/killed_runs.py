@@ -19,8 +19,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 TRAIN = Path(__file__).with_name("train.py")
 NUM_DEVICES = 8
-# Silence after which a process counts as dead, and how long the others may take to end in all.
-SILENCE, LIMIT = 20, 60.0
+# Seconds that processes wait for each other at the start, and that the others may take to end.
+START, LIMIT = 30, 60.0
 # What differs between two runs that do the same, since it is measured.
 MEASURED = ("seconds", "peak_bytes", "concepts", "step_seconds", "examples_per_second", "tokens_per_second")
 # Two processes add gradients up in another order than one: rounding, which may swap weights of almost equal score.
@@ -74,15 +74,18 @@ class Outcome:
 class Run:
     """A run in a folder, which is started several times."""
 
-    def __init__(self, workdir: Path, settings: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.workdir, self._settings, self._environment = workdir, settings, environment
+    def __init__(
+        self, workdir: Path, settings: Sequence[str], environment: Mapping[str, str], *, silence: int = 20
+    ) -> None:
+        """Takes the folder, the flags, the environment, and the seconds of silence after which a process is dead."""
+        self.workdir, self._settings, self._environment, self._silence = workdir, settings, environment, silence
 
     def _start(self, num_processes: int) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, str(TRAIN), *self._settings, f"--workdir={self.workdir}"]
         devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // num_processes)}
         if num_processes > 1:
             command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={num_processes}"]
-            command += [f"--heartbeat_seconds={SILENCE}", f"--start_seconds={SILENCE}"]
+            command += [f"--heartbeat_seconds={self._silence}", f"--start_seconds={START}"]
         started = []
         for index in range(num_processes):
             own = [f"--process_id={index}"] if num_processes > 1 else []

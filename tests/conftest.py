@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from sparsecbm_jax.backbones import BackboneConfig
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes so many objects that looking for cycles takes a fifteenth of the suite's time: it is done once a file.
+gc.disable()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOOR_0_TESTS = (
@@ -115,7 +118,8 @@ WORDS = tuple(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiling_is_quick(request: pytest.FixtureRequest) -> None:
+def _files_begin_alike(request: pytest.FixtureRequest) -> None:
+    gc.collect()
     quick = request.path.stem not in _WELL_COMPILED
     # Programs in memory do not tell how well they were compiled: another file's would do for this one's. And a worker
     # that kept them all would come near the number of mappings that a process may have.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ def run_main(name: str, *arguments: str, cwd: Path = REPOSITORY) -> subprocess.C
 
 
 def _run(command: list[str], cwd: Path, printed: list[Path]) -> None:
+    gc.disable()
     os.chdir(cwd)
     for name, descriptor, path in zip(("stdout", "stderr"), (1, 2), printed, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)

@@ -103,7 +103,7 @@ def test_what_is_killed_goes_on_in_as_many_processes_or_in_one(tmp_path: Path) -
         "mesh": {"data": 8},
     }
     flags = ["--config=configs/common.py", "--config.strategy=joint", *_flags(settings)]
-    whole, killed = (Run(tmp_path / name, flags, os.environ) for name in ("whole", "killed"))
+    whole, killed = (Run(tmp_path / name, flags, os.environ, silence=10) for name in ("whole", "killed"))
     run = from_config_dict({"strategy": "joint", **settings})
     sparsecbm_jax.train(run, whole.workdir)
 
