@@ -83,11 +83,12 @@ def make_backbone(
     return Backbone(config, _pure(embed), _pure(layer), _pure(finish))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def init_params(rng: Key[Array, ""], config: BackboneConfig) -> Params:
     """Fresh float32 parameters: kernels and embeddings truncated normal of deviation 0.02, layers stacked.
 
-    Pure: `jax.jit(init_params, static_argnums=1, out_shardings=...)` creates shards in place, and `jax.eval_shape`
-    gives the tree of shapes.
+    One program: drawn one by one, every shape would be compiled by itself. Pure: `jax.jit(init_params,
+    static_argnums=1, out_shardings=...)` creates shards in place, and `jax.eval_shape` gives the tree of shapes.
 
     Args:
         rng: One key.
