@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 TRAIN = Path(__file__).with_name("train.py")
 NUM_DEVICES = 8
 # Seconds that processes wait for each other at the start, and that the others may take to end.
-START, LIMIT = 30, 60.0
+START, LIMIT = 20, 60.0
 # What differs between two runs that do the same, since it is measured.
 MEASURED = ("seconds", "peak_bytes", "concepts", "step_seconds", "examples_per_second", "tokens_per_second")
 # Two processes add gradients up in another order than one: rounding, which may swap weights of almost equal score.

@@ -21,6 +21,11 @@ SCALED = [f"cebab_opt_{size}" for size in ("125m", "350m", "1_3b", "6_7b", "13b"
 LENGTH, BATCH = 32, 8
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 128}
 
+# The compiler for TPUs is an extra of its own, and large: the suite does without it where it is not installed.
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu not here: pip install '.[tpu-plan]'"
+)
+
 
 def scaled(name: str) -> RunConfig:
     return from_config_dict(importlib.import_module(f"configs.{name}").get_config())
@@ -201,11 +206,6 @@ def test_the_main_prints_a_table_and_writes_json(run: RunConfig, tmp_path: Path)
     assert {"peak_bytes_per_chip", "wire_bytes_per_chip", "flops_ratio"} <= set(step)
     row = next(line for line in result.stdout.splitlines() if line.startswith("eval_step"))
     assert f"{step['peak_bytes_per_chip'] / 1e9:.2f}" in row
-
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu not here: pip install '.[tpu-plan]'"
-)
 
 
 @needs_libtpu

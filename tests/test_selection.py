@@ -42,7 +42,7 @@ def test_equals_a_stable_sort(kind: str) -> None:
     rng = np.random.default_rng(0)
     select = jax.jit(selection.select_smallest)
     for trial in range(6):
-        shapes = {"b": (3, 17), "a": (5, 4, 2), "c": (256, 2)}
+        shapes = {"b": (3, 17), "a": (5, 4, 2), "c": (128, 2)}
         scores = {
             path: VALUES[kind](rng, np.prod(shape)).astype(np.float32).reshape(shape) for path, shape in shapes.items()
         }
@@ -77,7 +77,7 @@ def test_counts_carry_into_their_high_part(kind: str, monkeypatch: pytest.Monkey
     """As they do beyond 2¹⁶, with a low part of three bits."""
     monkeypatch.setattr(selection, "_LOW", 3)
     rng = np.random.default_rng(2)
-    shapes = {"a": (3, 17), "b": (5, 4, 2), "c": (256, 2)}
+    shapes = {"a": (3, 17), "b": (5, 4, 2), "c": (128, 2)}
     scores = {
         path: VALUES[kind](rng, np.prod(shape)).astype(np.float32).reshape(shape) for path, shape in shapes.items()
     }
@@ -101,7 +101,7 @@ def test_more_than_two_to_the_32_weights_can_be_counted() -> None:
 
 def test_same_bits_under_any_sharding() -> None:
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    scores = np.random.default_rng(1).integers(0, 3, (256, 8)).astype(np.float32)
+    scores = np.random.default_rng(1).integers(0, 3, (128, 16)).astype(np.float32)
     expected = np.asarray(selection.select_smallest({"w": jnp.asarray(scores)}, 961)["w"])
     for spec in (P(), P("fsdp"), P(None, "tensor"), P("fsdp", "tensor"), P(("tensor", "fsdp"))):
         placed = jax.device_put(scores, NamedSharding(mesh, spec))
@@ -109,7 +109,7 @@ def test_same_bits_under_any_sharding() -> None:
         np.testing.assert_array_equal(np.asarray(got), expected)
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (256, 32), (3, 16, 32)], ids=["plain", "folded", "stacked"])
+@pytest.mark.parametrize("shape", [(64, 32), (128, 32), (3, 16, 32)], ids=["plain", "folded", "stacked"])
 def test_no_gather_of_sharded_scores(shape: tuple[int, ...]) -> None:
     mesh = sharding.make_mesh(fsdp=8)
     spec = P("fsdp") if len(shape) == 2 else P(None, "fsdp")
