@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt
 
+from sparsecbm_jax.sharding import in_turn
+
 RUN_FILE = "run.json"
 _SIZES_FILE = "sizes.json"
 _MAX_LISTED = 20
@@ -76,7 +78,7 @@ def _checksum(leaf: Array) -> UInt[Array, ""]:
 
 def _checksums(leaves: Mapping[str, Array]) -> dict[str, int]:
     # A program for each shape: those of a whole tree would be compiled again for every tree that is saved.
-    sums = {name: _checksum(leaf) for name, leaf in leaves.items()}
+    sums = {name: in_turn(_checksum(leaf)) for name, leaf in leaves.items()}
     return {name: int(value) for name, value in sums.items()}
 
 

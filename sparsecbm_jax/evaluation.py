@@ -123,7 +123,7 @@ def evaluate(
         masks = _pack(masks)
     # Collected without waiting, then added in float64: the device never idles for the host, and many batches lose no
     # digits.
-    collected = [batch_sums(forward(params, masks, heads, batch), batch) for batch in batches]
+    collected = [sharding.in_turn(batch_sums(forward(params, masks, heads, batch), batch)) for batch in batches]
     if not collected:
         raise ValueError("evaluate: expected at least one batch, got none (is the split empty?)")
     sums = EvaluationSums(

@@ -151,14 +151,14 @@ class SubnetworkGradients:
 
     def __iter__(self) -> Iterator[Kernels]:
         for gradient in itertools.islice(self._all(), self._limit):
-            yield gradient
+            yield sharding.in_turn(gradient)
             self._on_gradient()
 
     def input_norms(self) -> dict[str, Float[Array, "*layers inputs"]]:
         """‖x_i‖₂ of every input of every kernel of the subnetwork, over the real tokens of all batches."""
         total: dict[str, Array] = {}
         for batch, _ in self._batches:
-            squares = self._input_squares(batch)
+            squares = sharding.in_turn(self._input_squares(batch))
             total = {path: total[path] + leaf if total else leaf for path, leaf in squares.items()}
             self._on_gradient()
         return {path: jnp.sqrt(leaf) for path, leaf in total.items()}

@@ -15,6 +15,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, CBMOutput, make_forward
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.masks import Masks, Params
+from sparsecbm_jax.sharding import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def readings(
 ) -> list[tuple[Batch, CBMOutput]]:
     """The model's outputs on a sample: what `preview` compares with, made once for many previews."""
     forward = make_forward(config)
-    return [(batch, forward(params, masks, heads, batch)) for batch in batches]
+    return [(batch, in_turn(forward(params, masks, heads, batch))) for batch in batches]
 
 
 def preview(

@@ -30,6 +30,7 @@ from sparsecbm_jax.data.batches import Batch, Tokenized, train_batches
 from sparsecbm_jax.fisher import Kernels
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.patterns import Unit
+from sparsecbm_jax.sharding import in_turn
 
 _FISHER_BUCKETS = (32, 64, 128, 256, 512)
 
@@ -270,7 +271,7 @@ def _with_activations(
     config: CBMConfig, params: Params, masks: Masks, heads: Heads, batches: Sequence[Batch]
 ) -> list[tuple[Batch, Float[Array, "B K C"]]]:
     forward, packed = make_forward(config), jax.jit(masks_lib.pack)(masks)
-    return [(batch, forward(params, packed, heads, batch).activations) for batch in batches]
+    return [(batch, in_turn(forward(params, packed, heads, batch).activations)) for batch in batches]
 
 
 class _Cutter:

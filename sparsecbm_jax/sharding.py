@@ -13,13 +13,15 @@ Axes:
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor", "concept")
 ROW_AXES = ("data", "fsdp")
@@ -215,6 +217,18 @@ def to_host(value: Any) -> np.ndarray:
 
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)
+
+
+def in_turn(tree: T) -> T:
+    """The same arrays; on several devices of a CPU only once they are there.
+
+    For results that nothing later hangs on, of programs that are started one after the other. Virtual devices share few
+    threads: of two programs under way at once, either may hold those that the other's collectives wait for, for ever.
+    Accelerators have queues, and nobody waits.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.block_until_ready(tree)
+    return tree
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

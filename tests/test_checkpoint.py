@@ -1,6 +1,8 @@
 """Checkpoints: bits survive, meshes may change, damage and misfit are named."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -243,3 +245,19 @@ def test_write_atomically_leaves_no_part_behind(tmp_path):
     write_atomically(tmp_path / "a.txt", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_devices_of_a_cpu_do_not_wait_for_each_other_in_different_programs() -> None:
+    """In a process of its own, which would never end."""
+    program = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+from sparsecbm_jax import checkpoint, sharding
+placed = jax.sharding.NamedSharding(sharding.make_mesh(data=2, fsdp=2, concept=2), jax.sharding.PartitionSpec("fsdp"))
+leaves = {str(n): jax.device_put(jax.numpy.ones((16 * (1 + n % 8), 64)), placed) for n in range(60)}
+for _ in range(400):
+    checkpoint._checksums(leaves)
+"""
+    repository = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", program], cwd=repository, check=True, timeout=120)
