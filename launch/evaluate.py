@@ -200,6 +200,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
                 subject.groups,
                 max_edits=FLAGS.max_edits,
                 order_seed=order,
+                before=subject.readings,
                 on_edit=functools.partial(bar.update, 1),
             )
         return report.to_dict()

@@ -259,10 +259,13 @@ def describe_plan(kernels: Kernels, config: PrunerConfig) -> str:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _cut(
-    gradient: Kernels, squares: Mapping[str, Float[Array, ""]], pieces: tuple[Piece, ...], mesh: Mesh | None
-) -> tuple[list[Float[Array, "inputs units"]], dict[str, Float[Array, ""]]]:
-    """The pieces of a gradient, and `squares` with those of its leaves added."""
-    added = {path: squares[path] + jnp.sum(leaf**2) for path, leaf in gradient.items()}
+    gradient: Kernels,
+    squares: Mapping[str, Float[Array, "*layers units"]],
+    pieces: tuple[Piece, ...],
+    mesh: Mesh | None,
+) -> tuple[list[Float[Array, "inputs units"]], dict[str, Float[Array, "*layers units"]]]:
+    """The pieces of a gradient, and `squares` with those of its leaves added, unit by unit."""
+    added = {path: squares[path] + jnp.sum(leaf**2, axis=-2) for path, leaf in gradient.items()}
     return [piece.of(gradient[piece.path], mesh) for piece in pieces], added
 
 
@@ -274,13 +277,19 @@ class _Cuts:
     """
 
     def __init__(self, stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None) -> None:
-        self.num_grads, self.squares = 0, dict[str, Array]()
+        self.num_grads, self._squares = 0, dict[str, Array]()
         self._stream, self._pieces, self._mesh = stream, pieces, mesh
+
+    @property
+    def squares(self) -> dict[str, Float[Array, ""]]:
+        """Added up in float64: one unit with large gradients would swallow the others', more or less on each mesh."""
+        sums = {path: np.sum(sharding.to_host(leaf), dtype=np.float64) for path, leaf in self._squares.items()}
+        return {path: jnp.float32(total) for path, total in sums.items()}
 
     def __iter__(self) -> Iterator[list[Float[Array, "inputs units"]]]:
         for gradient in self._stream:
-            squares = self.squares or dict.fromkeys(gradient, jnp.float32(0))
-            cut, self.squares = _cut(gradient, squares, self._pieces, self._mesh)
+            squares = self._squares or {path: jnp.zeros_like(leaf[..., 0, :]) for path, leaf in gradient.items()}
+            cut, self._squares = _cut(gradient, squares, self._pieces, self._mesh)
             self.num_grads += 1
             # A stream's programs do not wait for each other: with the collectives of many of them under way, virtual
             # devices would starve one another of threads.

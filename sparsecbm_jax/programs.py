@@ -145,6 +145,12 @@ class Shapes:
     def replicated(self, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return self._placed(shape, dtype, P())
 
+    def without_inputs(self, path: str) -> jax.ShapeDtypeStruct:
+        """What a sum over the inputs of a kernel leaves, placed as it is."""
+        *layers, _, units = self.kernels[path].shape
+        *of_layers, _, of_units = sharding.spec_for(path, len(layers) + 2)
+        return self._placed((*layers, units), jnp.float32, P(*of_layers, of_units))
+
     def units(self, *shape: int) -> jax.ShapeDtypeStruct:
         """An array whose second axis is spread over all devices, as `sharding.spread_units` leaves it."""
         inputs, units, *rest = shape
@@ -276,7 +282,7 @@ def _prune_pass(shapes: Shapes) -> list[Part]:
     buffered = num_buffered * bytes_of(cuts)
     sums = 0.0 if is_dual else sum(bytes_of(gram_of(cut)) for cut in cuts)
     held, own = held_in_training(shapes), bytes_of((shapes.params, shapes.heads))
-    squares = dict.fromkeys(shapes.kernels, number)
+    squares = {path: shapes.without_inputs(path) for path in shapes.kernels}
     gradient = functools.partial(
         fisher.subnetwork_gradient.lower,
         config,

@@ -120,6 +120,7 @@ def run_stream(
     max_edits: int,
     split_seed: int = 0,
     order_seed: int = 0,
+    before: Readings | None = None,
     on_edit: Callable[[], object] = lambda: None,
 ) -> tuple[State, StreamReport]:
     """Corrects a stream of reviews by one arm; see `StreamReport`.
@@ -130,6 +131,7 @@ def run_stream(
       max_edits: the stream ends with the review in which so many corrections have been made.
       split_seed: of the halves, stream and held-out.
       order_seed: of the order in which reviews come.
+      before: how `state` reads all rows, where that is known.
       on_edit: called after each correction.
 
     Returns:
@@ -168,8 +170,9 @@ def run_stream(
             repaired.append(outcome.is_repaired)
             changed.append(outcome.num_changed)
             on_edit()
-    before = read(config, start, split, np.arange(split.num_examples))
-    after = read(config, state, split, np.arange(split.num_examples))
+    all_rows = np.arange(split.num_examples)
+    before = read(config, start, split, all_rows) if before is None else before
+    after = before if state is start else read(config, state, split, all_rows)
     is_right_before, is_right = _is_right(before, gold), _is_right(after, gold)
     same, other = _siblings(cells, gold, groups)
     edited_rows = np.array(sorted({cell.row for cell in cells}), int)

@@ -78,6 +78,7 @@ _WELL_COMPILED = (
     "test_backbones",
     "test_cholesky",
     "test_selection",
+    "test_sharded_pruning",
     "test_woodfisher",
 )
 # Those come first, together, since what is compiled the other way is forgotten then. Of the others, files that take
@@ -87,6 +88,7 @@ _FIRST = (
     "test_woodfisher",
     "test_cholesky",
     "test_selection",
+    "test_sharded_pruning",
     "test_training",
     "test_processes",
     "test_sweep",
@@ -96,7 +98,6 @@ _FIRST = (
     "test_steps",
     "test_intervention_suite",
     "test_fisher",
-    "test_sharded_pruning",
     "test_evaluate",
 )
 _MOST_MAPPINGS = 20_000  # of the 65,530 that Linux allows a process
