@@ -1,7 +1,8 @@
 """Evaluates a saved model: its scores on a split, or what corrections repair and what they cost.
 
 python launch/evaluate.py --suite=classification --model=runs/cebab/model --split=validation
-python launch/evaluate.py --suite=intervention --model=runs/cebab/model --dense=runs/joint/model --workdir=runs/edits
+python launch/evaluate.py --suite=intervention --model=runs/cebab/model --workdir=runs/edits \
+    --dense=runs/joint/model,runs/std/model,runs/independent/model
 python launch/evaluate.py --suite=intervention --model=runs/cebab/model --workdir=runs/edits --parts=streams \
     --arms=minimal,guarded --orders=0,1,2 --max_edits=200 --config=configs/cebab_minilm.py --config.data.path=DIR
 
@@ -38,12 +39,20 @@ if typing.TYPE_CHECKING:
     from sparsecbm_jax.config import RunConfig
     from sparsecbm_jax.intervention_suite import Subject
 
+# What the backbone of a dense model learns, by strategy; independent and sequential train φ apart.
+TRAINED_FOR = {
+    "joint": ("concept", "task"),
+    "standard": ("task",),
+    "independent": ("concept",),
+    "sequential": ("concept",),
+}
+
 FLAGS = flags.FLAGS
 command_line.define_config()
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_enum("suite", None, ["classification", "intervention"], "What to evaluate.")
 flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/cebab/model.")
-flags.DEFINE_string("dense", None, "Folder of a dense joint model, a line to compare with.")
+flags.DEFINE_list("dense", [], "undone: folders of dense models, with commas: what each was trained for is a line.")
 flags.DEFINE_string("split", "test", "Split to evaluate on.")
 flags.DEFINE_string("workdir", None, "Folder that the results of the intervention suite are written to.")
 flags.DEFINE_list("parts", ["undone", "minimal", "streams"], "Parts of the intervention suite, with commas.")
@@ -87,6 +96,7 @@ def main() -> None:
 
 def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, typing.Any]:
     """The results of the intervention suite, part by part."""
+    from sparsecbm_jax import artifact
     from sparsecbm_jax import masks as masks_lib
     from sparsecbm_jax.arms import State
     from sparsecbm_jax.checkpoint import check_same_run
@@ -109,6 +119,12 @@ def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, ty
             f"--ratios={','.join(FLAGS.ratios)}: expected shares from 0 to {most:g}, since each concept of "
             f"{FLAGS.model} has to have as many kept and as many pruned weights"
         )
+    for folder in FLAGS.dense:
+        strategy = artifact.load(folder).strategy
+        if strategy not in TRAINED_FOR:
+            raise ValueError(
+                f"--dense={folder}: trained by strategy {strategy!r}; expected one of {', '.join(TRAINED_FOR)}"
+            )
     about = {"model": saved.fingerprint(FLAGS.model), "split": FLAGS.split, "config": to_dict(run)}
     check_same_run(workdir, about, ignore=("config.pruner.fisher_memory",))
     split, groups = found.splits[FLAGS.split], found.dataset.splits[FLAGS.split].groups
@@ -145,16 +161,22 @@ def _undone(subject: Subject, found: saved.Saved, run: RunConfig, results: Resul
             value = results.once(key, functools.partial(point, ranking, ratio))
             points.append({"ranking": ranking, "ratio": ratio, **value})
     oracle = results.once(("oracle", *drawn), lambda: suite.oracle(subject, rows()))
-    dense = results.once(("dense", saved.fingerprint(FLAGS.dense)), lambda: _dense(run)) if FLAGS.dense else None
+    dense = [
+        results.once(("dense model", saved.fingerprint(folder)), functools.partial(_dense, folder, run))
+        for folder in FLAGS.dense
+    ]
     return {"points": points, "oracle": oracle, "dense": dense}
 
 
-def _dense(run: RunConfig) -> dict[str, float]:
-    found = saved.read(FLAGS.dense, run)
-    if found.model.strategy != "joint":
-        raise ValueError(f"--dense={FLAGS.dense}: trained by strategy {found.model.strategy!r}; expected 'joint'")
+def _dense(folder: str, run: RunConfig) -> dict[str, typing.Any]:
+    """The scores of a dense model on what its backbone was trained for; None for the rest."""
+    found = saved.read(folder, run)
+    strategy = found.model.strategy
     scores = found.scores(run, FLAGS.split, None)
-    return {name: scores[name]["accuracy"] for name in ("concept", "task")}
+    accuracies = {
+        name: scores[name]["accuracy"] if name in TRAINED_FOR[strategy] else None for name in ("concept", "task")
+    }
+    return {"strategy": strategy, **accuracies}
 
 
 def _minimal(subject: Subject, found: saved.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:

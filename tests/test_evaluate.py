@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = from_config_dict({"data": data, "backbone": {"name": "tiny"}, "pruner": {"num_grads": 1}})
     model = dataclasses.replace(tiny_model(num_layers=1), metadata={"run_config": to_dict(run)})
     artifact.save(model, root / "model")
+    artifact.save(dataclasses.replace(model, masks=None, strategy="sequential"), root / "dense")
     return root
 
 
@@ -46,14 +47,24 @@ def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_suite_goes_on_where_it_was_stopped(folder: Path) -> None:
     workdir = folder / "edits"
     asked = ["--suite=intervention", f"--workdir={workdir}", *ASKED.split(), "--max_edits=2"]
+    asked.append(f"--dense={folder / 'dense'}")
     first = evaluate(folder, *asked)
     assert first.returncode == 0, first.stderr
     lines = (workdir / "results.jsonl").read_text().splitlines()
     names = [line["key"][:2] for line in map(json.loads, lines)]
-    expected = [["undone", "none"], ["undone", "signed"], ["oracle", 2], ["stream", "none"], ["stream", "minimal"]]
-    assert [name for name in names if name[0] != "minimal"] == expected
+    expected = [
+        ["undone", "none"],
+        ["undone", "signed"],
+        ["oracle", 2],
+        ["dense model"],
+        ["stream", "none"],
+        ["stream", "minimal"],
+    ]
+    assert [name[:1] if name[0] == "dense model" else name for name in names if name[0] != "minimal"] == expected
     text = (workdir / "intervention.md").read_text()
     assert text.strip() in first.stdout and "| smallest edit |" in text and "| oracle activation |" in text
+    (dense,) = [line for line in text.splitlines() if line.startswith("| dense model of the concepts alone |")]
+    assert dense.endswith("| – | – | – | – |")
     report = json.loads((workdir / "intervention.json").read_text())
     assert set(report) == {"split", "num_weights", "undone", "minimal", "streams"}
     # As if it had been stopped in the last line: what is whole is not made again.
@@ -78,6 +89,12 @@ def test_the_suite_goes_on_where_it_was_stopped(folder: Path) -> None:
 def test_what_cannot_be_is_refused(folder: Path, arguments: str, message: str) -> None:
     result = evaluate(folder, *arguments.split())
     assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+def test_only_dense_models_are_compared_with(folder: Path, tmp_path: Path) -> None:
+    result = evaluate(folder, "--suite=intervention", f"--workdir={tmp_path / 'edits'}", f"--dense={folder / 'model'}")
+    assert result.returncode == 2 and "strategy 'sparse'; expected one of joint, standard" in result.stderr
+    assert not (tmp_path / "edits").exists()
 
 
 def test_a_models_scores_are_printed(folder: Path) -> None:

@@ -19,6 +19,12 @@ FILE = "intervention.json"
 _WRITTEN_BY = "what launch/evaluate.py --suite=intervention writes"
 _PARTS = ("undone", "minimal", "streams")
 TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
+DENSE = {
+    "joint": "dense joint model",
+    "standard": "dense model of the task alone",
+    "independent": "dense model of the concepts alone",
+    "sequential": "dense model of the concepts alone",
+}
 STYLES = {"magnitude": 1, "signed": 0, "random": 2}
 
 
@@ -79,9 +85,9 @@ def _undone(report: Report) -> Section:
             rows[-1].append(percent(_mean(_changes(point, name)), is_signed=True))
         rows[-1].append("–" if point["seconds"] is None else f"{point['seconds']:.2f}")
     rows.append(["oracle activation", *"–––", "set", percent(found["oracle"]["task"]), *"–––"])
-    if found["dense"]:
-        scores = [percent(found["dense"][name]) for name in ("concept", "task")]
-        rows.append(["dense model, no intervention", *"–––", *scores, *"–––"])
+    for dense in found["dense"]:
+        scores = [percent(dense[name]) for name in ("concept", "task")]
+        rows.append([DENSE[dense["strategy"]], *"–––", *scores, *"–––"])
     heads = "ranking", "r", "changed", "repaired", "concepts", "task", "held-out concept", "held-out task", "seconds"
     num_cells, sides = found["points"][0]["num_cells"], len(found["points"][0]["side"])
     words = (
@@ -191,8 +197,8 @@ def _draw_undone(report: Report, pyplot: Any) -> Any:
                 axes[1, column].plot(where, [statistics.mean(c) for c in changes], **style)
                 low, high = [min(c) for c in changes], [max(c) for c in changes]
                 axes[1, column].fill_between(where, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    lines = [("dense model", "--", found["dense"]), ("oracle activation", ":", found["oracle"])]
-    for label, dash, scores in lines:
+    lines = [(DENSE[one["strategy"]], "--" if one["strategy"] == "joint" else "-.", one) for one in found["dense"]]
+    for label, dash, scores in [*lines, ("oracle activation", ":", found["oracle"])]:
         for column, name in enumerate(("concept", "task")):
             if scores and scores.get(name) is not None:
                 axes[0, column].axhline(
