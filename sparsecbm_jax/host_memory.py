@@ -2,19 +2,25 @@
 
 XLA allocates all temporaries of a program anew for every call. A training step repeats one program: memory given back
 in between costs page faults in every step. Pruning runs programs of many sizes: what is kept in between is full of
-holes, several times what is in use. So training keeps freed memory, and pruning gives it back.
+holes, several times what is in use. So training keeps freed memory, while there is enough, and pruning gives it back.
 
-Only glibc is spoken to; with another C library nothing happens. Reference: mallopt(3), malloc_trim(3).
+Only glibc is spoken to; with another C library nothing happens. Reference: mallopt(3), malloc_trim(3); proc(5) for what
+a process has, and for what there is the kernel's `cgroup-v2` documentation.
 """
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _NEVER_TRIMMED, _DEFAULT_MMAP_MAX, _LARGE = -1, 2**16, 2**18
+# Of the memory that there is, what a process may have before it keeps nothing any more.
+_MOST = 0.5
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _is_kept = False
 
 
@@ -49,6 +55,33 @@ def giving_back() -> Iterator[None]:
     finally:
         _trim()
         keep_freed()
+
+
+def stops_keeping() -> bool:
+    """Gives freed memory back from now on if the process has half of what there is; whether it has come to that now."""
+    held = resident()
+    if not _is_kept or not held or held <= _MOST * available():
+        return False
+    _trim()
+    give_back_freed()
+    return True
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def available() -> int:
+    """Bytes of memory that the machine has, or that the container may have, free or not."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in map(Path, _LIMITS):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(int(limit.read_text()))
+    return min(found)
 
 
 def _glibc(name: str) -> Any:

@@ -295,6 +295,8 @@ class _Loop:
                 rates = self.meter.read()
                 self.log.write(self.step, "train", {"epoch": epoch, **values, **rates})
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {throughput.render(rates)}", refresh=False)
+                if host_memory.stops_keeping():
+                    _say("half of the memory is in use: freed memory is given back from now on, and steps take longer")
             every = training.save_every_steps
             if self.stop.is_due():
                 self._check(pending)

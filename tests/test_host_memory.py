@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from sparsecbm_jax import host_memory
 
 MIB = 2**20
 _CHILD = """
@@ -17,9 +20,7 @@ libc.malloc.argtypes = [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 
 
-def held():
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * 4096
+held = host_memory.resident
 
 
 def held_after_freeing(start, last_stays):
@@ -41,13 +42,30 @@ with host_memory.giving_back():
     before = held() - start
     within = held_after_freeing(start, last_stays=True)
 again = held_after_freeing(start, last_stays=False)
-print(kept, before, within, again)
+assert not host_memory.stops_keeping()
+host_memory.available = held
+stopped = host_memory.stops_keeping() and not host_memory.stops_keeping()
+after = held_after_freeing(start, last_stays=True)
+print(kept, before, within, again, int(stopped), after)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="speaks to glibc")
 def test_freed_memory_is_kept_or_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True)
-    kept, before, within, again = map(int, done.stdout.split())
+    kept, before, within, again, has_stopped, after = map(int, done.stdout.split())
     assert kept > 90 * MIB and again > 90 * MIB
     assert before < 10 * MIB and within < 12 * MIB
+    assert has_stopped and after < 12 * MIB
+
+
+def test_a_container_has_what_it_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, none = tmp_path / "memory.max", tmp_path / "missing"
+    monkeypatch.setattr(host_memory, "_LIMITS", (none, limit))
+    limit.write_text("max\n")
+    whole = host_memory.available()
+    assert whole > 100 * MIB
+    limit.write_text(f"{64 * MIB}\n")
+    assert host_memory.available() == 64 * MIB
+    limit.write_text(f"{2 * whole}\n")
+    assert host_memory.available() == whole
