@@ -141,6 +141,9 @@ def _parse(argv: Sequence[str], *, takes_arguments: bool) -> list[str]:
     try:
         _arguments[:] = _prepare(argv) if "config" in FLAGS else argv
         program, *rest = typing.cast(list[str], FLAGS(_arguments))
+    except SystemExit:
+        # Only --help and its like end a program here; that absl has them end it with 1 reads as a failure.
+        sys.exit(0)
     except flags.Error as error:
         cause: BaseException = error
         while earlier := cause.__cause__ or cause.__context__:

@@ -101,6 +101,11 @@ def test_train_refuses_in_one_line(arguments: list[str], message: str, tmp_path:
     assert not result.stdout and not list(tmp_path.iterdir())
 
 
+def test_help_is_no_failure() -> None:
+    result = run_main("train.py", "--help")
+    assert result.returncode == 0 and result.stdout.startswith("Trains, prunes, evaluates"), result.stderr
+
+
 def test_a_model_is_not_saved_over_itself(tmp_path: Path) -> None:
     given = ["--text=x", "--concept=food", "--target=Positive", "--model=m", "--save=./m"]
     result = run_main("intervene.py", *given, cwd=tmp_path)
