@@ -291,9 +291,7 @@ class _Cuts:
             squares = self._squares or {path: jnp.zeros_like(leaf[..., 0, :]) for path, leaf in gradient.items()}
             cut, self._squares = _cut(gradient, squares, self._pieces, self._mesh)
             self.num_grads += 1
-            # A stream's programs do not wait for each other: with the collectives of many of them under way, virtual
-            # devices would starve one another of threads.
-            yield jax.block_until_ready(cut) if jax.default_backend() == "cpu" else cut
+            yield sharding.in_turn(cut)
         if not self.num_grads:
             raise ValueError("no gradients were given to estimate the Fisher from")
 

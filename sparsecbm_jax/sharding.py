@@ -220,13 +220,13 @@ def to_host(value: Any) -> np.ndarray:
 
 
 def in_turn(tree: T) -> T:
-    """The same arrays; on several devices of a CPU only once they are there.
+    """The same arrays; on a CPU only once they are there.
 
     For results that nothing later hangs on, of programs that are started one after the other. Virtual devices share few
     threads: of two programs under way at once, either may hold those that the other's collectives wait for, for ever.
-    Accelerators have queues, and nobody waits.
+    And what many programs under way have in memory adds up. Accelerators have queues, and nobody waits.
     """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    if jax.default_backend() == "cpu":
         jax.block_until_ready(tree)
     return tree
 
