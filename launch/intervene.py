@@ -2,18 +2,18 @@
 
 python launch/intervene.py --model=runs/quickstart/model --text="The waiter was rude." --concept=service \
     --target=Negative
-python launch/intervene.py --model=runs/quickstart/model --find --save=runs/quickstart/corrected
-python launch/intervene.py --model=runs/quickstart/model --find --minimal --log=runs/quickstart/edits.log
-python launch/intervene.py --model=runs/quickstart/model --find --html=correction.html
-python launch/intervene.py --model=runs/quickstart/model --find --lasting=runs/quickstart/corrections.jsonl \
-    --log=runs/quickstart/edits.log
+python launch/intervene.py --model=runs/quickstart/model --find --log=runs/quickstart/edits.log
+python launch/intervene.py --model=runs/quickstart/model --find --minimal --html=correction.html
+python launch/intervene.py --model=runs/quickstart/model --find --drop_fraction=0.001 --save=runs/quickstart/corrected
 
 --find takes the first test review of the model's own data set with a mispredicted concept (of --concept, where that is
-given) and corrects it towards its gold class. --minimal changes as few weights as repair it. --lasting changes what it
-takes to keep the corrections of a file in force, a JSON object with text, concept and target each line, and adds this
-one; texts that the model was trained on are held where they were. --log keeps the edit in a file, to be made again,
-undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html writes a page with the
-decision pathway before and after (extra `report`). Takes seconds on a CPU once compiled, --lasting minutes.
+given) and corrects it towards its gold class. The edit keeps earlier corrections in force, and holds texts that the
+model was trained on where they were. Corrections stand in --lasting, a JSON object with text, concept and target each
+line, which gets this one, too; with --log, that is corrections.jsonl beside it unless another is named, and what the
+log says was undone is not kept. --minimal changes as few weights as repair this one text; --drop_fraction, --saliency,
+--num_steps and --label ask for the paper's edit, of a share given beforehand. --log keeps the edit in a file, to be
+made again, undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html writes a page
+with the decision pathway before and after (extra `report`). Takes a minute or two on a CPU, the other ways seconds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ import saved
 from absl import flags
 
 if typing.TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from sparsecbm_jax.artifact import SparseCBM
     from sparsecbm_jax.correction import CorrectionReport
-    from sparsecbm_jax.keeping import Case, CaseFile
+    from sparsecbm_jax.data.batches import Batch
+    from sparsecbm_jax.keeping import Case
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -49,7 +52,7 @@ flags.DEFINE_string("saliency", "signed", "How weights are ranked: 'signed', or 
 flags.DEFINE_integer("num_steps", 1, "Times to differentiate and edit.")
 flags.DEFINE_string("label", None, "Task label to pull towards as well.")
 flags.DEFINE_bool("minimal", False, "Change as few weights as give the concept the asked class.")
-flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force; this one is added.")
+flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force, which gets this one, too.")
 flags.DEFINE_float("margin", 0.0, "With --minimal: how far the asked class's logit is to be above the others.")
 flags.DEFINE_string("log", None, "File of edits: those in force there are made first, and this one is added.")
 flags.DEFINE_string("save", None, "Folder to save the corrected model to.")
@@ -72,7 +75,7 @@ def main() -> None:
         absent = " and ".join(f"--{name}" for name in wanted if name not in given)
         raise ValueError(f"{absent} missing; expected --text, --concept and --target, or --find")
 
-    _check_minimal()
+    way = _way()
     if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
         raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
 
@@ -88,7 +91,8 @@ def main() -> None:
     from sparsecbm_jax.keeping import Case, CaseFile
     from sparsecbm_jax.rendering import render_correction
 
-    kept = CaseFile(FLAGS.lasting) if FLAGS.lasting else None
+    path = FLAGS.lasting or (Path(FLAGS.log).with_name("corrections.jsonl") if FLAGS.log else None)
+    kept = CaseFile(path) if path and way == "lasting" else None
     loaded = load(FLAGS.model)
     if loaded.masks is None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
@@ -102,10 +106,15 @@ def main() -> None:
         if case is None:
             print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
             return
-        if FLAGS.minimal:
+        anchors = None
+        if way == "lasting":
+            anchors = saved.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
+        if anchors is not None:
+            earlier = [] if kept is None else kept.cases if log is None else kept.standing(log)
+            original = dataclasses.replace(model, masks=loaded.masks)
+            corrected, report = _correct_lastingly(model, original, anchors, case, earlier)
+        elif way != "share":
             corrected, report = correct_minimally(model, *case, margin=FLAGS.margin)
-        elif kept is not None:
-            corrected, report = _correct_lastingly(model, dataclasses.replace(model, masks=loaded.masks), case, kept)
         else:
             corrected, report = correct(
                 model,
@@ -117,7 +126,7 @@ def main() -> None:
             )
         print(json.dumps(report.to_dict(), indent=2) if FLAGS.json else render_correction(report))
         aside = sys.stderr if FLAGS.json else sys.stdout
-        if kept is not None:
+        if kept is not None and anchors is not None:
             kept.add(case)
         if log is not None and report.num_dropped:
             print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
@@ -130,15 +139,14 @@ def main() -> None:
 
 
 def _correct_lastingly(
-    model: SparseCBM, original: SparseCBM, case: Case, kept: CaseFile
+    model: SparseCBM, original: SparseCBM, anchors: Sequence[Batch], case: Case, earlier: Iterable[Case]
 ) -> tuple[SparseCBM, CorrectionReport]:
-    """One edit for this correction and those of `--lasting`, with training texts held where they were."""
+    """One edit for this correction and earlier ones, with training texts held where they were."""
     from sparsecbm_jax.keeping import Keeper
     from sparsecbm_jax.logs import progress
 
-    anchors = saved.anchors(model, FLAGS.model)
     with contextlib.closing(progress(description="what weights cost", total=len(anchors), unit="gradient")) as bar:
-        return Keeper(original, anchors, on_gradient=functools.partial(bar.update, 1)).correct(model, case, kept.cases)
+        return Keeper(original, anchors, on_gradient=functools.partial(bar.update, 1)).correct(model, case, earlier)
 
 
 def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport) -> None:
@@ -155,15 +163,17 @@ def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport
     write_page(FLAGS.html, [], [comparison], predictor=predictor_weights(model), title=title)
 
 
-def _check_minimal() -> None:
+def _way() -> str:
+    """How the correction is made: 'lasting', 'minimal', or 'share' for one given beforehand."""
     if FLAGS.minimal and FLAGS.lasting:
         raise ValueError("--minimal and --lasting do not go together: one changes few weights, the other what it takes")
-    way = "minimal" if FLAGS.minimal else "lasting" if FLAGS.lasting else None
-    for name in ("drop_fraction", "saliency", "num_steps", "label"):
-        if way and FLAGS[name].present:
-            raise ValueError(f"--{name} does not go with --{way}")
+    shares = [name for name in ("drop_fraction", "saliency", "num_steps", "label") if FLAGS[name].present]
+    for way in ("minimal", "lasting"):
+        if FLAGS[way].value and shares:
+            raise ValueError(f"--{shares[0]} does not go with --{way}")
     if FLAGS["margin"].present and not FLAGS.minimal:
         raise ValueError("--margin does not go without --minimal")
+    return "share" if shares else "minimal" if FLAGS.minimal else "lasting"
 
 
 def _find(model: SparseCBM, concept: str | None) -> Case | None:

@@ -34,7 +34,7 @@ step 4 "Explaining a prediction"
 "$VENV_PYTHON" launch/explain.py --model="$RUN/model" --text="$TEXT" | tee "$RUN/explanation.txt"
 
 step 5 "Correcting a concept that a held-out review gets wrong"
-"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find | tee "$RUN/intervention.txt"
+"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find --minimal | tee "$RUN/intervention.txt"
 
 step 6 "A report of the run"
 "$VENV_PYTHON" launch/report.py --workdir="$RUN"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from pathlib import Path
 
@@ -76,16 +77,26 @@ def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
     return from_config_dict(model.metadata["run_config"])
 
 
-def anchors(model: SparseCBM, folder: str) -> list[Batch]:
-    """Training texts that lasting corrections leave as they are.
+def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | None:
+    """Training texts that lasting corrections leave as they are; None, and why, where they cannot be had.
+
+    Args:
+        is_asked: somebody asked for lasting corrections: then that is an error.
 
     Raises:
-        ValueError: If the model does not say what it was trained on.
+        ValueError: If the model does not say what it was trained on, or has other names than that has.
+        OSError, ImportError: If that cannot be read.
     """
     from sparsecbm_jax import pruning
 
-    run = own_run(model, folder, "a model that was trained here, whose training texts are to stay as they are")
-    return pruning.fisher_batches(read(folder, run).splits["train"], run.pruner, seed=run.seed)
+    try:
+        run = own_run(model, folder, "a model that was trained here, whose training texts are to stay as they are")
+        return pruning.fisher_batches(read(folder, run).splits["train"], run.pruner, seed=run.seed)
+    except (ValueError, OSError, ImportError) as error:
+        if is_asked:
+            raise
+        print(f"the correction looks at its text alone, and not at those before it: {error}", file=sys.stderr)
+        return None
 
 
 def check_names(model: SparseCBM, folder: str, dataset: Dataset) -> None:

@@ -2,16 +2,15 @@
 
 python launch/serve.py --model=runs/quickstart/model
 python launch/serve.py --model=runs/quickstart/model --port=8080 --edits=runs/quickstart/edits.log
-python launch/serve.py --model=runs/quickstart/model --lasting=runs/quickstart/corrections.jsonl
 SPARSECBM_TOKEN=... python launch/serve.py --model=runs/quickstart/model --host=0.0.0.0
 
 Wants the extra `app`. Corrections are kept in --edits, a log that `launch/edits.py` and `launch/intervene.py --log`
-read, too; each is on disk before it is acknowledged, and made again when the server starts. With --lasting, each keeps
-those before it in force, whose texts stand in a file that `launch/intervene.py --lasting` reads, too; that is so by
-default on an accelerator, with corrections.jsonl beside the model's folder. On a CPU it takes minutes: there each is as
-small as repairs its concept, and --lasting= has it so elsewhere. Only this machine reaches the server, unless --host
-says otherwise: then a token is wanted, that of the variable SPARSECBM_TOKEN or one that is made and printed. It travels
-in the clear: put a proxy that speaks TLS before the server, or use an SSH tunnel.
+read, too; each is on disk before it is acknowledged, and made again when the server starts. Each keeps those before it
+in force, whose texts stand in --lasting, which `launch/intervene.py` reads, too; on two CPU cores it takes ten seconds,
+and the first of a concept longer. With --lasting= each is as small as repairs its concept, and looks at no other. Only
+this machine reaches the server, unless --host says otherwise: then a token is wanted, that of the variable
+SPARSECBM_TOKEN or one that is made and printed. It travels in the clear: put a proxy that speaks TLS before the server,
+or use an SSH tunnel.
 Programs are compiled before the first request; with JAX_COMPILATION_CACHE_DIR=FOLDER, they are kept for the next start.
 """
 
@@ -40,7 +39,11 @@ flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/quic
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; beyond loopback, a token is wanted.")
 flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.", lower_bound=0, upper_bound=65535)
 flags.DEFINE_string("edits", None, "File of edits; by default edits.log beside the model's folder.")
-flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force; empty for none.")
+flags.DEFINE_string(
+    "lasting",
+    None,
+    "JSONL file of corrections to keep in force; by default corrections.jsonl beside the edits; empty for none.",
+)
 flags.DEFINE_integer(
     "sample", 64, "Held-out texts of the model's own data that previews read; 0 for none.", lower_bound=0
 )
@@ -73,7 +76,7 @@ def main() -> None:
             )
         path = Path(FLAGS.edits or Path(FLAGS.model).resolve().parent / "edits.log")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lasting = _lasting(model)
+        lasting = _lasting(model, path)
         desk = stack.enter_context(contextlib.closing(Desk(model, path, _sample(model), lasting=lasting)))
         print(f"{_counted(len(desk.edits), 'edit')} in force in {path}", flush=True)
         if lasting is not None:
@@ -125,25 +128,16 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what if number == 1 else what + 's'}"
 
 
-def _lasting(model: SparseCBM) -> Lasting | None:
-    """What keeps corrections in force; None where it is not wanted, or is too slow here and not asked for."""
-    import jax
-
+def _lasting(model: SparseCBM, edits: Path) -> Lasting | None:
+    """What keeps corrections in force; None where it is not wanted, or cannot be had and was not asked for."""
     from sparsecbm_jax.app.desk import Lasting
     from sparsecbm_jax.keeping import CaseFile, Keeper
 
-    path = FLAGS.lasting
-    if path is None and jax.default_backend() != "cpu":
-        path = str(Path(FLAGS.model).resolve().parent / "corrections.jsonl")
-    if not path:
+    if FLAGS.lasting == "":
         return None
-    cases = CaseFile(path)
-    try:
-        anchors = saved.anchors(model, FLAGS.model)
-    except (ValueError, OSError, ImportError) as error:
-        if FLAGS.lasting is not None:
-            raise
-        print(f"corrections do not keep those before them in force: {error}", flush=True)
+    cases = CaseFile(FLAGS.lasting or edits.with_name("corrections.jsonl"))
+    anchors = saved.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
+    if anchors is None:
         return None
     # Written-out layers would cost more to compile than single texts can win back.
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))

@@ -18,7 +18,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention import Guard
-from sparsecbm_jax.lasting import Replay, concept_logits, lasting_edit
+from sparsecbm_jax.lasting import MARGIN, STRENGTH, Replay, concept_logits, lasting_edit
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.minimal import least_margin, minimal_edit
 
@@ -101,10 +101,9 @@ def lasting(
     guards: Mapping[int, Guard] | None,
     anchors: Sequence[Batch],
     *,
-    margin: float = 1.0,
-    strength: float = 1.0,
-    num_rows: int = 128,
-    max_rounds: int = 16,
+    margin: float = MARGIN,
+    strength: float = STRENGTH,
+    num_rows: int = 64,
     seed: int = 0,
 ) -> Arm:
     """One edit for all corrected texts of the concept and for anchors; see `lasting.lasting_edit` and `Replay`.
@@ -129,7 +128,6 @@ def lasting(
             guard=None if guards is None else guards[concept],
             margin=margin,
             strength=strength,
-            max_rounds=max_rounds,
         )
         return Outcome(state._replace(masks=masks), int(found.num_changed), bool(found.margins[0] > 0))
 

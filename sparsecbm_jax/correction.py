@@ -17,7 +17,7 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema, did_you_mean
 from sparsecbm_jax.edits import MaskEdit, StoredEdit, num_changed, positions_of, text_hash
 from sparsecbm_jax.intervention import Guard, SaliencyFn, check_masks, edit_of, intervene
-from sparsecbm_jax.lasting import Replay, concept_logits, lasting_edit
+from sparsecbm_jax.lasting import MARGIN, STRENGTH, Replay, concept_logits, lasting_edit
 from sparsecbm_jax.masks import Masks
 from sparsecbm_jax.minimal import minimal_edit
 
@@ -201,8 +201,8 @@ def correct_lastingly(
     *,
     original: SparseCBM | None = None,
     guard: Guard | None = None,
-    margin: float = 1.0,
-    strength: float = 1.0,
+    margin: float = MARGIN,
+    strength: float = STRENGTH,
 ) -> tuple[SparseCBM, CorrectionReport]:
     """Corrects one concept of one text so that earlier corrections hold and other texts stay; see `lasting`.
 

@@ -107,6 +107,12 @@ class EditLog:
         """The edits in force, oldest first."""
         return tuple(self._active.values())
 
+    @property
+    def undone(self) -> tuple[StoredEdit, ...]:
+        """The edits that were made and are not in force, in the order in which they were first made."""
+        made = {edit.id: edit for _, edit in self._entries}
+        return tuple(edit for name, edit in made.items() if name not in self._active)
+
     def get(self, edit_id: str) -> StoredEdit:
         """An edit in force.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.correction import CorrectionReport, correct_lastingly, name_index, remember
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.edit_log import EditLog
 from sparsecbm_jax.edits import StoredEdit, text_hash
 from sparsecbm_jax.guards import fisher_guard, steep
 from sparsecbm_jax.intervention import Guard, check_masks
@@ -75,9 +76,21 @@ class CaseFile:
 
     def of_edits(self, edits: Iterable[StoredEdit]) -> list[Case]:
         """The corrections that edits were made for, in the order of the edits; those of which no text is here lack."""
-        known = {(text_hash(case.text), case.concept, case.target): case for case in self.cases}
-        asked = ((edit.text_sha256, edit.concept, edit.target) for edit in edits)
-        return [known[key] for key in asked if key in known]
+        known = {_key(case): case for case in self.cases}
+        return [known[key] for key in map(_asked, edits) if key in known]
+
+    def standing(self, log: EditLog) -> list[Case]:
+        """The corrections but for those that a log has undone."""
+        undone = set(map(_asked, log.undone)) - set(map(_asked, log.edits))
+        return [case for case in self.cases if _key(case) not in undone]
+
+
+def _key(case: Case) -> tuple[str, str, str]:
+    return text_hash(case.text), case.concept, case.target
+
+
+def _asked(edit: StoredEdit) -> tuple[str, str, str]:
+    return edit.text_sha256, edit.concept, edit.target
 
 
 def _is_json(line: bytes) -> bool:

@@ -34,8 +34,10 @@ from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.minimal import margins, ranked_swaps, swapped, swapped_mask
 
 ANCHOR = -1  # in place of a target
-# Trials of a round without a lower J, after one that had it, before the round ends.
-_PATIENCE = 2
+# m, λ and the most rounds, unless others are asked for: see RESULTS.md, Intervention.
+MARGIN, STRENGTH, MAX_ROUNDS = 0.5, 2.0, 8
+# Pairs that the first round tries first.
+_FIRST_PAIRS = 128
 # Of the margin asked for, what every corrected text has to have for the rounds to end.
 _ENOUGH = 0.5
 # Widths of batches are multiples of this, so that few programs do.
@@ -69,9 +71,9 @@ def lasting_edit(
     logits: Float[Array, "B C"] | Float[np.ndarray, "B C"],
     *,
     guard: Guard | None = None,
-    margin: float | Float[Array, ""] = 1.0,
-    strength: float | Float[Array, ""] = 1.0,
-    max_rounds: int | Int[Array, ""] = 16,
+    margin: float | Float[Array, ""] = MARGIN,
+    strength: float | Float[Array, ""] = STRENGTH,
+    max_rounds: int | Int[Array, ""] = MAX_ROUNDS,
     max_pairs: int = 2048,
 ) -> tuple[Masks, LastingEdit]:
     """Edits concept k's mask so that every corrected row has its target, and anchors keep their logits.
@@ -100,6 +102,7 @@ def lasting_edit(
     check_masks(masks)
     check_index("concept", concept, 0, config.num_concepts)
     check_index("targets", targets, ANCHOR, config.num_classes)
+    check_index("max_rounds", max_rounds, 1, np.iinfo(np.int32).max)
     rows = batch.input_ids.shape[0]
     if jnp.shape(targets) != (rows,) or jnp.shape(logits) != (rows, config.num_classes):
         raise ValueError(
@@ -143,15 +146,16 @@ class _Reading(NamedTuple):
 
 class _Round(NamedTuple):
     mask: dict[str, Bool[Array, "..."]]
+    first_pairs: Int[Array, ""]
     reading: _Reading
     num_changed: Int[Array, ""]
     number: Int[Array, ""]
-    has_moved: Bool[Array, ""]
+    goes_on: Bool[Array, ""]
 
 
 class _Trial(NamedTuple):
     num_pairs: Int[Array, ""]
-    num_worse: Int[Array, ""]
+    is_upward: Bool[Array, ""]
     best_pairs: Int[Array, ""]
     best: tuple[Float[Array, ""], _Reading]
 
@@ -188,39 +192,54 @@ def _lasting_edit(
         drift = jnp.sum(squares) / jnp.maximum(jnp.sum(is_anchor), 1)
         return jnp.sum(jnp.maximum(margin - of_rows, 0)) + strength * drift, _Reading(of_rows, drift)
 
+    def is_short(reading: _Reading) -> Bool[Array, ""]:
+        return jnp.min(reading.margins) <= _ENOUGH * margin
+
     def one_round(state: _Round) -> _Round:
         mask = state.mask
         kernels = masks_lib.kernels_of(params, mask)
         before, grads = jax.value_and_grad(objective, has_aux=True)(kernels)
         dropped, grown = ranked_swaps(weights, mask, grads, guard, max_pairs)
-        most = jnp.minimum(dropped.num, grown.num)
+        most = jnp.where(is_short(before[1]), jnp.minimum(dropped.num, grown.num), 0)
+        first = jnp.minimum(state.first_pairs, most)
 
         def trial(state: _Trial) -> _Trial:
+            """Twice as many pairs while J falls; if that never helped, half as many, until J falls and as long as."""
             n = state.num_pairs
             found = objective(swapped(kernels, weights, dropped, grown, n))
             is_better = found[0] < state.best[0]
-            # A few flips may do nothing that float32 can tell: they are no reason to stop.
-            num_worse = jnp.where(is_better | (state.best_pairs == 0), 0, state.num_worse + 1)
             best_pairs, best = jax.tree.map(
                 lambda new, old: jnp.where(is_better, new, old), (n, found), (state.best_pairs, state.best)
             )
-            return _Trial(2 * n, num_worse, best_pairs, best)
+            # A few flips may do nothing that float32 can tell: they are no reason to turn.
+            goes_up = state.is_upward & (found[0] <= state.best[0])
+            goes_down = (is_better | (best_pairs == 0)) & ~state.is_upward
+            turns = state.is_upward & ~goes_up & (best_pairs <= first)
+            following = jnp.where(goes_up, 2 * n, jnp.where(turns, first // 2, jnp.where(goes_down, n // 2, 0)))
+            return _Trial(following, goes_up, best_pairs, best)
 
         def goes_on(state: _Trial) -> Bool[Array, ""]:
-            return (state.num_pairs <= most) & (state.num_worse < _PATIENCE)
+            return (state.num_pairs > 0) & (state.num_pairs <= most)
 
-        none = jnp.int32(0)
-        end = jax.lax.while_loop(goes_on, trial, _Trial(jnp.int32(1), none, none, before))
-        n = end.best_pairs
-        new = swapped_mask(mask, dropped, grown, n)
-        return _Round(new, end.best[1], state.num_changed + 2 * n, state.number + 1, n > 0)
+        end = jax.lax.while_loop(goes_on, trial, _Trial(first, jnp.bool_(True), jnp.int32(0), before))
+        n, reading = end.best_pairs, end.best[1]
+        has_moved = n > 0
+        return _Round(
+            mask=swapped_mask(mask, dropped, grown, n),
+            first_pairs=jnp.maximum(n // 2, 1),
+            reading=reading,
+            num_changed=state.num_changed + 2 * n,
+            number=state.number + has_moved,
+            goes_on=has_moved & is_short(reading),
+        )
 
     def is_wanted(state: _Round) -> Bool[Array, ""]:
-        is_short = jnp.min(state.reading.margins) <= _ENOUGH * margin
-        return is_short & state.has_moved & (state.number < max_rounds)
+        return state.goes_on & (state.number < max_rounds)
 
-    _, reading = objective(masks_lib.kernels_of(params, start))
-    end = jax.lax.while_loop(is_wanted, one_round, _Round(start, reading, jnp.int32(0), jnp.int32(0), jnp.bool_(True)))
+    none = jnp.int32(0)
+    nothing = _Reading(jnp.zeros(is_real.shape), jnp.float32(0))
+    begin = _Round(start, jnp.int32(_FIRST_PAIRS), nothing, none, none, jnp.bool_(True))
+    end = jax.lax.while_loop(is_wanted, one_round, begin)
     found = LastingEdit(end.num_changed, end.number, end.reading.margins, end.reading.drift)
     return masks_lib.replace_concept(masks, concept, end.mask), found
 
@@ -235,10 +254,10 @@ class Replay:
     """What lasting edits are to answer for: every correction so far, and anchors drawn anew for each edit.
 
     A batch of it has always as many rows, so that edits are compiled once for each width of texts; anchors take what
-    the corrections leave. Where those would take more than three quarters, the newest stays and the others are drawn.
+    the corrections leave. Where those would take more than half, the newest stays and the others are drawn.
     """
 
-    def __init__(self, anchors: Sequence[Batch], *, num_rows: int = 128, seed: int = 0) -> None:
+    def __init__(self, anchors: Sequence[Batch], *, num_rows: int = 64, seed: int = 0) -> None:
         """Takes the real rows of some batches as texts that are to be read as they are now.
 
         Raises:
@@ -280,7 +299,7 @@ class Replay:
     def batch(self, concept: int) -> tuple[Batch, Int[np.ndarray, " B"], Float[np.ndarray, "B C"]]:
         """Corrected texts, the newest first, and anchors: batch, targets and logits for `lasting_edit`."""
         newest, *others = reversed(self._corrected[concept])
-        most = 3 * self._num_rows // 4 - 1
+        most = self._num_rows // 2 - 1
         if len(others) > most:
             others = [others[i] for i in self._rng.choice(len(others), most, replace=False)]
         texts = [newest, *others]

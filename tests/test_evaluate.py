@@ -118,6 +118,13 @@ def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> No
         corrected = dataclasses.replace(model, masks=edits.replay(model.masks))
     read = artifact.predict(corrected, [one["text"] for one in corrections]).concepts[:, 1]
     assert [SCHEMA.classes[index] for index in read] == [earlier, now]
+    # Undone, and then asked for something else, without another word: it is not brought back.
+    (edit,) = edits.edits
+    undone = run_main("edits.py", f"--model={folder / 'model'}", f"--log={log}", f"--undo={edit.id}")
+    assert undone.returncode == 0, undone.stderr
+    again = run_main("intervene.py", *asked[:2], "--concept=ambiance", f"--target={earlier}", f"--log={log}")
+    assert again.returncode == 0 and "(lasting, " in again.stdout, again.stderr
+    assert len(kept.read_text().splitlines()) == 3
     kept.write_text('{"text": "fine", "concept": "food"}\n')
     refused = run_main("intervene.py", *asked, f"--lasting={kept}")
     assert refused.returncode == 2 and f"{kept}, line 1: expected a JSON object" in refused.stderr

@@ -342,6 +342,16 @@ def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
     assert artifact.predict(corrected, TEXTS[:1]).concepts[0, 2] == 0
 
 
+def test_a_model_without_known_texts_is_corrected_by_the_smallest_edit(saved: Path, tmp_path: Path) -> None:
+    asked = [f"--model={saved}", f"--text={TEXTS[0]}", "--concept=service", "--target=Negative"]
+    done = run_main("intervene.py", *asked, "--log=edits.log", cwd=tmp_path)
+    assert done.returncode == 0 and "(signed, " in done.stdout, done.stderr
+    assert "looks at its text alone, and not at those before it: " in done.stderr
+    assert not (tmp_path / "corrections.jsonl").exists()
+    refused = run_main("intervene.py", *asked, "--lasting=kept.jsonl", cwd=tmp_path)
+    assert refused.returncode == 2 and "does not say what data it was trained on" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

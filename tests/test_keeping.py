@@ -9,6 +9,7 @@ from tiny_desk import anchors, asked_otherwise, model
 from tiny_model import TEXTS
 
 from sparsecbm_jax import artifact
+from sparsecbm_jax.edit_log import EditLog
 from sparsecbm_jax.edits import StoredEdit
 from sparsecbm_jax.keeping import Case, CaseFile, Keeper
 
@@ -75,6 +76,23 @@ def test_the_cases_of_edits_are_found_by_what_was_asked(tmp_path: Path) -> None:
     assert kept.of_edits(edits) == [second]
     kept.add(first)
     assert kept.of_edits(edits) == [first, second] and kept.of_edits(edits[1:]) == [second]
+
+
+def test_what_was_undone_does_not_stand(tmp_path: Path) -> None:
+    kept, original = CaseFile(tmp_path / "cases.jsonl"), model()
+    assert original.masks is not None
+    asked = asked_otherwise(TEXTS[0], "ambiance")
+    kept.add(CASES[0])
+    kept.add(asked)
+    corrected, report = Keeper(original, anchors()).correct(original, asked, [])
+    assert corrected.masks is not None
+    with EditLog(tmp_path / "edits.log", original.masks, original.schema.concepts) as log:
+        edit_id = log.append(report.stored())
+        assert kept.standing(log) == [CASES[0], asked] and not log.undone
+        log.undo(corrected.masks, edit_id)
+        assert kept.standing(log) == [CASES[0]] and log.undone == (report.stored(),)
+        log.append(report.stored())
+        assert kept.standing(log) == [CASES[0], asked] and not log.undone
 
 
 def test_a_dense_model_is_refused() -> None:

@@ -121,6 +121,11 @@ class Desk:
         return len(self._state.edits)
 
     @property
+    def is_lasting(self) -> bool:
+        """Whether each correction keeps those before it in force."""
+        return self._lasting is not None
+
+    @property
     def num_kept(self) -> int:
         """How many edits in force later lasting corrections answer for: those whose texts are in the file."""
         return 0 if self._lasting is None else len(self._lasting.cases.of_edits(self._state.edits))

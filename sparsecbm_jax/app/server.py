@@ -172,7 +172,7 @@ def create_app(
     limits = limits or Limits()
     worker = Worker(limits.max_waiting)
     known = operations(desk, worker)
-    content, policy = live_page(desk.model, title, limits)
+    content, policy = live_page(desk.model, title, limits, is_lasting=desk.is_lasting)
     api = document(known, limits, is_token_wanted=token is not None)
 
     async def page(request: Request) -> Response:

@@ -89,7 +89,7 @@
 
   function preview() {
     const form = { text: shown, concept: fields.concept.value, target: fields.target.value };
-    run("Looking for an edit", async () => {
+    run(data.is_lasting ? "Looking for an edit, which takes longest for a concept’s first" : "Looking for an edit", async () => {
       const found = await ask("/api/preview", form);
       const { report } = found;
       if (found.edit === null) {
