@@ -152,9 +152,7 @@ def test_lasting_corrections_hold_those_before_them(tmp_path: Path) -> None:
         return Desk(model(), tmp_path / "edits.log", lasting=Lasting(Keeper(model(), anchors()), cases))
 
     with contextlib.closing(opened()) as desk, TestClient(create_app(desk), ADDRESS) as client:
-        first, second = (
-            asked_otherwise(text, "ambiance", off)._asdict() for text, off in ((TEXTS[0], 1), (TEXTS[2], 2))
-        )
+        first, second = (asked_otherwise(text, "ambiance")._asdict() for text in (TEXTS[0], TEXTS[3]))
         ask(client, "/api/apply", first)
         previewed = ask(client, "/api/preview", second)
         assert previewed["report"]["saliency"] == "lasting"

@@ -94,7 +94,8 @@
       const { report } = found;
       if (found.edit === null) {
         return report.is_repaired ? `${report.concept} is read as ${report.target} already: nothing would change.`
-          : `No edit was found that makes the model read ${report.concept} as ${report.target}: nothing would change.`;
+          : `No edit was found that makes the model read ${report.concept} as ${report.target}${
+            data.is_lasting ? " and keeps what else it reads" : ""}: nothing would change.`;
       }
       const heading = make("h2", { tabindex: "-1" }, "Preview: nothing is changed yet");
       const apply = make("button", { type: "button", class: "main", onclick: () => applied({ ...form, edit: found.edit }) }, "Apply");
