@@ -4,10 +4,11 @@ import csv
 import dataclasses
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from mains import run_main
+from mains import REPOSITORY, run_main
 from tiny_model import SCHEMA, TEXTS, tiny_model
 
 from sparsecbm_jax import artifact
@@ -128,3 +129,18 @@ def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> No
     kept.write_text('{"text": "fine", "concept": "food"}\n')
     refused = run_main("intervene.py", *asked, f"--lasting={kept}")
     assert refused.returncode == 2 and f"{kept}, line 1: expected a JSON object" in refused.stderr
+
+
+def test_the_live_page_keeps_corrections_in_force_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "launch" / "serve.py"), f"--model={folder / 'model'}", "--port=0"]
+    lines = []
+    with subprocess.Popen([*command, f"--edits={tmp_path / 'edits.log'}"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            for line in server.stdout:
+                lines.append(line)
+                if "kept in force" in line or "serving" in line:
+                    break
+        finally:
+            server.kill()
+    assert lines[-1] == f"0 corrections of {tmp_path / 'corrections.jsonl'} kept in force\n", lines
