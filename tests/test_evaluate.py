@@ -119,7 +119,7 @@ def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> No
         corrected = dataclasses.replace(model, masks=edits.replay(model.masks))
     read = artifact.predict(corrected, [one["text"] for one in corrections]).concepts[:, 1]
     assert [SCHEMA.classes[index] for index in read] == [earlier, now]
-    # Undone, and then asked for something else, without another word: it is not brought back.
+    # Undone, and then the same text to another class, with the file that stands beside the log.
     (edit,) = edits.edits
     undone = run_main("edits.py", f"--model={folder / 'model'}", f"--log={log}", f"--undo={edit.id}")
     assert undone.returncode == 0, undone.stderr
