@@ -63,7 +63,9 @@ flags.DEFINE_integer("side_edits", 8, "undone: edits whose side effect is measur
 flags.DEFINE_integer("side_rows", 256, "undone: rows that it is measured on, 0 for all.", lower_bound=0)
 flags.DEFINE_integer("max_minimal", 0, "minimal: wrong cells to correct, 0 for all.", lower_bound=0)
 flags.DEFINE_integer("max_pairs", 4096, "minimal: the most pairs of weights to change.", lower_bound=1)
-flags.DEFINE_list("arms", [], "streams: names of arms (sparsecbm_jax/named_arms.py), with commas; by default all.")
+flags.DEFINE_list(
+    "arms", [], "streams: arms by name (sparsecbm_jax/named_arms.py), with commas; by default all of ARMS."
+)
 flags.DEFINE_list("orders", ["0", "1", "2"], "streams: seeds of the order of reviews, with commas.")
 flags.DEFINE_integer("max_edits", 60, "streams: corrections of each.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "undone, minimal: of the cells that are drawn.")
@@ -103,12 +105,12 @@ def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, ty
     from sparsecbm_jax.config import to_dict
     from sparsecbm_jax.intervention import check_masks
     from sparsecbm_jax.intervention_suite import Subject
-    from sparsecbm_jax.named_arms import ARMS, RANKINGS
+    from sparsecbm_jax.named_arms import ARMS, RANKINGS, VARIANTS
 
     model, parts = found.model, {"undone": _undone, "minimal": _minimal, "streams": _streams}
     check_masks(model.masks)
     assert model.masks is not None
-    for flag, known in (("parts", parts), ("rankings", RANKINGS), ("arms", ARMS)):
+    for flag, known in (("parts", parts), ("rankings", RANKINGS), ("arms", {**ARMS, **VARIANTS})):
         command_line.check_names(flag, known)
     ratios = command_line.numbers("ratios", float)
     command_line.numbers("orders", int)
@@ -205,8 +207,9 @@ def _minimal(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
 def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
     from sparsecbm_jax import metrics, pruning, streams
     from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.named_arms import ARMS, Kit
+    from sparsecbm_jax.named_arms import ARMS, VARIANTS, Kit
 
+    known = {**ARMS, **VARIANTS}
     batches = pruning.fisher_batches(found.splits["train"], run.pruner, seed=run.seed)
     kit = Kit(subject.config, subject.state, batches)
 
@@ -217,7 +220,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
             _, report = streams.run_stream(
                 subject.config,
                 subject.state,
-                ARMS[name].make(kit, order),
+                known[name].make(kit, order),
                 subject.split,
                 subject.groups,
                 max_edits=FLAGS.max_edits,
@@ -235,7 +238,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
             key = ("stream", name, order, FLAGS.max_edits)
             reports[name].append(results.once(key, functools.partial(stream, name, order)))
     return {
-        name: {"title": ARMS[name].title, "summary": metrics.summarise(of_arm), "orders": of_arm}
+        name: {"title": known[name].title, "summary": metrics.summarise(of_arm), "orders": of_arm}
         for name, of_arm in reports.items()
     }
 

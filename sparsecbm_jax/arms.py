@@ -18,7 +18,7 @@ from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.cbm import CBMConfig, Heads
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention import Guard
-from sparsecbm_jax.lasting import MARGIN, STRENGTH, Replay, concept_logits, lasting_edit
+from sparsecbm_jax.lasting import MARGIN, MAX_ROUNDS, STRENGTH, Replay, concept_logits, lasting_edit
 from sparsecbm_jax.masks import Masks, Params
 from sparsecbm_jax.minimal import least_margin, minimal_edit
 
@@ -103,6 +103,7 @@ def lasting(
     *,
     margin: float = MARGIN,
     strength: float = STRENGTH,
+    max_rounds: int = MAX_ROUNDS,
     num_rows: int = 64,
     seed: int = 0,
 ) -> Arm:
@@ -128,6 +129,7 @@ def lasting(
             guard=None if guards is None else guards[concept],
             margin=margin,
             strength=strength,
+            max_rounds=max_rounds,
         )
         return Outcome(state._replace(masks=masks), int(found.num_changed), bool(found.margins[0] > 0))
 

@@ -81,6 +81,13 @@ class NamedArm(NamedTuple):
     make: Callable[[Kit, int], Arm]
 
 
+def _lasting(title: str, *, is_guarded: bool = True, **settings: Any) -> NamedArm:
+    def make(kit: Kit, seed: int) -> Arm:
+        return arms.lasting(kit.steep_guards if is_guarded else None, kit.batches, seed=seed, **settings)
+
+    return NamedArm(title, make)
+
+
 ARMS: Mapping[str, NamedArm] = {
     "none": NamedArm("no correction", lambda kit, seed: _no_correction),
     "minimal": NamedArm("smallest edit", lambda kit, seed: arms.minimal()),
@@ -92,15 +99,24 @@ ARMS: Mapping[str, NamedArm] = {
     "rehearsed": NamedArm(
         "sparing, margin 1, rehearsed", lambda kit, seed: arms.rehearsed(kit.sparing_guards, margin=1.0)
     ),
-    "lasting": NamedArm(
-        "all corrections together, anchored", lambda kit, seed: arms.lasting(kit.steep_guards, kit.batches, seed=seed)
-    ),
+    "lasting": _lasting("all corrections together, anchored"),
     "magnitude": NamedArm("magnitude (paper), 1 %", lambda kit, seed: arms.fixed_share("magnitude", 0.01)),
     "random": NamedArm("random, 1 %", lambda kit, seed: arms.random_share(0.01, seed)),
     "projector": NamedArm("SGD on the projector", lambda kit, seed: arms.projector_sgd(0.05)),
     "fine_tune": NamedArm("SGD on the backbone", lambda kit, seed: arms.fine_tune(1e-3)),
     "oracle": NamedArm("oracle activation", lambda kit, seed: _oracle),
     "wrong_label": NamedArm("smallest edit, wrong label", lambda kit, seed: arms.wrong_label(arms.minimal())),
+}
+
+
+# Lasting edits with one setting, or two, that is not the default: what the defaults were chosen among.
+VARIANTS: Mapping[str, NamedArm] = {
+    "lasting_slack": _lasting("together, λ 1, margin 1", strength=1.0, margin=1.0),
+    "lasting_tight": _lasting("together, λ 4", strength=4.0),
+    "lasting_free": _lasting("together, λ 0: no anchors", strength=0.0),
+    "lasting_unguarded": _lasting("together, no guard", is_guarded=False),
+    "lasting_short": _lasting("together, 4 rounds", max_rounds=4),
+    "lasting_wide": _lasting("together, 128 texts", num_rows=128),
 }
 
 

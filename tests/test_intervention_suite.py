@@ -1,18 +1,21 @@
 """The intervention suite: figures that can be worked out by hand, arms that are what they are called."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tiny_model import TEXTS, tiny_model
 
-from sparsecbm_jax import cbm, streams
+from sparsecbm_jax import arms, cbm, lasting, streams
 from sparsecbm_jax import intervention_suite as suite
 from sparsecbm_jax import masks as masks_lib
 from sparsecbm_jax.arms import Outcome, State
 from sparsecbm_jax.artifact import SparseCBM
 from sparsecbm_jax.data.batches import Batch, batch_of, tokenize
 from sparsecbm_jax.data.schema import Examples
+from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.intervention_suite import Subject
-from sparsecbm_jax.named_arms import ARMS, RANKINGS, Kit
+from sparsecbm_jax.named_arms import ARMS, RANKINGS, VARIANTS, Kit
 from sparsecbm_jax.streams import Cell
 
 GROUPS = ("a", "a", "b", "b", "c", "c", "d", "d")
@@ -163,6 +166,32 @@ def test_an_arm_is_what_it_is_called(subject: Subject, name: str) -> None:
         return
     after = streams.read(subject.config, outcome.state, subject.split, [row]).concepts[0, k]
     assert outcome.is_repaired and after == (reading + (2 if name == "wrong_label" else 1)) % 3
+
+
+@pytest.mark.parametrize("name", ["lasting", *VARIANTS])
+def test_a_variant_has_the_settings_of_its_title(subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def edit(*args: Any, **settings: Any) -> tuple[Any, lasting.LastingEdit]:
+        given.update(settings, num_rows=args[4].input_ids.shape[0])
+        return args[2], lasting.LastingEdit(*map(np.asarray, (6, 1, [0.5], 0.0)))
+
+    monkeypatch.setattr(arms, "lasting_edit", edit)
+    batch, guard = batch_of(subject.split, [1]), Guard({})
+    kit = Kit(subject.config, subject.state, [batch])
+    vars(kit)["steep_guards"] = {1: guard}
+    outcome = {**ARMS, **VARIANTS}[name].make(kit, 0)(subject.config, subject.state, batch, 1, 0)
+    assert outcome == Outcome(subject.state, 6, True)
+    usual = {"margin": 0.5, "strength": 2.0, "max_rounds": 8, "num_rows": 64, "guard": guard}
+    changed = {
+        "lasting_slack": {"strength": 1.0, "margin": 1.0},
+        "lasting_tight": {"strength": 4.0},
+        "lasting_free": {"strength": 0.0},
+        "lasting_unguarded": {"guard": None},
+        "lasting_short": {"max_rounds": 4},
+        "lasting_wide": {"num_rows": 128},
+    }
+    assert given == usual | changed.get(name, {})
 
 
 def test_a_ranking_has_the_share_that_it_is_given(subject: Subject) -> None:
