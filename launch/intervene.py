@@ -10,10 +10,11 @@ python launch/intervene.py --model=runs/quickstart/model --find --drop_fraction=
 given) and corrects it towards its gold class. The edit keeps earlier corrections in force, and holds texts that the
 model was trained on where they were. Corrections stand in --lasting, a JSON object with text, concept and target each
 line, which gets this one, too; with --log, that is corrections.jsonl beside it unless another is named, and what the
-log says was undone is not kept. --minimal changes as few weights as repair this one text; --drop_fraction, --saliency,
---num_steps and --label ask for the paper's edit, of a share given beforehand. --log keeps the edit in a file, to be
-made again, undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html writes a page
-with the decision pathway before and after (extra `report`). Takes a minute or two on a CPU, the other ways seconds.
+log says was undone is not kept. --minimal, or --lasting= as for `launch/serve.py`, changes as few weights as repair
+this one text; --drop_fraction, --saliency, --num_steps and --label ask for the paper's edit, of a share given
+beforehand. --log keeps the edit in a file, to be made again, undone, merged or passed on (`launch/edits.py`); --save
+writes the corrected model; --html writes a page with the decision pathway before and after (extra `report`). Takes a
+minute or two on a CPU, the other ways seconds.
 """
 
 from __future__ import annotations
@@ -171,9 +172,10 @@ def _way() -> str:
     for way in ("minimal", "lasting"):
         if FLAGS[way].value and shares:
             raise ValueError(f"--{shares[0]} does not go with --{way}")
-    if FLAGS["margin"].present and not FLAGS.minimal:
+    is_minimal = FLAGS.minimal or FLAGS.lasting == ""
+    if FLAGS["margin"].present and not is_minimal:
         raise ValueError("--margin does not go without --minimal")
-    return "share" if shares else "minimal" if FLAGS.minimal else "lasting"
+    return "share" if shares else "minimal" if is_minimal else "lasting"
 
 
 def _find(model: SparseCBM, concept: str | None) -> Case | None:

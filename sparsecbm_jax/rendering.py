@@ -108,11 +108,14 @@ def render_correction(report: CorrectionReport) -> str:
     if report.before.concepts[report.concept] == report.target:
         outcome = "was so before" if report.is_repaired else "lost"
     steps = f"{report.num_steps} step" + ("s" if report.num_steps > 1 else "")
+    how = f"{report.saliency}, drop_fraction {report.drop_fraction:g}, {steps}"
+    if report.saliency == "lasting":
+        how = "lasting, as many as it took"
     lines = [
         f'"{printable(report.text, 240)}"',
         f"asked: {asked}; {outcome}",
         f"changed: {report.num_dropped} weights dropped, {report.num_grown} grown, {report.changed_share:.4%} of the "
-        f"backbone's {report.num_weights:,} ({report.saliency}, drop_fraction {report.drop_fraction:g}, {steps})",
+        f"backbone's {report.num_weights:,} ({how})",
     ]
     names = [*report.before.concepts, "label"]
     before, after = _rows(report.before), _rows(report.after)

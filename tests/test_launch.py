@@ -120,9 +120,11 @@ def test_edits_are_logged_listed_passed_on_and_undone(tmp_path: Path) -> None:
     service = artifact.predict(model, [text]).concepts[0, 2]
     target = model.schema.classes[(service + 1) % 3]
     given = ["--model=m", "--log=edits.log"]
-    asked = [f"--text={text}", "--concept=service", f"--target={target}", "--minimal"]
-    made = run_main("intervene.py", *given, *asked, cwd=tmp_path)
+    asked = [f"--text={text}", "--concept=service", f"--target={target}"]
+    made = run_main("intervene.py", *given, *asked, "--minimal", cwd=tmp_path)
     assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
+    alike = run_main("intervene.py", "--model=m", *asked, "--lasting=", cwd=tmp_path)
+    assert alike.returncode == 0 and made.stdout.startswith(alike.stdout), alike.stderr
     with EditLog(tmp_path / "edits.log", model.masks, model.schema.concepts) as log:
         (edit,) = log.edits
         corrected = dataclasses.replace(model, masks=log.replay(model.masks))
