@@ -6,7 +6,7 @@ SPARSECBM_TOKEN=... python launch/serve.py --model=runs/quickstart/model --host=
 
 Wants the extra `app`. Corrections are kept in --edits, a log that `launch/edits.py` and `launch/intervene.py --log`
 read, too; each is on disk before it is acknowledged, and made again when the server starts. Each keeps those before it
-in force, whose texts stand in --lasting, which `launch/intervene.py` reads, too; on two CPU cores it takes some 15
+in force, whose texts stand in --lasting, which `launch/intervene.py` reads, too; on two CPU cores it takes some ten
 seconds. With --lasting= each is as small as repairs its concept, looks at no other, and takes about a second.
 Only this machine reaches the server, unless --host says otherwise: then a token is wanted, that of the variable
 SPARSECBM_TOKEN or one that is made and printed. It travels in the clear: put a proxy that speaks TLS before the server,
