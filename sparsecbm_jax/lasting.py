@@ -250,11 +250,20 @@ class _Text:
     target: int
 
 
-class Replay:
-    """What lasting edits are to answer for: every correction so far, and anchors drawn anew for each edit.
+class _Draw(NamedTuple):
+    """Texts of one edit: corrected ones, the newest first, and the indices of anchors."""
 
-    A batch of it has always as many rows, so that edits are compiled once for each width of texts; anchors take what
-    the corrections leave. Where those would take more than half, the newest stays and the others are drawn.
+    texts: tuple[_Text, ...]
+    anchors: Int[np.ndarray, " A"]
+
+
+class Replay:
+    """What lasting edits are to answer for: corrections so far, and anchors.
+
+    Each correction draws the texts of its edit, by one generator that goes on from correction to correction: the same
+    corrections in the same order have the same edits. A batch has always as many rows, so that edits are compiled once
+    for each width of texts; anchors take what the corrections leave. Where corrections would take more than half, the
+    newest stays and the others are drawn by lot.
     """
 
     def __init__(self, anchors: Sequence[Batch], *, num_rows: int = 64, seed: int = 0) -> None:
@@ -271,6 +280,7 @@ class Replay:
             raise ValueError("there are no anchors; expected batches with texts that are to be read as they are")
         self._rng = np.random.default_rng(seed)
         self._corrected: dict[int, list[_Text]] = {}
+        self._drawn: dict[int, _Draw] = {}
         self._logits: dict[int, Float[np.ndarray, "A C"]] = {}
         self._width = 0
         # No batch is wider than those that were given, which fit the backbone.
@@ -279,7 +289,7 @@ class Replay:
     def emptied(self) -> "Replay":
         """One of the same anchors, held as they are here, that draws from the beginning and has no corrections."""
         fresh = copy.copy(self)
-        fresh._rng, fresh._corrected = np.random.default_rng(self._seed), {}
+        fresh._rng, fresh._corrected, fresh._drawn = np.random.default_rng(self._seed), {}, {}
         return fresh
 
     def add(self, concept: int, batch: Batch, target: int) -> None:
@@ -289,6 +299,18 @@ class Replay:
         others = [text for text in earlier if not np.array_equal(text.input_ids, ids)]
         self._corrected[concept] = [*others, _Text(ids, target)]
         self._widest = max(self._widest, batch.input_ids.shape[1])
+        self._drawn[concept] = drawn = self._draw(concept)
+        rows = [text.input_ids for text in drawn.texts] + [self._anchors[i] for i in drawn.anchors]
+        self._width = max(self._width, *(min(-(-len(ids) // _WIDTH) * _WIDTH, self._widest) for ids in rows))
+
+    def _draw(self, concept: int) -> _Draw:
+        newest, *others = reversed(self._corrected[concept])
+        most = self._num_rows // 2 - 1
+        if len(others) > most:
+            others = [others[i] for i in self._rng.choice(len(others), most, replace=False)]
+        texts = (newest, *others)
+        count = min(self._num_rows - len(texts), len(self._anchors))
+        return _Draw(texts, self._rng.choice(len(self._anchors), count, replace=False))
 
     def hold(self, concept: int, logits_of: Callable[[Batch], Float[Array, "B C"]]) -> None:
         """Asks once how the concept reads the anchors: before its first edit."""
@@ -297,17 +319,10 @@ class Replay:
             self._logits[concept] = np.concatenate(found)
 
     def batch(self, concept: int) -> tuple[Batch, Int[np.ndarray, " B"], Float[np.ndarray, "B C"]]:
-        """Corrected texts, the newest first, and anchors: batch, targets and logits for `lasting_edit`."""
-        newest, *others = reversed(self._corrected[concept])
-        most = self._num_rows // 2 - 1
-        if len(others) > most:
-            others = [others[i] for i in self._rng.choice(len(others), most, replace=False)]
-        texts = [newest, *others]
+        """What the concept's newest correction drew, its own text first: batch, targets, logits for `lasting_edit`."""
+        texts, drawn = self._drawn[concept]
         held = self._logits[concept]
-        count = min(self._num_rows - len(texts), len(self._anchors))
-        drawn = self._rng.choice(len(self._anchors), count, replace=False)
         rows = [text.input_ids for text in texts] + [self._anchors[i] for i in drawn]
-        self._width = max(self._width, *(min(-(-len(ids) // _WIDTH) * _WIDTH, self._widest) for ids in rows))
         shape = (self._num_rows, self._width)
         input_ids, attention_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, ids in enumerate(rows):

@@ -4,14 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import chex
 import pytest
 from tiny_desk import anchors, asked_otherwise, model
 from tiny_model import TEXTS
 
-from sparsecbm_jax import artifact
+from sparsecbm_jax import artifact, masks
+from sparsecbm_jax.arms import State
 from sparsecbm_jax.edit_log import EditLog
 from sparsecbm_jax.edits import StoredEdit
 from sparsecbm_jax.keeping import Case, CaseFile, Keeper
+from sparsecbm_jax.named_arms import ARMS, Kit
 
 CASES = (Case("the soup\nwas “cold”", "food", "Negative"), Case("", "service", "unknown"))
 
@@ -65,6 +68,23 @@ def test_each_correction_keeps_those_before_it() -> None:
     assert Keeper(model(), anchors()).correct(model(), first, [])[1].stored().id == one.stored().id
     with pytest.raises(ValueError, match=r"there is no concept .foot."):
         keeper.correct(model(), first._replace(concept="foot"), [])
+
+
+def test_a_keeper_makes_the_edits_that_streams_measure() -> None:
+    original = model()
+    assert original.masks is not None
+    start = State(original.params, original.masks, original.heads)
+    arm = ARMS["lasting"].make(Kit(original.config, start, anchors()), 0)
+    keeper, kept, corrected, state = Keeper(original, anchors()), [], original, start
+    for text, concept in ((TEXTS[0], "ambiance"), (TEXTS[1], "food"), (TEXTS[2], "ambiance")):
+        case = asked_otherwise(text, concept)
+        index, target = original.schema.concepts.index(concept), original.schema.classes.index(case.target)
+        (batch,) = artifact.text_batches(original, [text], batch_size=1)
+        state = arm(original.config, state, batch, index, target).state
+        corrected, _ = keeper.correct(corrected, case, kept)
+        chex.assert_trees_all_equal(corrected.masks, state.masks)
+        kept.append(case)
+    assert masks.fingerprint(state.masks) != masks.fingerprint(original.masks)
 
 
 def test_the_cases_of_edits_are_found_by_what_was_asked(tmp_path: Path) -> None:

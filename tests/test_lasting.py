@@ -147,6 +147,25 @@ def test_many_corrections_leave_room_for_anchors(model: SparseCBM, batch: Batch)
     assert np.sum(targets != ANCHOR) == 2 and targets[0] == 0 and rows.example_weight.sum() == 4
 
 
+def test_draws_go_on_and_are_the_same_again(model: SparseCBM, batch: Batch) -> None:
+    """Anchors that an edit does not see are let go, so each is to see others; made anew, it is to see the same."""
+    replay = Replay([batch], num_rows=4)
+    for concept in (0, 1):
+        replay.hold(concept, lambda texts: jnp.arange(18.0).reshape(6, 3))
+    asked = [(concept, one_text(model, text)) for text in 3 * TEXTS for concept in (0, 1)]
+    drawn = []
+    for count, (concept, text) in enumerate(asked, 1):
+        replay.add(concept, text, 1)
+        drawn.append(replay.batch(concept))
+        chex.assert_trees_all_equal(drawn[-1], replay.batch(concept))
+        again = replay.emptied()
+        for earlier, other in asked[:count]:
+            again.add(earlier, other, 1)
+        chex.assert_trees_all_equal(drawn[-1], again.batch(concept))
+    seen = {tuple(logits[targets == ANCHOR][:, 0].tolist()) for _, targets, logits in drawn[4:]}
+    assert len(seen) > 1 and {anchor for of_edit in seen for anchor in of_edit} == {0, 3, 6, 9}
+
+
 def test_a_text_has_the_class_that_was_asked_last(model: SparseCBM, batch: Batch) -> None:
     replay = Replay([batch], num_rows=4)
     replay.hold(0, lambda texts: jnp.zeros((6, 3)))
