@@ -2,7 +2,7 @@
 
 python launch/evaluate.py --suite=classification --model=runs/cebab/model --split=validation
 python launch/evaluate.py --suite=intervention --model=runs/cebab/model --workdir=runs/edits \
-    --dense=runs/joint/model,runs/std/model,runs/independent/model
+    --dense=runs/joint/model,runs/standard/model,runs/independent/model
 python launch/evaluate.py --suite=intervention --model=runs/cebab/model --workdir=runs/edits --parts=streams \
     --arms=minimal,guarded --orders=0,1,2 --max_edits=200 --config=configs/cebab_minilm.py --config.data.path=DIR
 
@@ -52,7 +52,9 @@ command_line.define_config()
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_enum("suite", None, ["classification", "intervention"], "What to evaluate.")
 flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/cebab/model.")
-flags.DEFINE_list("dense", [], "undone: folders of dense models, with commas: what each was trained for is a line.")
+flags.DEFINE_list(
+    "dense", [], "undone: folders of dense models, with commas; each adds a line, of what it was trained for."
+)
 flags.DEFINE_string("split", "test", "Split to evaluate on.")
 flags.DEFINE_string("workdir", None, "Folder that the results of the intervention suite are written to.")
 flags.DEFINE_list("parts", ["undone", "minimal", "streams"], "Parts of the intervention suite, with commas.")

@@ -8,13 +8,13 @@ python launch/intervene.py --model=runs/quickstart/model --find --drop_fraction=
 
 --find takes the first test review of the model's own data set with a mispredicted concept (of --concept, where that is
 given) and corrects it towards its gold class. The edit keeps earlier corrections in force, and holds texts that the
-model was trained on where they were. Corrections stand in --lasting, a JSON object with text, concept and target each
-line, which gets this one, too; with --log, that is corrections.jsonl beside it unless another is named, and what the
-log says was undone is not kept. --minimal, or --lasting= as for `launch/serve.py`, changes as few weights as repair
-this one text; --drop_fraction, --saliency, --num_steps and --label ask for the paper's edit, of a share given
-beforehand. --log keeps the edit in a file, to be made again, undone, merged or passed on (`launch/edits.py`); --save
-writes the corrected model; --html writes a page with the decision pathway before and after (extra `report`). Takes a
-minute or two on a CPU, the other ways seconds.
+model was trained on where they were. Corrections stand in --lasting, a JSON object with text, concept and target on
+each line, which gets this one, too; with --log, that is corrections.jsonl beside it unless another is named, and
+corrections that the log says were undone are left out. --minimal, or --lasting= as for `launch/serve.py`, changes as
+few weights as repair this one text; --drop_fraction, --saliency, --num_steps and --label ask for an edit of a share
+given beforehand, as in the paper, whose ranking is 'magnitude'. --log keeps the edit in a file, to be made again,
+undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html writes a page with the
+decision pathway before and after (extra `report`). Takes a minute or two on a CPU, the other ways seconds.
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ flags.DEFINE_string("text", None, "The text that the model misreads.")
 flags.DEFINE_string("concept", None, "Concept to correct.")
 flags.DEFINE_string("target", None, "Class that the concept should have.")
 flags.DEFINE_bool("find", False, "Take a mispredicted test review of the model's own data set and its gold class.")
-flags.DEFINE_float("drop_fraction", 0.0001, "Share of the backbone's weights that each step drops, and grows.")
+flags.DEFINE_float(
+    "drop_fraction", 0.0001, "Give this, or --saliency, --num_steps or --label, for an edit of this share."
+)
 flags.DEFINE_string("saliency", "signed", "How weights are ranked: 'signed', or 'magnitude' as the paper prints it.")
 flags.DEFINE_integer("num_steps", 1, "Times to differentiate and edit.")
 flags.DEFINE_string("label", None, "Task label to pull towards as well.")
 flags.DEFINE_bool("minimal", False, "Change as few weights as give the concept the asked class.")
-flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force, which gets this one, too.")
-flags.DEFINE_float("margin", 0.0, "With --minimal: how far the asked class's logit is to be above the others.")
+flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force; empty for a smallest edit.")
+flags.DEFINE_float(
+    "margin", 0.0, "With --minimal or --lasting=: how far the asked class's logit is to be above the others."
+)
 flags.DEFINE_string("log", None, "File of edits: those in force there are made first, and this one is added.")
 flags.DEFINE_string("save", None, "Folder to save the corrected model to.")
 flags.DEFINE_string("html", None, "Page to write, with the decision pathway before and after.")
@@ -174,7 +178,7 @@ def _way() -> str:
             raise ValueError(f"--{shares[0]} does not go with --{way}")
     is_minimal = FLAGS.minimal or FLAGS.lasting == ""
     if FLAGS["margin"].present and not is_minimal:
-        raise ValueError("--margin does not go without --minimal")
+        raise ValueError("--margin does not go without --minimal or --lasting=")
     return "share" if shares else "minimal" if is_minimal else "lasting"
 
 

@@ -7,8 +7,8 @@ read as they were before any correction:
     J(M_k) = Σ_i max(0, m − margin_i) + (λ / |A|) Σ_{a ∈ A} ‖P (u_a − u_a⁰)‖²
 
 with margin_i = u_target − max_{c ≠ target} u_c of corrected text i, m the margin asked for, and P taking the mean over
-classes away, which a softmax does not see. Round by round weights are ranked by the gradient of J, and as many of them
-are dropped and grown as lower J most.
+classes away, which a softmax does not see. Round by round weights are ranked by what they gain to first order,
+over what a guard says that they cost, and as many are dropped and grown as lower J most among the numbers tried.
 
 Reference: replay of what was learnt before, Robins 1995, 'Catastrophic forgetting, rehearsal and pseudorehearsal';
 outputs held at those of the old model, Li & Hoiem 2016, 'Learning without Forgetting'.
@@ -49,7 +49,7 @@ class LastingEdit(NamedTuple):
 
     Attributes:
       num_changed: weights dropped and grown, round by round; one that went back and forth counts each time.
-      num_rounds: how often weights were ranked.
+      num_rounds: rounds that changed something.
       margins: u_target − max of the others, of each corrected row after the edit; +∞ of anchors and padding.
       drift: mean over anchors of the squared distance that their centred logits are from where they were.
     """

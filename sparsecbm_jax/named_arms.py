@@ -70,7 +70,7 @@ def _no_correction(config: CBMConfig, state: State, batch: Batch, concept: int, 
 
 
 def _oracle(config: CBMConfig, state: State, batch: Batch, concept: int, target: int) -> Outcome:
-    """Sets the activation of the text at hand, and leaves a model that has learnt nothing."""
+    """Counts the text as right, as where its activation is set by hand, and leaves the model as it was."""
     return Outcome(state, 0, True)
 
 
@@ -109,7 +109,7 @@ ARMS: Mapping[str, NamedArm] = {
 }
 
 
-# Lasting edits with one setting, or two, that is not the default: what the defaults were chosen among.
+# Lasting edits with one or two settings other than the default: what the defaults were chosen among.
 VARIANTS: Mapping[str, NamedArm] = {
     "lasting_slack": _lasting("together, λ 1, margin 1", strength=1.0, margin=1.0),
     "lasting_tight": _lasting("together, λ 4", strength=4.0),
