@@ -223,7 +223,8 @@ def _explain(error: flags.Error) -> str:
     """The message of an absl error, with the nearest flag of ours where one was misspelt."""
     if not isinstance(error, flags.UnrecognizedFlagError):
         return str(error)
-    known = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])] + ["config", "debug"]
+    known = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
+    known += [name for name in ("config", "debug") if name in FLAGS]
     near = difflib.get_close_matches(str(error.flagname).partition(".")[0], known, n=1)
     return f"unknown flag --{error.flagname}" + (f"; did you mean --{near[0]}?" if near else "")
 

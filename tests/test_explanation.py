@@ -370,6 +370,7 @@ def test_a_model_without_known_texts_is_corrected_by_the_smallest_edit(saved: Pa
             "--output=o does not go with",
         ),
         ("explain.py", ["--model=MODEL", "--texts=fine"], "did you mean --text?"),
+        ("intervene.py", ["--model=MODEL", "--find", "--config=x"], "error: unknown flag --config\n"),
         ("intervene.py", ["--model=MODEL", "--find", "--text=fine"], "it goes with --concept, not --text"),
         ("intervene.py", ["--model=MODEL", "--text=fine", "--concept=food"], "--target missing"),
         (
