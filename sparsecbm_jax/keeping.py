@@ -110,7 +110,7 @@ def _case(line: bytes) -> Case | None:
 
 
 class Keeper:
-    """Makes one lasting correction after another, each with all before it in view; see `correct_lastingly`.
+    """Makes one lasting correction after another, each with those before it in view; see `correct_lastingly`.
 
     What weights cost, and how anchors are read, is found out when a concept is first corrected. The same questions, in
     any order, get the same edits.
