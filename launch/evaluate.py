@@ -107,12 +107,12 @@ def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, ty
     from sparsecbm_jax.config import to_dict
     from sparsecbm_jax.intervention import check_masks
     from sparsecbm_jax.intervention_suite import Subject
-    from sparsecbm_jax.named_arms import ARMS, RANKINGS, VARIANTS
+    from sparsecbm_jax.named_arms import NAMED, RANKINGS
 
     model, parts = found.model, {"undone": _undone, "minimal": _minimal, "streams": _streams}
     check_masks(model.masks)
     assert model.masks is not None
-    for flag, known in (("parts", parts), ("rankings", RANKINGS), ("arms", {**ARMS, **VARIANTS})):
+    for flag, known in (("parts", parts), ("rankings", RANKINGS), ("arms", NAMED)):
         command_line.check_names(flag, known)
     ratios = command_line.numbers("ratios", float)
     command_line.numbers("orders", int)
@@ -209,9 +209,8 @@ def _minimal(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
 def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
     from sparsecbm_jax import metrics, pruning, streams
     from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.named_arms import ARMS, VARIANTS, Kit
+    from sparsecbm_jax.named_arms import ARMS, NAMED, Kit
 
-    known = {**ARMS, **VARIANTS}
     batches = pruning.fisher_batches(found.splits["train"], run.pruner, seed=run.seed)
     kit = Kit(subject.config, subject.state, batches)
 
@@ -222,7 +221,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
             _, report = streams.run_stream(
                 subject.config,
                 subject.state,
-                known[name].make(kit, order),
+                NAMED[name].make(kit, order),
                 subject.split,
                 subject.groups,
                 max_edits=FLAGS.max_edits,
@@ -240,7 +239,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
             key = ("stream", name, order, FLAGS.max_edits)
             reports[name].append(results.once(key, functools.partial(stream, name, order)))
     return {
-        name: {"title": known[name].title, "summary": metrics.summarise(of_arm), "orders": of_arm}
+        name: {"title": NAMED[name].title, "summary": metrics.summarise(of_arm), "orders": of_arm}
         for name, of_arm in reports.items()
     }
 

@@ -251,9 +251,10 @@ class _Text:
 
 
 class _Draw(NamedTuple):
-    """Texts of one edit: corrected ones, the newest first, and the indices of anchors."""
+    """Corrected texts of one edit, the newest first, then its anchors; targets of the former, indices of the latter."""
 
-    texts: tuple[_Text, ...]
+    rows: list[Int[np.ndarray, " T"]]
+    targets: list[int]
     anchors: Int[np.ndarray, " A"]
 
 
@@ -300,17 +301,19 @@ class Replay:
         self._corrected[concept] = [*others, _Text(ids, target)]
         self._widest = max(self._widest, batch.input_ids.shape[1])
         self._drawn[concept] = drawn = self._draw(concept)
-        rows = [text.input_ids for text in drawn.texts] + [self._anchors[i] for i in drawn.anchors]
-        self._width = max(self._width, *(min(-(-len(ids) // _WIDTH) * _WIDTH, self._widest) for ids in rows))
+        longest = max(map(len, drawn.rows))
+        self._width = max(self._width, min(-(-longest // _WIDTH) * _WIDTH, self._widest))
 
     def _draw(self, concept: int) -> _Draw:
         newest, *others = reversed(self._corrected[concept])
         most = self._num_rows // 2 - 1
         if len(others) > most:
             others = [others[i] for i in self._rng.choice(len(others), most, replace=False)]
-        texts = (newest, *others)
+        texts = [newest, *others]
         count = min(self._num_rows - len(texts), len(self._anchors))
-        return _Draw(texts, self._rng.choice(len(self._anchors), count, replace=False))
+        anchors = self._rng.choice(len(self._anchors), count, replace=False)
+        rows = [text.input_ids for text in texts] + [self._anchors[i] for i in anchors]
+        return _Draw(rows, [text.target for text in texts], anchors)
 
     def hold(self, concept: int, logits_of: Callable[[Batch], Float[Array, "B C"]]) -> None:
         """Asks once how the concept reads the anchors: before its first edit."""
@@ -320,9 +323,8 @@ class Replay:
 
     def batch(self, concept: int) -> tuple[Batch, Int[np.ndarray, " B"], Float[np.ndarray, "B C"]]:
         """What the concept's newest correction drew, its own text first: batch, targets, logits for `lasting_edit`."""
-        texts, drawn = self._drawn[concept]
+        rows, asked, anchors = self._drawn[concept]
         held = self._logits[concept]
-        rows = [text.input_ids for text in texts] + [self._anchors[i] for i in drawn]
         shape = (self._num_rows, self._width)
         input_ids, attention_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, ids in enumerate(rows):
@@ -330,9 +332,9 @@ class Replay:
         # A row without a token would be 0 / 0 in mean pooling.
         attention_mask[len(rows) :, 0] = 1
         targets = np.full(self._num_rows, ANCHOR, np.int32)
-        targets[: len(texts)] = [text.target for text in texts]
+        targets[: len(asked)] = asked
         logits = np.zeros((self._num_rows, held.shape[1]), np.float32)
-        logits[len(texts) : len(rows)] = held[drawn]
+        logits[len(asked) : len(rows)] = held[anchors]
         nothing = np.full(self._num_rows, -1, np.int32)
         weight = (np.arange(self._num_rows) < len(rows)).astype(np.float32)
         return Batch(input_ids, attention_mask, nothing[:, None], nothing, weight, nothing), targets, logits

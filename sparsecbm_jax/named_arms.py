@@ -109,7 +109,7 @@ ARMS: Mapping[str, NamedArm] = {
 }
 
 
-# Lasting edits with one or two settings other than the default: what the defaults were chosen among.
+# Lasting edits with one or two settings other than the default: what each setting does. Run where they are named.
 VARIANTS: Mapping[str, NamedArm] = {
     "lasting_slack": _lasting("together, λ 1, margin 1", strength=1.0, margin=1.0),
     "lasting_tight": _lasting("together, λ 4", strength=4.0),
@@ -118,6 +118,7 @@ VARIANTS: Mapping[str, NamedArm] = {
     "lasting_short": _lasting("together, 4 rounds", max_rounds=4),
     "lasting_wide": _lasting("together, 128 texts", num_rows=128),
 }
+NAMED: Mapping[str, NamedArm] = {**ARMS, **VARIANTS}
 
 
 # How a share of the weights, given beforehand, is chosen, from (share, seed); 'none' is for a share of 0.

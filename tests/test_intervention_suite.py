@@ -15,7 +15,7 @@ from sparsecbm_jax.data.batches import Batch, batch_of, tokenize
 from sparsecbm_jax.data.schema import Examples
 from sparsecbm_jax.intervention import Guard
 from sparsecbm_jax.intervention_suite import Subject
-from sparsecbm_jax.named_arms import ARMS, RANKINGS, VARIANTS, Kit
+from sparsecbm_jax.named_arms import ARMS, NAMED, RANKINGS, VARIANTS, Kit
 from sparsecbm_jax.streams import Cell
 
 GROUPS = ("a", "a", "b", "b", "c", "c", "d", "d")
@@ -180,7 +180,7 @@ def test_a_variant_has_the_settings_of_its_title(subject: Subject, name: str, mo
     batch, guard = batch_of(subject.split, [1]), Guard({})
     kit = Kit(subject.config, subject.state, [batch])
     vars(kit)["steep_guards"] = {1: guard}
-    outcome = {**ARMS, **VARIANTS}[name].make(kit, 0)(subject.config, subject.state, batch, 1, 0)
+    outcome = NAMED[name].make(kit, 0)(subject.config, subject.state, batch, 1, 0)
     assert outcome == Outcome(subject.state, 6, True)
     usual = {"margin": 0.5, "strength": 2.0, "max_rounds": 8, "num_rows": 64, "guard": guard}
     changed = {
