@@ -1,7 +1,7 @@
 """The defaults of every run, and the backbones of the paper's Table 2; the other config files override these.
 
 `--config=configs/common.py` itself trains MiniLM on the embedded reviews. Each default is written down once, in
-`sparsecbm_jax/config.py`, with its meaning, unit and range.
+`sparsecbm_jax/config/run_config.py`, with its meaning, unit and range.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from sparsecbm_jax.config import RunConfig, nearest_name
+from sparsecbm_jax.config.names import did_you_mean
+from sparsecbm_jax.config.run_config import RunConfig
 
 
 class BackbonePreset(NamedTuple):
@@ -36,7 +38,7 @@ BACKBONES = {
     "opt_125m": BackbonePreset("facebook/opt-125m", 1e-5),
     "opt_350m": BackbonePreset("facebook/opt-350m", 1e-5),
     "opt_1_3b": BackbonePreset("facebook/opt-1.3b", 1e-6, batch_size=1),
-    # Beyond the paper, for meshes (`get_scaled_config`).
+    # Beyond the paper, for meshes (`configs/cebab_opt.py`).
     "opt_6_7b": BackbonePreset("facebook/opt-6.7b", 1e-6),
     "opt_13b": BackbonePreset("facebook/opt-13b", 1e-6),
     "opt_30b": BackbonePreset("facebook/opt-30b", 1e-6),
@@ -46,10 +48,7 @@ BACKBONES = {
 
 def get_config(backbone: str = "minilm") -> ConfigDict:
     """Returns the defaults with one of `BACKBONES`."""
-    if backbone not in BACKBONES:
-        near = nearest_name(backbone, BACKBONES)
-        hint = f" (did you mean {near!r}?)" if near else ""
-        raise ValueError(f"unknown backbone preset {backbone!r}{hint}; expected one of {', '.join(BACKBONES)}")
+    check_choice("backbone preset", backbone, BACKBONES)
     preset = BACKBONES[backbone]
     config = _config_dict(RunConfig())
     config.backbone.name = preset.name
@@ -58,27 +57,10 @@ def get_config(backbone: str = "minilm") -> ConfigDict:
     return config
 
 
-def get_scaled_config(
-    backbone: str, *, batch_size: int, fsdp: int = 1, tensor: int = 1, fisher_gib: int | None = None
-) -> ConfigDict:
-    """Returns CEBaB with one of `BACKBONES` on a mesh: bfloat16 products, layers computed again in the backward pass.
-
-    Args:
-        backbone: Its key.
-        batch_size: Examples in a step, and in an evaluation step, over all devices.
-        fsdp: Devices that parameters and rows are spread over.
-        tensor: Devices that heads and hidden units are spread over.
-        fisher_gib: Memory of a device that pruning may take, in GiB.
-    """
-    config = get_config(backbone)
-    config.data.preset = "cebab"
-    config.backbone.dtype = "bfloat16"
-    config.backbone.remat = "full"
-    config.training.batch_size = config.training.eval_batch_size = batch_size
-    config.mesh.fsdp = fsdp
-    config.mesh.tensor = tensor
-    config.pruner.fisher_memory = None if fisher_gib is None else fisher_gib * 2**30
-    return config
+def check_choice(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError where what stands after a config's colon is not known, with the nearest that is."""
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}; expected one of {', '.join(known)}")
 
 
 def _config_dict(defaults: Any) -> ConfigDict:

@@ -1,7 +1,7 @@
 """Converts a hub's checkpoint to safetensors, so that the hosts of a run never unpickle, and read their parts only.
 
 python launch/convert.py --model=facebook/opt-1.3b --save=checkpoints/opt-1.3b          # wants the extra torch
-python launch/train.py --config=configs/cebab_opt_1_3b.py --config.backbone.name=checkpoints/opt-1.3b --workdir=...
+python launch/train.py --config=configs/cebab_opt.py:1_3b --config.backbone.name=checkpoints/opt-1.3b --workdir=...
 
 Reads pytorch_model.bin (without executing what is pickled in it), flax_model.msgpack and safetensors, in one file or
 several, tensor by tensor. Precision and names stay; configuration and tokeniser are copied. All that was written is
@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 
-import command_line
 from absl import flags
+
+from sparsecbm_jax.cli import command_line
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -28,7 +29,7 @@ def main() -> None:
         raise ValueError("--model and --save are needed; expected a checkpoint and the directory to write")
 
     from sparsecbm_jax import backbones
-    from sparsecbm_jax.logs import progress
+    from sparsecbm_jax.runtime.progress import progress
 
     with contextlib.closing(progress(description="convert and compare", unit="B")) as bar:
 

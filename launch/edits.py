@@ -15,11 +15,12 @@ import dataclasses
 import typing
 from pathlib import Path
 
-import command_line
 from absl import flags
 
+from sparsecbm_jax.cli import command_line
+
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.edits import StoredEdit
+    from sparsecbm_jax.intervention.stored_edit import StoredEdit
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -46,11 +47,11 @@ def main() -> None:
     if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
         raise ValueError(f"--save={FLAGS.save} is the model itself, which the log would no longer fit")
 
-    from sparsecbm_jax import artifact
-    from sparsecbm_jax.edit_log import EditLog
-    from sparsecbm_jax.edits import StoredEdit, apply_stored
+    from sparsecbm_jax.intervention.edit_log import EditLog
+    from sparsecbm_jax.intervention.stored_edit import StoredEdit, apply_stored
+    from sparsecbm_jax.model import saved_model
 
-    model = artifact.load(FLAGS.model)
+    model = saved_model.load(FLAGS.model)
     if model.masks is None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit")
     concepts = model.schema.concepts
@@ -73,7 +74,7 @@ def main() -> None:
         print(f"{len(log)} {'edit' if len(log) == 1 else 'edits'} in force in {FLAGS.log}")
     if FLAGS.save:
         metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
-        print(f"saved: {artifact.save(dataclasses.replace(model, masks=masks, metadata=metadata), FLAGS.save)}")
+        print(f"saved: {saved_model.save(dataclasses.replace(model, masks=masks, metadata=metadata), FLAGS.save)}")
 
 
 def _line(edit: StoredEdit) -> str:

@@ -30,14 +30,14 @@ import json
 import typing
 from pathlib import Path
 
-import command_line
-import saved
 from absl import flags
-from result_lines import Results
+
+from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.runtime.result_cache import Results
 
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.config import RunConfig
-    from sparsecbm_jax.intervention_suite import Subject
+    from sparsecbm_jax.config.run_config import RunConfig
+    from sparsecbm_jax.evaluation.editing.suite import Subject
 
 # What the backbone of a dense model learns, by strategy; independent and sequential train φ apart.
 TRAINED_FOR = {
@@ -79,16 +79,22 @@ def main() -> None:
     if FLAGS.suite == "intervention" and not FLAGS.workdir:
         raise ValueError("--workdir is missing; expected a folder for the results of the intervention suite")
 
-    from sparsecbm_jax import artifact, evaluation
-    from sparsecbm_jax.report import intervention, plots
+    from sparsecbm_jax.evaluation.tables import render_table
+    from sparsecbm_jax.model import saved_model
+    from sparsecbm_jax.report import plots
+    from sparsecbm_jax.report.sections import intervention
 
     given = FLAGS["config"].value is not None
-    run = command_line.run_config() if given else saved.own_run(artifact.load(FLAGS.model), FLAGS.model, "--config")
-    found = saved.read(FLAGS.model, run)
+    run = (
+        command_line.run_config()
+        if given
+        else saved_runs.own_run(saved_model.load(FLAGS.model), FLAGS.model, "--config")
+    )
+    found = saved_runs.read(FLAGS.model, run)
     if FLAGS.split not in found.splits:
         raise ValueError(f"--split={FLAGS.split}: expected one of {', '.join(found.splits)}")
     if FLAGS.suite == "classification":
-        print(evaluation.render_table(found.scores(run, FLAGS.split, found.model.masks)))
+        print(render_table(found.scores(run, FLAGS.split, found.model.masks)))
         return
     report = corrected(found, run, Path(FLAGS.workdir))
     text, path = intervention.render(report), Path(FLAGS.workdir) / intervention.FILE
@@ -98,21 +104,21 @@ def main() -> None:
     plots.write([figure for section in intervention.sections(report) for figure in section.figures], path.parent)
 
 
-def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, typing.Any]:
+def corrected(found: saved_runs.Saved, run: RunConfig, workdir: Path) -> dict[str, typing.Any]:
     """The results of the intervention suite, part by part."""
-    from sparsecbm_jax import artifact
-    from sparsecbm_jax import masks as masks_lib
-    from sparsecbm_jax.arms import State
-    from sparsecbm_jax.checkpoint import check_same_run
-    from sparsecbm_jax.config import to_dict
-    from sparsecbm_jax.intervention import check_masks
-    from sparsecbm_jax.intervention_suite import Subject
-    from sparsecbm_jax.named_arms import NAMED, RANKINGS
+    from sparsecbm_jax.config.run_config import to_dict
+    from sparsecbm_jax.core import masks as masks_lib
+    from sparsecbm_jax.core.masks import check_masks
+    from sparsecbm_jax.evaluation.editing.named_editors import NAMED_EDITORS, RANKINGS
+    from sparsecbm_jax.evaluation.editing.suite import Subject
+    from sparsecbm_jax.model import saved_model
+    from sparsecbm_jax.model.sparse_cbm import ModelArrays
+    from sparsecbm_jax.runtime.run_directory import check_same_run
 
     model, parts = found.model, {"undone": _undone, "minimal": _minimal, "streams": _streams}
     check_masks(model.masks)
     assert model.masks is not None
-    for flag, known in (("parts", parts), ("rankings", RANKINGS), ("arms", NAMED)):
+    for flag, known in (("parts", parts), ("rankings", RANKINGS), ("arms", NAMED_EDITORS)):
         command_line.check_names(flag, known)
     ratios = command_line.numbers("ratios", float)
     command_line.numbers("orders", int)
@@ -124,26 +130,26 @@ def corrected(found: saved.Saved, run: RunConfig, workdir: Path) -> dict[str, ty
             f"{FLAGS.model} has to have as many kept and as many pruned weights"
         )
     for folder in FLAGS.dense:
-        strategy = artifact.load(folder).strategy
+        strategy = saved_model.load(folder).strategy
         if strategy not in TRAINED_FOR:
             raise ValueError(
                 f"--dense={folder}: trained by strategy {strategy!r}; expected one of {', '.join(TRAINED_FOR)}"
             )
-    about = {"model": saved.fingerprint(FLAGS.model), "split": FLAGS.split, "config": to_dict(run)}
+    about = {"model": saved_runs.fingerprint(FLAGS.model), "split": FLAGS.split, "config": to_dict(run)}
     check_same_run(workdir, about, ignore=("config.pruner.fisher_memory",))
     split, groups = found.splits[FLAGS.split], found.dataset.splits[FLAGS.split].groups
     # Rows that name no original are each their own.
     own = groups or tuple(map(str, range(split.num_examples)))
-    subject = Subject(model.config, State(model.params, model.masks, model.heads), split, own)
+    subject = Subject(model.config, ModelArrays(model.params, model.masks, model.heads), split, own)
     results = Results(workdir / "results.jsonl")
     report = {name: parts[name](subject, found, run, results) for name in parts if name in FLAGS.parts}
     return {"split": FLAGS.split, "num_weights": masks_lib.num_weights(model.masks), **report}
 
 
-def _undone(subject: Subject, found: saved.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
-    from sparsecbm_jax import intervention_suite as suite
-    from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.named_arms import RANKINGS
+def _undone(subject: Subject, found: saved_runs.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
+    from sparsecbm_jax.evaluation.editing.named_editors import RANKINGS
+    from sparsecbm_jax.evaluation.editing.suite import oracle, single_edits
+    from sparsecbm_jax.runtime.progress import progress
 
     drawn = FLAGS.max_cells, FLAGS.seed
     rows = functools.cache(lambda: subject.draw(*drawn))
@@ -156,7 +162,7 @@ def _undone(subject: Subject, found: saved.Saved, run: RunConfig, results: Resul
         with contextlib.closing(progress(description=f"{ranking}, r = {ratio:g}", total=cells, unit="edit")) as bar:
             arm = RANKINGS[ranking](ratio, FLAGS.seed)
             move = functools.partial(bar.update, 1)
-            return suite.undone(subject, arm, rows(), held_out(), num_side_edits=FLAGS.side_edits, on_edit=move)
+            return single_edits(subject, arm, rows(), held_out(), num_side_edits=FLAGS.side_edits, on_edit=move)
 
     points = []
     for ratio in sorted(command_line.numbers("ratios", float)):
@@ -164,17 +170,17 @@ def _undone(subject: Subject, found: saved.Saved, run: RunConfig, results: Resul
             key = ("undone", ranking, ratio, *drawn, FLAGS.side_edits, FLAGS.side_rows)
             value = results.once(key, functools.partial(point, ranking, ratio))
             points.append({"ranking": ranking, "ratio": ratio, **value})
-    oracle = results.once(("oracle", *drawn), lambda: suite.oracle(subject, rows()))
+    set_by_hand = results.once(("oracle", *drawn), lambda: oracle(subject, rows()))
     dense = [
-        results.once(("dense model", saved.fingerprint(folder)), functools.partial(_dense, folder, run))
+        results.once(("dense model", saved_runs.fingerprint(folder)), functools.partial(_dense, folder, run))
         for folder in FLAGS.dense
     ]
-    return {"points": points, "oracle": oracle, "dense": dense}
+    return {"points": points, "oracle": set_by_hand, "dense": dense}
 
 
 def _dense(folder: str, run: RunConfig) -> dict[str, typing.Any]:
     """The scores of a dense model on what its backbone was trained for; None for the rest."""
-    found = saved.read(folder, run)
+    found = saved_runs.read(folder, run)
     strategy = found.model.strategy
     scores = found.scores(run, FLAGS.split, None)
     accuracies = {
@@ -183,22 +189,22 @@ def _dense(folder: str, run: RunConfig) -> dict[str, typing.Any]:
     return {"strategy": strategy, **accuracies}
 
 
-def _minimal(subject: Subject, found: saved.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
-    from sparsecbm_jax import intervention_suite as suite
-    from sparsecbm_jax import masks as masks_lib
-    from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.streams import Cell
+def _minimal(subject: Subject, found: saved_runs.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
+    from sparsecbm_jax.core import masks as masks_lib
+    from sparsecbm_jax.evaluation.editing.sequential import Cell
+    from sparsecbm_jax.evaluation.editing.suite import minimal_edits, summarise_minimal
+    from sparsecbm_jax.runtime.progress import progress
 
     cells = [Cell(row, k) for row in subject.draw(FLAGS.max_minimal, FLAGS.seed) for k in subject.wrong_of(row)]
     key_of = {cell: ("minimal", *cell, FLAGS.max_pairs) for cell in cells}
     left = [cell for cell in cells if key_of[cell] not in results]
-    made = suite.minimal_edits(subject, left, FLAGS.max_pairs)
+    made = minimal_edits(subject, left, FLAGS.max_pairs)
     for cell, value in progress(made, description="minimal", total=len(left), unit="edit"):
         results.once(key_of[cell], functools.partial(dict, value))
     by_cell = {cell: results[key_of[cell]] for cell in cells}
     concepts = found.dataset.schema.concepts
     of_concept = {name: [v for cell, v in by_cell.items() if cell.concept == k] for k, name in enumerate(concepts)}
-    summarise = functools.partial(suite.summarise_minimal, num_weights=masks_lib.num_weights(subject.state.masks))
+    summarise = functools.partial(summarise_minimal, num_weights=masks_lib.num_weights(subject.state.masks))
     return {
         "all": summarise(list(by_cell.values())),
         "concepts": {name: summarise(values) for name, values in of_concept.items()},
@@ -206,22 +212,24 @@ def _minimal(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
     }
 
 
-def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
-    from sparsecbm_jax import metrics, pruning, streams
-    from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.named_arms import ARMS, NAMED, Kit
+def _streams(subject: Subject, found: saved_runs.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
+    from sparsecbm_jax.data.batches import fisher_batches
+    from sparsecbm_jax.evaluation import metrics
+    from sparsecbm_jax.evaluation.editing.named_editors import EDITORS, NAMED_EDITORS, EditorContext
+    from sparsecbm_jax.evaluation.editing.sequential import run_sequence
+    from sparsecbm_jax.runtime.progress import progress
 
-    batches = pruning.fisher_batches(found.splits["train"], run.pruner, seed=run.seed)
-    kit = Kit(subject.config, subject.state, batches)
+    batches = fisher_batches(found.splits["train"], run.pruner, seed=run.seed)
+    kit = EditorContext(subject.config, subject.state, batches)
 
     def stream(name: str, order: int) -> dict[str, typing.Any]:
         with contextlib.closing(
             progress(description=f"{name}, order {order}", total=FLAGS.max_edits, unit="edit")
         ) as bar:
-            _, report = streams.run_stream(
+            _, report = run_sequence(
                 subject.config,
                 subject.state,
-                NAMED[name].make(kit, order),
+                NAMED_EDITORS[name].make(kit, order),
                 subject.split,
                 subject.groups,
                 max_edits=FLAGS.max_edits,
@@ -231,7 +239,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
             )
         return report.to_dict()
 
-    names = FLAGS.arms or list(ARMS)
+    names = FLAGS.arms or list(EDITORS)
     reports: dict[str, list[typing.Any]] = {name: [] for name in names}
     # Order by order, so that what is there when it is stopped compares all arms.
     for order in command_line.numbers("orders", int):
@@ -239,7 +247,7 @@ def _streams(subject: Subject, found: saved.Saved, run: RunConfig, results: Resu
             key = ("stream", name, order, FLAGS.max_edits)
             reports[name].append(results.once(key, functools.partial(stream, name, order)))
     return {
-        name: {"title": NAMED[name].title, "summary": metrics.summarise(of_arm), "orders": of_arm}
+        name: {"title": NAMED_EDITORS[name].title, "summary": metrics.summarise(of_arm), "orders": of_arm}
         for name, of_arm in reports.items()
     }
 

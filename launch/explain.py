@@ -30,11 +30,12 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import command_line
 from absl import flags
 
+from sparsecbm_jax.cli import command_line
+
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.artifact import SparseCBM
+    from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -95,13 +96,13 @@ def main() -> None:
 
 
 def _schema() -> Iterator[str]:
-    from sparsecbm_jax.explanation import pathway_schema
+    from sparsecbm_jax.explanation.pathways import pathway_schema
 
     yield json.dumps(pathway_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def _subnetworks() -> Iterator[str]:
-    from sparsecbm_jax.subnetworks import view_subnetworks
+    from sparsecbm_jax.explanation.subnetworks import view_subnetworks
 
     model = _load()
     if model.masks is None:
@@ -111,7 +112,7 @@ def _subnetworks() -> Iterator[str]:
 
 
 def _write_page(total: int) -> None:
-    from sparsecbm_jax.explanation import explain
+    from sparsecbm_jax.explanation.pathways import explain
     from sparsecbm_jax.report import predictor_weights, write_page
 
     model = _load_for(total)
@@ -123,9 +124,9 @@ def _write_page(total: int) -> None:
 
 def _explained(total: int, form: str = "text") -> Iterator[str]:
     """What is printed of each text, as it comes."""
-    from sparsecbm_jax.explanation import explain_stream
-    from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.rendering import csv_header, csv_rows, render_text
+    from sparsecbm_jax.explanation.as_text import csv_header, csv_rows, render_text
+    from sparsecbm_jax.explanation.pathways import explain_stream
+    from sparsecbm_jax.runtime.progress import progress
 
     model = _load_for(total)
     pathways = explain_stream(model, _texts(), _target(FLAGS.target), batch_size=FLAGS.batch_size, **_attribution())
@@ -141,7 +142,7 @@ def _explained(total: int, form: str = "text") -> Iterator[str]:
 
 
 def _load() -> SparseCBM:
-    from sparsecbm_jax.artifact import load
+    from sparsecbm_jax.model.saved_model import load
 
     return load(FLAGS.model)
 

@@ -17,11 +17,12 @@ import statistics
 import typing
 from pathlib import Path
 
-import command_line
 from absl import flags
 
+from sparsecbm_jax.cli import command_line
+
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.config import RunConfig
+    from sparsecbm_jax.config.run_config import RunConfig
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -41,12 +42,12 @@ def main() -> None:
     # All of them are checked before the first one trains.
     runs = {name_of(combination): with_settings(run, combination) for combination in combinations}
 
-    from sparsecbm_jax import training
+    from sparsecbm_jax.training import train
 
     found: dict[str, dict[str, typing.Any]] = {}
     for number, (name, one) in enumerate(runs.items(), start=1):
         print(f"[{number}/{len(runs)}] {name}", flush=True)
-        found[name] = training.train(one, Path(FLAGS.workdir) / name).metrics
+        found[name] = train(one, Path(FLAGS.workdir) / name).metrics
     table = render(found)
     (Path(FLAGS.workdir) / "grid.md").write_text(table + "\n", encoding="utf-8")
     print(table)
@@ -58,7 +59,7 @@ def parse(text: str) -> dict[str, list[typing.Any]]:
     Raises:
         ValueError: A setting is unknown, has no value, or one that is no JSON number, word or list.
     """
-    from sparsecbm_jax.config import key_names, unknown_key
+    from sparsecbm_jax.config.run_config import key_names, unknown_key
 
     grid: dict[str, list[typing.Any]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
@@ -88,7 +89,7 @@ def name_of(combination: typing.Mapping[str, typing.Any]) -> str:
 
 def with_settings(run: RunConfig, combination: typing.Mapping[str, typing.Any]) -> RunConfig:
     """The run with other settings."""
-    from sparsecbm_jax.config import from_config_dict, to_dict
+    from sparsecbm_jax.config.run_config import from_config_dict, to_dict
 
     settings = copy.deepcopy(to_dict(run))
     for key, value in combination.items():

@@ -29,17 +29,17 @@ import sys
 import typing
 from pathlib import Path
 
-import command_line
-import saved
 from absl import flags
+
+from sparsecbm_jax.cli import command_line, saved_runs
 
 if typing.TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sparsecbm_jax.artifact import SparseCBM
-    from sparsecbm_jax.correction import CorrectionReport
+    from sparsecbm_jax.correction.report import CorrectionReport
+    from sparsecbm_jax.correction.request_file import CorrectionRequest
     from sparsecbm_jax.data.batches import Batch
-    from sparsecbm_jax.keeping import Case
+    from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -90,14 +90,14 @@ def main() -> None:
         Path(FLAGS.html).parent.mkdir(parents=True, exist_ok=True)
         Path(FLAGS.html).touch()
 
-    from sparsecbm_jax.artifact import load, save
-    from sparsecbm_jax.correction import correct, correct_minimally
-    from sparsecbm_jax.edit_log import EditLog
-    from sparsecbm_jax.keeping import Case, CaseFile
-    from sparsecbm_jax.rendering import render_correction
+    from sparsecbm_jax.correction.corrections import correct, correct_minimally
+    from sparsecbm_jax.correction.report import render_correction
+    from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
+    from sparsecbm_jax.intervention.edit_log import EditLog
+    from sparsecbm_jax.model.saved_model import load, save
 
     path = FLAGS.lasting or (Path(FLAGS.log).with_name("corrections.jsonl") if FLAGS.log else None)
-    kept = CaseFile(path) if path and way == "lasting" else None
+    kept = RequestFile(path) if path and way == "lasting" else None
     loaded = load(FLAGS.model)
     if loaded.masks is None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
@@ -107,13 +107,13 @@ def main() -> None:
         log = stack.enter_context(EditLog(FLAGS.log, loaded.masks, loaded.schema.concepts)) if FLAGS.log else None
         if log is not None:
             model = dataclasses.replace(model, masks=log.replay(loaded.masks))
-        case = _find(model, FLAGS.concept) if FLAGS.find else Case(FLAGS.text, FLAGS.concept, FLAGS.target)
+        case = _find(model, FLAGS.concept) if FLAGS.find else CorrectionRequest(FLAGS.text, FLAGS.concept, FLAGS.target)
         if case is None:
             print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
             return
         anchors = None
         if way == "lasting":
-            anchors = saved.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
+            anchors = saved_runs.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
         if anchors is not None:
             earlier = [] if kept is None else kept.cases if log is None else kept.standing(log)
             original = dataclasses.replace(model, masks=loaded.masks)
@@ -144,21 +144,27 @@ def main() -> None:
 
 
 def _correct_lastingly(
-    model: SparseCBM, original: SparseCBM, anchors: Sequence[Batch], case: Case, earlier: Iterable[Case]
+    model: SparseCBM,
+    original: SparseCBM,
+    anchors: Sequence[Batch],
+    case: CorrectionRequest,
+    earlier: Iterable[CorrectionRequest],
 ) -> tuple[SparseCBM, CorrectionReport]:
     """One edit for this correction and earlier ones, with training texts held where they were."""
-    from sparsecbm_jax.keeping import Keeper
-    from sparsecbm_jax.logs import progress
+    from sparsecbm_jax.correction.corrector import ContinualCorrector
+    from sparsecbm_jax.runtime.progress import progress
 
     with contextlib.closing(progress(description="what weights cost", total=len(anchors), unit="gradient")) as bar:
-        return Keeper(original, anchors, on_gradient=functools.partial(bar.update, 1)).correct(model, case, earlier)
+        return ContinualCorrector(original, anchors, on_gradient=functools.partial(bar.update, 1)).correct(
+            model, case, earlier
+        )
 
 
 def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport) -> None:
     """Writes `--html`: both pathways explain the class that was asked for, so that their words compare."""
-    from sparsecbm_jax.explanation import explain
+    from sparsecbm_jax.correction.edit_view import view_edit
+    from sparsecbm_jax.explanation.pathways import explain
     from sparsecbm_jax.report import Comparison, predictor_weights, write_page
-    from sparsecbm_jax.subnetworks import view_edit
 
     target = {report.concept: report.target}
     before, after = (explain(one, [report.text], target)[0] for one in (model, corrected))
@@ -182,24 +188,26 @@ def _way() -> str:
     return "share" if shares else "minimal" if is_minimal else "lasting"
 
 
-def _find(model: SparseCBM, concept: str | None) -> Case | None:
+def _find(model: SparseCBM, concept: str | None) -> CorrectionRequest | None:
     """The first test review with a mispredicted concept, and what the concept should be."""
-    from sparsecbm_jax.artifact import predict
-    from sparsecbm_jax.correction import name_index
+    from sparsecbm_jax.config.names import name_index
+    from sparsecbm_jax.correction.request_file import CorrectionRequest
     from sparsecbm_jax.data.sources import load_dataset
-    from sparsecbm_jax.keeping import Case
+    from sparsecbm_jax.model.predictions import predict
 
     schema = model.schema
     searched = [name_index("concept", concept, schema.concepts)] if concept else range(schema.num_concepts)
-    dataset = load_dataset(saved.own_run(model, FLAGS.model, "--text, --concept and --target in place of --find").data)
-    saved.check_names(model, FLAGS.model, dataset)
+    dataset = load_dataset(
+        saved_runs.own_run(model, FLAGS.model, "--text, --concept and --target in place of --find").data
+    )
+    saved_runs.check_names(model, FLAGS.model, dataset)
     examples = dataset.splits["test"]
     for start in range(0, len(examples.texts), _FIND_CHUNK):
         rows = slice(start, start + _FIND_CHUNK)
         predicted, gold = predict(model, examples.texts[rows]).concepts, examples.concepts[rows]
         for n, k in ((n, k) for n in range(len(gold)) for k in searched):
             if gold[n, k] >= 0 and gold[n, k] != predicted[n, k]:
-                return Case(examples.texts[start + n], schema.concepts[k], schema.classes[gold[n, k]])
+                return CorrectionRequest(examples.texts[start + n], schema.concepts[k], schema.classes[gold[n, k]])
     return None
 
 

@@ -1,7 +1,7 @@
 """Compiles a run's programs for accelerators that are not at hand, and says whether they fit and what they cost.
 
-python launch/plan.py --config=configs/cebab_opt_66b.py --topology=v5p:4x4x4 --json=runs/plan.json
-python launch/plan.py --config=configs/cebab_opt_1_3b.py --topology=v5e:4x4 --mesh=auto
+python launch/plan.py --config=configs/cebab_opt.py:66b --topology=v5p:4x4x4 --json=runs/plan.json
+python launch/plan.py --config=configs/cebab_opt.py:1_3b --topology=v5e:4x4 --mesh=auto
 
 A topology is v4, v5p or tpu7x:XxYxZ, v5e or v6e:XxY (chips; extra `tpu-plan`), or a100, h100, h200 or cpu:N, which
 virtual CPU devices stand in for: their figures are estimates. The mesh is the config's, or the best of those that are
@@ -24,12 +24,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import command_line
 from absl import flags
 
+from sparsecbm_jax.cli import command_line
+
 if TYPE_CHECKING:
-    from sparsecbm_jax.chips import Topology
-    from sparsecbm_jax.config import MeshConfig, RunConfig
+    from sparsecbm_jax.config.run_config import MeshConfig, RunConfig
+    from sparsecbm_jax.runtime.accelerators import Topology
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -49,8 +50,8 @@ def main() -> None:
     if not FLAGS.topology:
         raise ValueError("--topology is missing; expected chips such as v5p:4x4x4, v5e:4x4 or h100:8")
 
-    from sparsecbm_jax import planning, programs
-    from sparsecbm_jax.chips import parse_topology
+    from sparsecbm_jax.planning import plan, programs
+    from sparsecbm_jax.runtime.accelerators import parse_topology
 
     command_line.check_names("programs", programs.PROGRAMS)
     topology = parse_topology(FLAGS.topology)
@@ -58,7 +59,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     if FLAGS.mesh == "auto":
         run, found["train_step"] = best_mesh(run, topology)
-    planning.check_mesh(run, topology)
+    plan.check_mesh(run, topology)
     print(heading(run, topology), flush=True)
     for leaf in programs.left_whole(programs.Shapes(run, programs.abstract_mesh(run.mesh))):
         print(f"warning: every chip has the whole of {leaf}")
@@ -91,12 +92,12 @@ def prepare_environment(topology: Topology) -> None:
 
 def in_a_process(run: RunConfig, topology: Topology, program: str) -> dict[str, Any]:
     """`planning.measure` in a process of its own: a compiler may end it, and keeps memory."""
-    from sparsecbm_jax import planning
+    from sparsecbm_jax.planning import plan
 
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(planning.measure, run, topology, program).result()
+            return pool.submit(plan.measure, run, topology, program).result()
         except concurrent.futures.process.BrokenProcessPool:
             return {"fits": False, "peak_bytes_per_chip": None, "error": "the compiler ended its process"}
         except (ValueError, ImportError) as error:
@@ -110,10 +111,10 @@ def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, 
     Raises:
       ValueError: if no mesh divides the model and the batches.
     """
-    from sparsecbm_jax import planning
+    from sparsecbm_jax.planning import plan
 
     tried: list[tuple[bool, float, int, RunConfig, dict[str, Any]]] = []
-    for mesh in planning.propose_meshes(run, topology)[:_NUM_PROPOSED]:
+    for mesh in plan.propose_meshes(run, topology)[:_NUM_PROPOSED]:
         placed = dataclasses.replace(run, mesh=mesh)
         try:
             found = in_a_process(placed, topology, "train_step")
@@ -134,14 +135,14 @@ def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, 
 
 
 def named(mesh: MeshConfig) -> str:
-    from sparsecbm_jax import planning
+    from sparsecbm_jax.planning import plan
 
-    return " x ".join(f"{name} {size}" for name, size in planning.as_mapping(mesh).items())
+    return " x ".join(f"{name} {size}" for name, size in plan.as_mapping(mesh).items())
 
 
 def heading(run: RunConfig, topology: Topology) -> str:
     """What is planned, and the table's columns."""
-    from sparsecbm_jax import programs
+    from sparsecbm_jax.planning import programs
 
     config, chip = programs.model_config(run), topology.chip
     estimate = "" if chip.is_compiled_for else " (estimates: compiled for virtual CPU devices)"
@@ -160,7 +161,7 @@ def heading(run: RunConfig, topology: Topology) -> str:
 
 def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) -> list[str]:
     """A program's row of the table, and what is to be said about it."""
-    from sparsecbm_jax import planning
+    from sparsecbm_jax.planning import plan
 
     if not found:
         return [f"{name:<11}  this run has none"]
@@ -182,7 +183,7 @@ def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) 
         rest = [f"  {', '.join(by_kind)}"] if by_kind else []
         rest += [f"  warning: {warning}" for warning in found["warnings"]]
     if not found["fits"]:
-        rest += [f"  to turn: {turn}" for turn in planning.advice(name, run, topology.chip, peak)]
+        rest += [f"  to turn: {turn}" for turn in plan.advice(name, run, topology.chip, peak)]
     return [f"{name:<11}" + "".join(f"{cell:>10}" for cell in cells), *rest]
 
 
@@ -192,7 +193,7 @@ def _gigabytes(size: float | None) -> str:
 
 def report(run: RunConfig, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
     """What --json writes."""
-    from sparsecbm_jax import programs
+    from sparsecbm_jax.planning import programs
 
     shapes = programs.Shapes(run, programs.abstract_mesh(run.mesh))
     return {

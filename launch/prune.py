@@ -15,9 +15,9 @@ import contextlib
 import dataclasses
 import functools
 
-import command_line
-import saved
 from absl import flags
+
+from sparsecbm_jax.cli import command_line, saved_runs
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -33,21 +33,29 @@ def main() -> None:
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")
 
-    from sparsecbm_jax import artifact, checkpoint, evaluation, masks, pruning
-    from sparsecbm_jax.logs import progress
+    from sparsecbm_jax.core import masks
+    from sparsecbm_jax.data.batches import fisher_batches
+    from sparsecbm_jax.evaluation.tables import render_table
+    from sparsecbm_jax.model import saved_model
+    from sparsecbm_jax.model.sparse_cbm import whole_masks
+    from sparsecbm_jax.pruning import pruner
+    from sparsecbm_jax.pruning.score_store import StoredScores
+    from sparsecbm_jax.runtime import checkpoints
+    from sparsecbm_jax.runtime.memory import peak_memory
+    from sparsecbm_jax.runtime.progress import progress
 
-    model, dataset, splits = found = saved.read(FLAGS.model, run)
-    print(f"test, as it was:\n{evaluation.render_table(found.scores(run, 'test', model.masks))}", flush=True)
-    start = pruning.whole_masks(model) if model.masks is None else model.masks
+    model, dataset, splits = found = saved_runs.read(FLAGS.model, run)
+    print(f"test, as it was:\n{render_table(found.scores(run, 'test', model.masks))}", flush=True)
+    start = whole_masks(model) if model.masks is None else model.masks
     if FLAGS.optimal_update and model.config.num_concepts != 1:
         raise ValueError(
             f"--optimal_update moves weights that the {model.config.num_concepts} subnetworks of {FLAGS.model} share; "
             "expected a model of one concept"
         )
-    print(pruning.describe_plan(model.params, start, run.pruner), flush=True)
-    pruning.try_gradients(model, splits["train"], run)
-    before = pruning.peak_memory()
-    about = {"model": saved.fingerprint(FLAGS.model), "data": dataclasses.asdict(run.data), "seed": run.seed}
+    print(pruner.describe_plan(model.params, start, run.pruner), flush=True)
+    pruner.try_gradients(model, splits["train"], run)
+    before = peak_memory()
+    about = {"model": saved_runs.fingerprint(FLAGS.model), "data": dataclasses.asdict(run.data), "seed": run.seed}
     # Memory changes no bit of a score.
     about["pruner"] = dataclasses.asdict(dataclasses.replace(run.pruner, fisher_memory=None))
     about["regrow"] = run.sparsity.regrow
@@ -58,30 +66,30 @@ def main() -> None:
         store = None
         if FLAGS.scores:
             most = model.config.num_concepts * run.sparsity.reestimations
-            kept = stack.enter_context(checkpoint.Checkpointer(FLAGS.scores, most))
-            store = pruning.StoredScores(kept, model.config.num_concepts, about)
+            kept = stack.enter_context(checkpoints.Checkpointer(FLAGS.scores, most))
+            store = StoredScores(kept, model.config.num_concepts, about)
         bar = functools.partial(progress, description="pruning", unit="gradient")
-        pruned = pruning.prune_model(model, splits["train"], run, make_bar=bar, store=store)
+        pruned = pruner.prune_model(model, splits["train"], run, make_bar=bar, store=store)
     if FLAGS.optimal_update:
-        batches = pruning.fisher_batches(splits["train"], run.pruner, seed=run.seed)
-        params = pruning.optimal_update(
+        batches = fisher_batches(splits["train"], run.pruner, seed=run.seed)
+        params = pruner.optimal_update(
             model.config, model.params, start, pruned, model.heads, batches, pruner=run.pruner
         )
         model = dataclasses.replace(model, params=params)
         found = found._replace(model=model)
-    grown = (pruning.peak_memory() - before) / 2**20
-    peak = pruning.peak_memory() / 2**20
+    grown = (peak_memory() - before) / 2**20
+    peak = peak_memory() / 2**20
     print(f"peak memory {peak:.0f} MiB, {grown:.0f} MiB above what the model and its gradients had taken")
     metrics = {"test": found.scores(run, "test", pruned)}
-    print(f"test, pruned:\n{evaluation.render_table(metrics['test'])}")
+    print(f"test, pruned:\n{render_table(metrics['test'])}")
     for name, density in zip(dataset.schema.concepts, masks.total_density(pruned), strict=True):
         print(f"{name}: {100 * (1 - density):.2f} % of {masks.num_weights(pruned)} weights pruned")
     if FLAGS.save:
         pruning_config = {section: dataclasses.asdict(getattr(run, section)) for section in ("pruner", "sparsity")}
         metadata = {**model.metadata, "pruned": {"from": FLAGS.model, "seed": run.seed, **pruning_config}}
-        as_it_was = artifact.load(FLAGS.model)
+        as_it_was = saved_model.load(FLAGS.model)
         result = dataclasses.replace(as_it_was, params=model.params, masks=pruned, strategy="sparse", metadata=metadata)
-        print(f"saved: {artifact.save(result, FLAGS.save, metrics=metrics)}")
+        print(f"saved: {saved_model.save(result, FLAGS.save, metrics=metrics)}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import importlib
 import typing
 from pathlib import Path
 
-import command_line
-import saved
 from absl import flags
 
+from sparsecbm_jax.cli import command_line, saved_runs
+
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.artifact import SparseCBM
     from sparsecbm_jax.data.schema import Examples
+    from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -58,8 +58,8 @@ def _held_out(model: SparseCBM) -> Examples:
     from sparsecbm_jax.data import load_dataset
 
     folder = str(Path(FLAGS.workdir) / "model")
-    dataset = load_dataset(saved.own_run(model, folder, "a model that launch/train.py wrote").data)
-    saved.check_names(model, folder, dataset)
+    dataset = load_dataset(saved_runs.own_run(model, folder, "a model that launch/train.py wrote").data)
+    saved_runs.check_names(model, folder, dataset)
     return dataset.splits["test"]
 
 

@@ -24,14 +24,14 @@ import socket
 import typing
 from pathlib import Path
 
-import command_line
-import saved
 from absl import flags
 
+from sparsecbm_jax.cli import command_line, saved_runs
+
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.app.desk import Lasting
-    from sparsecbm_jax.artifact import SparseCBM
+    from sparsecbm_jax.app.session import ContinualSetup
     from sparsecbm_jax.data.schema import Examples
+    from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -56,7 +56,7 @@ def main() -> None:
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/quickstart/model")
     # Before the model is read, so that a port in use, or a missing library, costs no time.
-    from sparsecbm_jax.app import Desk, create_app, is_loopback
+    from sparsecbm_jax.app import Session, create_app, is_loopback
 
     try:
         import uvicorn
@@ -66,8 +66,8 @@ def main() -> None:
         bound = stack.enter_context(_bound(FLAGS.host, FLAGS.port))
         token = os.environ.get(TOKEN) or (None if is_loopback(FLAGS.host) else secrets.token_urlsafe(24))
 
-        from sparsecbm_jax.artifact import load
-        from sparsecbm_jax.logs import progress
+        from sparsecbm_jax.model.saved_model import load
+        from sparsecbm_jax.runtime.progress import progress
 
         model = load(FLAGS.model)
         if model.masks is None:
@@ -77,7 +77,7 @@ def main() -> None:
         path = Path(FLAGS.edits or Path(FLAGS.model).resolve().parent / "edits.log")
         path.parent.mkdir(parents=True, exist_ok=True)
         lasting = _lasting(model, path)
-        desk = stack.enter_context(contextlib.closing(Desk(model, path, _sample(model), lasting=lasting)))
+        desk = stack.enter_context(contextlib.closing(Session(model, path, _sample(model), lasting=lasting)))
         print(f"{_counted(len(desk.edits), 'edit')} in force in {path}", flush=True)
         if lasting is not None:
             print(f"{_counted(desk.num_kept, 'correction')} of {lasting.cases.path} kept in force", flush=True)
@@ -128,20 +128,21 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what if number == 1 else what + 's'}"
 
 
-def _lasting(model: SparseCBM, edits: Path) -> Lasting | None:
+def _lasting(model: SparseCBM, edits: Path) -> ContinualSetup | None:
     """What keeps corrections in force; None where it is not wanted, or cannot be had and was not asked for."""
-    from sparsecbm_jax.app.desk import Lasting
-    from sparsecbm_jax.keeping import CaseFile, Keeper
+    from sparsecbm_jax.app.session import ContinualSetup
+    from sparsecbm_jax.correction.corrector import ContinualCorrector
+    from sparsecbm_jax.correction.request_file import RequestFile
 
     if FLAGS.lasting == "":
         return None
-    cases = CaseFile(FLAGS.lasting or edits.with_name("corrections.jsonl"))
-    anchors = saved.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
+    cases = RequestFile(FLAGS.lasting or edits.with_name("corrections.jsonl"))
+    anchors = saved_runs.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
     if anchors is None:
         return None
     # Written-out layers would cost more to compile than single texts can win back.
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
-    return Lasting(Keeper(model, anchors), cases)
+    return ContinualSetup(ContinualCorrector(model, anchors), cases)
 
 
 def _sample(model: SparseCBM) -> Examples | None:
@@ -153,8 +154,8 @@ def _sample(model: SparseCBM) -> Examples | None:
     if not FLAGS.sample:
         return None
     try:
-        dataset = load_dataset(saved.own_run(model, FLAGS.model, "--sample=0").data)
-        saved.check_names(model, FLAGS.model, dataset)
+        dataset = load_dataset(saved_runs.own_run(model, FLAGS.model, "--sample=0").data)
+        saved_runs.check_names(model, FLAGS.model, dataset)
     except (ValueError, OSError, ImportError) as error:
         print(f"previews read no held-out texts: {error}", flush=True)
         return None

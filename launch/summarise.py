@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import sys
 
-import command_line
 from absl import flags
+
+from sparsecbm_jax.cli import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("json", False, "Print the summary as JSON instead of a table.")
@@ -26,10 +27,10 @@ def main() -> None:
             "no runs given; expected the folders of finished runs, such as runs/cebab/seed0 runs/cebab/seed1"
         )
 
-    from sparsecbm_jax import evaluation
+    from sparsecbm_jax.evaluation.run_summary import render_summary, summarise_runs
 
-    summary = evaluation.summarise_runs(workdirs)
-    print(json.dumps(summary, indent=2) if FLAGS.json else evaluation.render_summary(summary))
+    summary = summarise_runs(workdirs)
+    print(json.dumps(summary, indent=2) if FLAGS.json else render_summary(summary))
 
 
 if __name__ == "__main__":

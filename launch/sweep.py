@@ -19,14 +19,14 @@ import sys
 import typing
 from pathlib import Path
 
-import command_line
-import result_lines
-import saved
 from absl import flags
 
+from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.runtime import result_cache
+
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.config import RunConfig
-    from sparsecbm_jax.report.sweep import Result
+    from sparsecbm_jax.config.run_config import RunConfig
+    from sparsecbm_jax.report.sections.sweep import Result
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -50,15 +50,15 @@ def main() -> None:
     wanted = {criterion: _run_of(run, criterion, sparsities[-1]) for criterion in FLAGS.criteria}
     workdir = Path(FLAGS.workdir)
 
-    from sparsecbm_jax.checkpoint import check_same_run
-    from sparsecbm_jax.config import to_dict
+    from sparsecbm_jax.config.run_config import to_dict
     from sparsecbm_jax.report import plots
-    from sparsecbm_jax.report.sweep import Result, render, section
+    from sparsecbm_jax.report.sections.sweep import Result, render, section
+    from sparsecbm_jax.runtime.run_directory import check_same_run
 
     # What the flags vary apart, results of one folder are of one config.
     check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
     path = workdir / "results.jsonl"
-    found = [Result(**line) for line in result_lines.read_lines(path)]
+    found = [Result(**line) for line in result_cache.read_lines(path)]
     for folder in FLAGS.models:
         rows = [(criterion, s) for criterion in wanted for s in sparsities]
         left = [row for row in rows if (folder, *row, FLAGS.epochs) not in {tuple(result[:4]) for result in found}]
@@ -66,7 +66,7 @@ def main() -> None:
             continue
         for result in (_tuned if FLAGS.epochs else _pruned)(folder, left, wanted, workdir):
             found.append(result)
-            result_lines.append_line(path, result._asdict())
+            result_cache.append_line(path, result._asdict())
             print(f"{folder}: {describe(result)}", flush=True)
     asked = {(criterion, s) for criterion in wanted for s in sparsities}
     shown = [r for r in found if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
@@ -87,15 +87,15 @@ def _run_of(run: RunConfig, criterion: str, sparsity: float) -> RunConfig:
     return dataclasses.replace(run, strategy="sparse", pruner=pruner, sparsity=cut)
 
 
-def _read(folder: str, run: RunConfig) -> saved.Saved:
-    found = saved.read(folder, run)
+def _read(folder: str, run: RunConfig) -> saved_runs.Saved:
+    found = saved_runs.read(folder, run)
     if found.model.strategy != "joint":
         raise ValueError(f"{folder} was trained by strategy {found.model.strategy!r}; expected a dense model, 'joint'")
     return found
 
 
-def _dense(folder: str, found: saved.Saved, run: RunConfig) -> Result:
-    from sparsecbm_jax.report.sweep import Result
+def _dense(folder: str, found: saved_runs.Saved, run: RunConfig) -> Result:
+    from sparsecbm_jax.report.sections.sweep import Result
 
     report = found.scores(run, "test", None)
     return Result(folder, "dense", 0.0, 0, *(report[name]["accuracy"] for name in _SCORES))
@@ -105,21 +105,23 @@ def _pruned(
     folder: str, rows: list[tuple[str, float]], runs: dict[str, RunConfig], workdir: Path
 ) -> typing.Iterator[Result]:
     """The results of pruning alone; the scores of a criterion are kept until its last sparsity is done."""
-    from sparsecbm_jax import checkpoint, pruning
-    from sparsecbm_jax.logs import progress
-    from sparsecbm_jax.report.sweep import Result
+    from sparsecbm_jax.pruning import pruner
+    from sparsecbm_jax.pruning.score_store import StoredScores
+    from sparsecbm_jax.report.sections.sweep import Result
+    from sparsecbm_jax.runtime import checkpoints
+    from sparsecbm_jax.runtime.progress import progress
 
     found = _read(folder, next(iter(runs.values())))
     yield _dense(folder, found, next(iter(runs.values())))
     num_concepts = found.model.config.num_concepts
     for criterion in dict.fromkeys(criterion for criterion, _ in rows):
-        with checkpoint.Checkpointer(workdir / "scores", num_concepts) as kept:
-            about = {"model": saved.fingerprint(folder), "criterion": criterion}
-            store = pruning.StoredScores(kept, num_concepts, about, discards_others=True)
+        with checkpoints.Checkpointer(workdir / "scores", num_concepts) as kept:
+            about = {"model": saved_runs.fingerprint(folder), "criterion": criterion}
+            store = StoredScores(kept, num_concepts, about, discards_others=True)
             bar = functools.partial(progress, description=f"{folder}: {criterion}", unit="gradient")
             for sparsity in (s for of_row, s in rows if of_row == criterion):
                 run = _run_of(runs[criterion], criterion, sparsity)
-                masks = pruning.prune_model(found.model, found.splits["train"], run, make_bar=bar, store=store)
+                masks = pruner.prune_model(found.model, found.splits["train"], run, make_bar=bar, store=store)
                 report = found.scores(run, "test", masks)
                 yield Result(folder, criterion, sparsity, 0, *(report[name]["accuracy"] for name in _SCORES))
             store.clear()
@@ -129,12 +131,13 @@ def _tuned(
     folder: str, rows: list[tuple[str, float]], runs: dict[str, RunConfig], workdir: Path
 ) -> typing.Iterator[Result]:
     """The results of pruning before the first step of a training run."""
-    from sparsecbm_jax import artifact, training
-    from sparsecbm_jax.report.sweep import Result
+    from sparsecbm_jax.model import saved_model
+    from sparsecbm_jax.report.sections.sweep import Result
+    from sparsecbm_jax.training import train
 
     found = _read(folder, next(iter(runs.values())))
     yield _dense(folder, found, next(iter(runs.values())))
-    start = artifact.load(folder)
+    start = saved_model.load(folder)
     for criterion, sparsity in rows:
         run = _run_of(runs[criterion], criterion, sparsity)
         once = dataclasses.replace(run.sparsity, schedule="oneshot", start_epoch=0, end_epoch=1)
@@ -142,7 +145,7 @@ def _tuned(
             run, sparsity=once, training=dataclasses.replace(run.training, num_epochs=FLAGS.epochs)
         )
         name = f"{'-'.join(Path(folder).parts).strip('-/')}-{criterion}-{sparsity:g}-{FLAGS.epochs}epochs"
-        metrics = training.train(run, workdir / name, start=start).metrics["test"]
+        metrics = train(run, workdir / name, start=start).metrics["test"]
         yield Result(folder, criterion, sparsity, FLAGS.epochs, *(metrics[name]["accuracy"] for name in _SCORES))
 
 

@@ -15,9 +15,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import command_line
-import processes
 from absl import flags
+
+from sparsecbm_jax.cli import command_line, processes
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -36,18 +36,19 @@ def main() -> None:
     seeds = _seeds()
     process = processes.start()
 
-    from sparsecbm_jax import evaluation, training
+    from sparsecbm_jax.evaluation.run_summary import render_summary, summarise_runs
+    from sparsecbm_jax.training import train
 
     workdirs = [workdir / f"seed{seed}" for seed in seeds]
     with processes.ending_in_order():
         if not seeds:
-            training.train(config, workdir, profile=FLAGS.profile)
+            train(config, workdir, profile=FLAGS.profile)
         for seed, folder in zip(seeds, workdirs, strict=True):
-            training.train(dataclasses.replace(config, seed=seed), folder, profile=FLAGS.profile)
+            train(dataclasses.replace(config, seed=seed), folder, profile=FLAGS.profile)
     if seeds and process == 0:
-        summary = evaluation.summarise_runs(workdirs)
+        summary = summarise_runs(workdirs)
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(evaluation.render_summary(summary))
+        print(render_summary(summary))
 
 
 def _seeds() -> list[int]:

@@ -16,8 +16,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-import command_line
 from absl import flags
+
+from sparsecbm_jax.cli import command_line
 
 FLAGS = flags.FLAGS
 command_line.define_config()

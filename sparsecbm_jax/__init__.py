@@ -8,27 +8,54 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sparsecbm_jax.artifact import Predictions, SparseCBM, load, predict, save
-    from sparsecbm_jax.config import RunConfig, from_config_dict
-    from sparsecbm_jax.data.sources import load_dataset
-    from sparsecbm_jax.edit_log import EditLog
-    from sparsecbm_jax.edits import MaskEdit, StoredEdit
-    from sparsecbm_jax.evaluation import evaluate
-    from sparsecbm_jax.explanation import DecisionPathway, explain, explain_stream
-    from sparsecbm_jax.intervention import intervene
-    from sparsecbm_jax.training import train
+from sparsecbm_jax.config import moved_names
+from sparsecbm_jax.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from sparsecbm_jax.config.run_config import RunConfig, from_config_dict
+    from sparsecbm_jax.correction.corrections import correct
+    from sparsecbm_jax.data.sources import load_dataset
+    from sparsecbm_jax.evaluation.scores import evaluate
+    from sparsecbm_jax.explanation.pathways import DecisionPathway, explain, explain_stream
+    from sparsecbm_jax.intervention import editors
+    from sparsecbm_jax.intervention.edit_log import EditLog
+    from sparsecbm_jax.intervention.fixed_size_edit import intervene
+    from sparsecbm_jax.intervention.mask_edit import MaskEdit
+    from sparsecbm_jax.intervention.stored_edit import StoredEdit
+    from sparsecbm_jax.model.predictions import Predictions, predict
+    from sparsecbm_jax.model.saved_model import load, save
+    from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
+    from sparsecbm_jax.training.run import train
+
+_MODULES = {
+    "config.run_config": ("RunConfig", "from_config_dict"),
+    "correction.corrections": ("correct",),
+    "data.sources": ("load_dataset",),
+    "evaluation.scores": ("evaluate",),
+    "explanation.pathways": ("DecisionPathway", "explain", "explain_stream"),
+    "intervention.edit_log": ("EditLog",),
+    "intervention.fixed_size_edit": ("intervene",),
+    "intervention.mask_edit": ("MaskEdit",),
+    "intervention.stored_edit": ("StoredEdit",),
+    "model.predictions": ("Predictions", "predict"),
+    "model.saved_model": ("load", "save"),
+    "model.sparse_cbm": ("ModelArrays", "SparseCBM"),
+    "training.run": ("train",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "DecisionPathway",
     "EditLog",
     "MaskEdit",
+    "ModelArrays",
     "Predictions",
     "RunConfig",
     "SparseCBM",
     "StoredEdit",
+    "__version__",
+    "correct",
+    "editors",
     "evaluate",
     "explain",
     "explain_stream",
@@ -41,24 +68,15 @@ __all__ = [
     "train",
 ]
 
-_ROOMS = {
-    "artifact": ("Predictions", "SparseCBM", "load", "predict", "save"),
-    "config": ("RunConfig", "from_config_dict"),
-    "data.sources": ("load_dataset",),
-    "edit_log": ("EditLog",),
-    "edits": ("MaskEdit", "StoredEdit"),
-    "evaluation": ("evaluate",),
-    "explanation": ("DecisionPathway", "explain", "explain_stream"),
-    "intervention": ("intervene",),
-    "training": ("train",),
-}
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+moved_names.explain_missing_modules()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    if name == "editors":
+        return importlib.import_module(f"{__name__}.intervention.editors")
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{moved_names.hint(name)}")
 
 
 def __dir__() -> list[str]:

@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-# LLVM is told not to try hard, subprocesses included, except for `_WELL_COMPILED`.
+# LLVM is told not to try hard, subprocesses included, except for tests that are marked `well_compiled`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA's older code generator compiles these programs in half the time. And eight devices on few cores may wait for each
 # other for longer than the 40 seconds after which XLA ends the process. A jaxlib that does not know a flag ends the
@@ -64,42 +64,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 gc.disable()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FLOOR_0_TESTS = (
-    "test_woodfisher",
-    "test_patterns",
-    "test_selection",
-    "test_masks",
-    "test_metrics",
-    "test_sharding",
-    "test_config",
-)
-# Tests of what hangs on how well a program is compiled: tight bounds on rounding.
-_WELL_COMPILED = (
-    "test_backbones",
-    "test_cholesky",
-    "test_selection",
-    "test_sharded_pruning",
-    "test_woodfisher",
-)
-# Those come first, together, since what is compiled the other way is forgotten then. Of the others, files that take
-# longest do: one that came last would leave the other workers with nothing to do.
-_FIRST = (
-    "test_backbones",
-    "test_woodfisher",
-    "test_cholesky",
-    "test_selection",
-    "test_sharded_pruning",
-    "test_training",
-    "test_processes",
-    "test_sweep",
-    "test_minimal",
-    "test_live_page",
-    "test_readme",
-    "test_steps",
-    "test_intervention_suite",
-    "test_fisher",
-    "test_evaluate",
-)
 _MOST_MAPPINGS = 20_000  # of the 65,530 that Linux allows a process
 _AXE = "axe-core@4.14.1"
 _PATIENCE = 120_000  # milliseconds, for a machine with much else to do
@@ -121,7 +85,7 @@ WORDS = tuple(
 @pytest.fixture(autouse=True, scope="module")
 def _files_begin_alike(request: pytest.FixtureRequest) -> None:
     gc.collect()
-    quick = request.path.stem not in _WELL_COMPILED
+    quick = request.node.get_closest_marker("well_compiled") is None
     # Programs in memory do not tell how well they were compiled: another file's would do for this one's. And a worker
     # that kept them all would come near the number of mappings that a process may have.
     if quick != jax.config.values["jax_disable_most_optimizations"] or _num_mappings() > _MOST_MAPPINGS:
@@ -136,8 +100,8 @@ def _num_mappings() -> int:
 
 @pytest.fixture(autouse=True)
 def _rank_promotion_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On floor 0 a [K] that meets a [B, K] by accident is a bug."""
-    strict = request.path.stem in FLOOR_0_TESTS
+    """In array maths a [K] that meets a [B, K] by accident is a bug."""
+    strict = request.node.get_closest_marker("strict_rank") is not None
     with jax.numpy_rank_promotion("raise" if strict else "allow"):
         yield
 
@@ -287,8 +251,10 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: number for number, name in enumerate(_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    # Well compiled ones together, since what is compiled the other way is forgotten then. Of the others, files that
+    # take longest: one that came last would leave the other workers with nothing to do.
+    first = ("well_compiled", "long")
+    items.sort(key=lambda item: next((i for i, name in enumerate(first) if item.get_closest_marker(name)), len(first)))
 
 
 def _vocabulary() -> dict[str, int]:

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import jax
 import pytest
-from small_sample import small_data
-from test_cbm import random_batch
-from tiny_model import tiny_model
 
-from sparsecbm_jax import artifact
-from sparsecbm_jax.config import from_config_dict
+from sparsecbm_jax.config.run_config import from_config_dict
+from sparsecbm_jax.model import saved_model
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from tests.model.test_forward import random_batch
+from tests.support.paths import REPOSITORY
+from tests.support.small_sample import small_data
+from tests.support.tiny_model import tiny_model
+
+pytestmark = pytest.mark.long
+
+README = REPOSITORY / "README.md"
 # Settings of test_training, so that one program does for both.
 SMALL_RUN = {
     "backbone": {"name": "tiny"},
@@ -30,7 +34,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(tmp_path: Path) -> None:
-    artifact.save(tiny_model(num_layers=1), tmp_path / "model")
+    saved_model.save(tiny_model(num_layers=1), tmp_path / "model")
     namespace = {
         "MODEL": tmp_path / "model",
         "WORKDIR": tmp_path,

@@ -8,8 +8,8 @@ try:
 except ImportError:
     raise ImportError("the live page needs starlette: pip install 'sparsecbm-jax[app]'") from None
 
-from sparsecbm_jax.app.desk import Desk
-from sparsecbm_jax.app.gate import Limits, is_loopback
+from sparsecbm_jax.app.security import Limits, is_loopback
 from sparsecbm_jax.app.server import create_app
+from sparsecbm_jax.app.session import Session
 
-__all__ = ["Desk", "Limits", "create_app", "is_loopback"]
+__all__ = ["Limits", "Session", "create_app", "is_loopback"]

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from sparsecbm_jax import __version__
-from sparsecbm_jax.app.forms import Problem
-from sparsecbm_jax.app.gate import COOKIE, OPEN_PATHS, Limits
-from sparsecbm_jax.json_schema import schema_of
+from sparsecbm_jax.app.schemas import Problem
+from sparsecbm_jax.app.security import COOKIE, OPEN_PATHS, Limits
+from sparsecbm_jax.runtime.json_schema import schema_of
+from sparsecbm_jax.version import __version__
 
 if TYPE_CHECKING:
-    from sparsecbm_jax.app.server import Operation
+    from sparsecbm_jax.app.operations import Operation
 
 VERSION = "3.1.0"
 _SECURITY = {

@@ -2,8 +2,8 @@
 
 import jinja2
 
-from sparsecbm_jax.app.gate import Limits
-from sparsecbm_jax.artifact import SparseCBM
+from sparsecbm_jax.app.security import Limits
+from sparsecbm_jax.model.sparse_cbm import SparseCBM
 from sparsecbm_jax.report.page import TEMPLATES, fill, predictor_weights
 
 _BOTH = jinja2.ChoiceLoader([jinja2.PackageLoader(__package__), TEMPLATES])

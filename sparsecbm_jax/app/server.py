@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,147 +12,22 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from sparsecbm_jax.app import forms
-from sparsecbm_jax.app.desk import Desk
-from sparsecbm_jax.app.forms import Refusal
-from sparsecbm_jax.app.gate import Gate, Limits, as_json, refuse, too_many
+from sparsecbm_jax.app import schemas
 from sparsecbm_jax.app.openapi import document
+from sparsecbm_jax.app.operations import Operation, operations
 from sparsecbm_jax.app.page import live_page
-from sparsecbm_jax.edits import StoredEdit
-from sparsecbm_jax.explanation import DecisionPathway
+from sparsecbm_jax.app.schemas import ApiError
+from sparsecbm_jax.app.security import Guard, Limits, as_json, error_response
+from sparsecbm_jax.app.session import Session
+from sparsecbm_jax.app.worker import Worker
+from sparsecbm_jax.intervention.stored_edit import StoredEdit
 
-T = TypeVar("T")
 # A body that is too large is read on to this many times the limit, since a sender may read no answer before it is done.
 _DRAINED = 16
 
 
-class Operation(NamedTuple):
-    """One thing that the API does.
-
-    Attributes:
-        method, path: of HTTP.
-        summary: for a person.
-        form: dataclass of the request's JSON; None for none.
-        answer: dataclass of the answer's JSON; None for JSON of another format.
-        refusals: HTTP's numbers of what may come in its place.
-        work: from form, or from the path's id, to the answer.
-        is_slow: whether the model has to work, or the disk.
-    """
-
-    method: str
-    path: str
-    summary: str
-    form: type | None
-    answer: type | None
-    refusals: tuple[int, ...]
-    work: Callable[..., Any]
-    is_slow: bool
-
-
-class Worker:
-    """One thread for the model's work, and a bound on how much of it waits."""
-
-    def __init__(self, max_waiting: int) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._max_waiting, self.num_waiting = max_waiting, 0
-
-    async def do(self, work: Callable[..., T], *args: Any) -> T:
-        """Waits for its turn, and for the work.
-
-        Raises:
-            Refusal: 429, if too much of it waits already.
-        """
-        if self.num_waiting >= self._max_waiting:
-            raise too_many(f"{self.num_waiting} requests wait for the model already", 1)
-        self.num_waiting += 1
-        turn = asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-        turn.add_done_callback(self._is_done)
-        # Work that nobody waits for any longer counts until it is done.
-        return await asyncio.shield(turn)
-
-    def _is_done(self, turn: asyncio.Future) -> None:
-        self.num_waiting -= 1
-        if not turn.cancelled():
-            turn.exception()
-
-    def close(self) -> None:
-        """Waits for the work that has begun; what waits is not begun."""
-        self._pool.shutdown(cancel_futures=True)
-
-
-def operations(desk: Desk, worker: Worker) -> tuple[Operation, ...]:
-    """What the API does, and how."""
-
-    def health() -> forms.Health:
-        return forms.Health("ok", worker.num_waiting, desk.num_edits)
-
-    return (
-        Operation("GET", "/healthz", "Says that the server answers.", None, forms.Health, (), health, False),
-        Operation(
-            "POST",
-            "/api/explain",
-            "Explains a text: its decision pathway.",
-            forms.Text,
-            DecisionPathway,
-            (400,),
-            lambda form: desk.explain(form.text),
-            True,
-        ),
-        Operation(
-            "POST",
-            "/api/preview",
-            "Says what a correction would do, to the text and to held-out ones; changes nothing.",
-            forms.Question,
-            forms.Preview,
-            (400,),
-            desk.preview,
-            True,
-        ),
-        Operation(
-            "POST",
-            "/api/apply",
-            "Makes a correction; it is on disk when this answers.",
-            forms.Order,
-            forms.Applied,
-            (400, 409, 503),
-            desk.apply,
-            True,
-        ),
-        Operation(
-            "POST",
-            "/api/undo",
-            "Undoes an edit, whichever its place; on disk when this answers.",
-            forms.EditId,
-            forms.Edits,
-            (400, 404, 409, 503),
-            lambda form: desk.undo(form.edit),
-            True,
-        ),
-        Operation(
-            "GET",
-            "/api/edits",
-            "Lists the edits in force.",
-            None,
-            forms.Edits,
-            (),
-            lambda: forms.Edits(desk.edits),
-            False,
-        ),
-        Operation(
-            "GET",
-            "/api/edits/{edit}",
-            "Gives an edit as a file, for launch/edits.py --add.",
-            None,
-            None,
-            (404,),
-            desk.get,
-            False,
-        ),
-    )
-
-
 def create_app(
-    desk: Desk,
+    desk: Session,
     *,
     token: str | None = None,
     host_names: Collection[str] = (),
@@ -192,8 +66,8 @@ def create_app(
             Route("/openapi.json", openapi, methods=["GET"]),
             *(Route(one.path, _endpoint(one, worker, limits), methods=[one.method]) for one in known),
         ],
-        middleware=[Middleware(Gate, token=token, host_names=host_names, limits=limits)],
-        exception_handlers={HTTPException: _http_error, Refusal: _refused, Exception: _failed},
+        middleware=[Middleware(Guard, token=token, host_names=host_names, limits=limits)],
+        exception_handlers={HTTPException: _http_error, ApiError: _refused, Exception: _failed},
         lifespan=lifespan,
     )
 
@@ -202,10 +76,10 @@ def _endpoint(operation: Operation, worker: Worker, limits: Limits) -> Callable[
     async def answer(request: Request) -> Response:
         given: tuple[Any, ...] = tuple(request.path_params.values())
         if operation.form is not None:
-            form: Any = forms.read_form(operation.form, await _body(request, limits))
+            form: Any = schemas.read_request(operation.form, await _body(request, limits))
             if len(getattr(form, "text", "")) > limits.max_text:
                 message = f"'text' has {len(form.text):,} characters; at most {limits.max_text:,} are allowed"
-                raise Refusal(413, message, field="text")
+                raise ApiError(413, message, field="text")
             given = (form,)
         if operation.is_slow:
             # Its JSON, too, is the thread's work: that of a long text would keep other requests waiting.
@@ -228,7 +102,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     Raises:
         Refusal: 413, if it is too large; 408, if it takes too long to come.
     """
-    too_large = Refusal(413, f"the request is too large; at most {limits.max_body:,} bytes are allowed")
+    too_large = ApiError(413, f"the request is too large; at most {limits.max_body:,} bytes are allowed")
     size, parts = 0, []
     try:
         async with asyncio.timeout(limits.read_seconds):
@@ -239,22 +113,24 @@ async def _body(request: Request, limits: Limits) -> bytes:
                 if size <= limits.max_body:
                     parts.append(part)
     except TimeoutError:
-        raise Refusal(408, f"the request took more than {limits.read_seconds:g} s to come") from None
+        raise ApiError(408, f"the request took more than {limits.read_seconds:g} s to come") from None
     if size > limits.max_body:
         raise too_large
     return b"".join(parts)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return refuse(error)
+    assert isinstance(error, ApiError)
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.scope['path']}"
-    return refuse(Refusal(error.status_code, f"{where}: {error.detail}; see /openapi.json", headers=error.headers))
+    return error_response(
+        ApiError(error.status_code, f"{where}: {error.detail}; see /openapi.json", headers=error.headers)
+    )
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return refuse(Refusal(500, "the server failed; what happened stands in its own output"))
+    return error_response(ApiError(500, "the server failed; what happened stands in its own output"))

@@ -9,16 +9,12 @@ from sparsecbm_jax.backbones.backbone import (
     make_backbone,
     maskable_paths,
 )
+from sparsecbm_jax.backbones.checkpoint_readers import WeightsError
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
 from sparsecbm_jax.backbones.conversion import Converted, convert
 from sparsecbm_jax.backbones.dropout import dropout, fold_keys
-from sparsecbm_jax.backbones.published import published_config
-from sparsecbm_jax.backbones.weights import (
-    WeightsError,
-    export_pretrained,
-    find_minilm,
-    load_pretrained,
-)
+from sparsecbm_jax.backbones.pretrained import export_pretrained, find_minilm, load_pretrained
+from sparsecbm_jax.backbones.published_shapes import published_config
 
 __all__ = [
     "Backbone",

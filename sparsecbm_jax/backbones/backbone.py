@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Num
 
+from sparsecbm_jax.backbones.bert import EncoderEmbed, EncoderFinish
 from sparsecbm_jax.backbones.config import BackboneConfig
 from sparsecbm_jax.backbones.dropout import fold_keys
-from sparsecbm_jax.backbones.encoder import EncoderEmbed, EncoderFinish, Layer
+from sparsecbm_jax.backbones.layers import Layer
 from sparsecbm_jax.backbones.opt import OPTEmbed, OPTFinish
 
 Params = dict[str, Any]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsecbm_jax.backbones.readers import Reader, SafetensorsReader, WeightsError, open_checkpoint
-from sparsecbm_jax.backbones.weights import find_checkpoint
+from sparsecbm_jax.backbones.checkpoint_readers import Reader, SafetensorsReader, WeightsError, open_checkpoint
+from sparsecbm_jax.backbones.pretrained import find_checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 # What goes along, where it is there.

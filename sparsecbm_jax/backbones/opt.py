@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Num
 
 from sparsecbm_jax.backbones.config import BackboneConfig
-from sparsecbm_jax.backbones.encoder import LayerNorm, Linear, Table, check_length
+from sparsecbm_jax.backbones.layers import LayerNorm, Linear, Table, check_length
 
 
 class OPTEmbed(nn.Module):

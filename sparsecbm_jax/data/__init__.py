@@ -1,18 +1,10 @@
 """Texts, concepts and labels: where they come from, what they mean, and how they become batches."""
 
-from sparsecbm_jax.data.batches import (
-    BUCKETS,
-    Batch,
-    Tokenized,
-    eval_batches,
-    num_batches,
-    tokenize,
-    train_batches,
-)
+from sparsecbm_jax.data.batches import BUCKETS, Batch, Tokenized, eval_batches, num_batches, tokenize, train_batches
 from sparsecbm_jax.data.presets import PRESETS
-from sparsecbm_jax.data.sample import sample_reviews
 from sparsecbm_jax.data.schema import DataError, Dataset, Examples, Schema
 from sparsecbm_jax.data.sources import check_trainable, load_dataset, read_dataset
+from sparsecbm_jax.data.synthetic.reviews import sample_reviews
 from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 
 __all__ = [

@@ -13,28 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sparsecbm_jax.config.run_config import PrunerConfig
 from sparsecbm_jax.data.schema import MISSING, Examples
-from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "BUCKETS",
-    "Batch",
-    "Tokenized",
-    "batch_of",
-    "bucket_length",
-    "eval_batches",
-    "load_tokenizer",
-    "num_batches",
-    "tokenize",
-    "train_batches",
-    "train_wordpiece",
-]
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WINDOW_BATCHES = 50
+
 
 logger = logging.getLogger(__name__)
 
@@ -247,3 +235,34 @@ def _make_batch(
         row_ids=np.pad(tokenized.row_ids[rows], (0, fill), constant_values=-1),
     )
     return Batch(*(array[local] for array in batch))
+
+
+_FISHER_BUCKETS = (32, 64, 128, 256, 512)
+
+
+def fisher_batches(split: Tokenized, config: PrunerConfig, *, seed: int, event: int = 0) -> list[Batch]:
+    """Batches that the gradients of an event are taken from: an order of their own, a function of (seed, event).
+
+    Rows come in few widths, so that few programs are compiled; a batch that padding fills up is left out where whole
+    ones are to be had.
+    """
+    wanted = num_fisher_batches(config)
+    batches: list[Batch] = []
+    while len(batches) < wanted:
+        stream = list(
+            train_batches(
+                split,
+                batch_size=config.grad_batch_size,
+                seed=seed,
+                epoch=10_000 + 100 * event + len(batches),
+                buckets=_FISHER_BUCKETS,
+            )
+        )
+        whole = [batch for batch in stream if batch.example_weight.all()]
+        batches += (whole or stream)[: wanted - len(batches)]
+    return batches
+
+
+def num_fisher_batches(config: PrunerConfig) -> int:
+    """Minibatches that hold `num_grads` gradients."""
+    return int(np.ceil(config.num_grads / config.grad_batch_size)) if config.per_example else config.num_grads

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from sparsecbm_jax.config import DataConfig
-from sparsecbm_jax.data.schema import SPLITS, DataError, Schema, did_you_mean
+from sparsecbm_jax.config.names import did_you_mean
+from sparsecbm_jax.config.run_config import DataConfig
+from sparsecbm_jax.data.schema import SPLITS, DataError, Schema
 
 COLUMNS = "columns"
 SAMPLE = "sample"

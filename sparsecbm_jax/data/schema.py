@@ -7,12 +7,13 @@ after it deals in integers with -1 for missing.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+from sparsecbm_jax.config.names import did_you_mean
 
 MISSING = -1
 UNKNOWN = "unknown"
@@ -34,13 +35,6 @@ def cell_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns `" (did you mean 'x'?)"` for the nearest known name, or nothing where none is near."""
-    folded = {k.casefold(): k for k in known}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    return f" (did you mean {folded[close[0]]!r}?)" if close else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sparsecbm_jax.config import DataConfig
-from sparsecbm_jax.data.files import Row, find_files, read_rows
+from sparsecbm_jax.config.names import did_you_mean
+from sparsecbm_jax.config.run_config import DataConfig
 from sparsecbm_jax.data.presets import COLUMNS, SAMPLE, configured_schema, find_preset
-from sparsecbm_jax.data.sample import sample_reviews
 from sparsecbm_jax.data.schema import (
     MISSING,
     SPLITS,
@@ -26,8 +25,9 @@ from sparsecbm_jax.data.schema import (
     Respelling,
     Schema,
     cell_text,
-    did_you_mean,
 )
+from sparsecbm_jax.data.synthetic.reviews import sample_reviews
+from sparsecbm_jax.data.table_files import Row, find_files, read_rows
 
 MAX_INFERRED = 100
 SHOWN_ROWS = 10

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsecbm_jax.report.document import render_report, write_report
-    from sparsecbm_jax.report.gathering import RunReport, read_report
+    from sparsecbm_jax.report.gather import RunReport, read_report
     from sparsecbm_jax.report.page import Comparison, predictor_weights, render_page, show, write_page
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 _FILE_OF = {
     **dict.fromkeys(("render_report", "write_report"), "document"),
-    **dict.fromkeys(("RunReport", "read_report"), "gathering"),
+    **dict.fromkeys(("RunReport", "read_report"), "gather"),
     **dict.fromkeys(("Comparison", "predictor_weights", "render_page", "show", "write_page"), "page"),
 }
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsecbm_jax.report import plots
-from sparsecbm_jax.report.gathering import RunReport
+from sparsecbm_jax.report.elements import Figure
+from sparsecbm_jax.report.gather import RunReport
 from sparsecbm_jax.report.page import MAX_BYTES, TEMPLATES, fill
-from sparsecbm_jax.report.sections import Figure
 
 # CSS pixels to a point, of which 72 make an inch: a figure's letters become as large as the page's small ones.
 _PIXELS = 1.45

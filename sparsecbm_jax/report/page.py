@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsecbm_jax.artifact import SparseCBM
-from sparsecbm_jax.correction import CorrectionReport
-from sparsecbm_jax.explanation import DecisionPathway
-from sparsecbm_jax.subnetworks import EditChange
+from sparsecbm_jax.correction.edit_view import EditChange
+from sparsecbm_jax.correction.report import CorrectionReport
+from sparsecbm_jax.explanation.pathways import DecisionPathway
+from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 try:
     import jinja2

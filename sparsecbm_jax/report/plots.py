@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sparsecbm_jax.report.sections import Figure
+from sparsecbm_jax.report.elements import Figure
 
 if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsecbm_jax.logs import LOG_FILE
-from sparsecbm_jax.report.files import read_json_lines
+from sparsecbm_jax.runtime.json_files import read_json_lines
+from sparsecbm_jax.training.metrics_log import LOG_FILE
 
 Record = dict[str, Any]
 

@@ -1,0 +1,267 @@
+"""Part 'pruner' of `benchmarks/device.py`: WoodFisher scores of every concept, and the cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsecbm_jax import backbones
+from sparsecbm_jax.config.run_config import PrunerConfig, RunConfig
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.masks import Masks
+from sparsecbm_jax.core.trees import leaf_at
+from sparsecbm_jax.model.forward import make_forward
+from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.planning import programs
+from sparsecbm_jax.pruning import fisher
+from sparsecbm_jax.pruning.gradients import Kernels, SubnetworkGradients, subnetwork_gradient
+from sparsecbm_jax.pruning.masks_from_scores import prune_concept
+from sparsecbm_jax.pruning.woodfisher import form
+from sparsecbm_jax.pruning.woodfisher_scores import ScoreReport, woodfisher_scores
+
+from launch.benchmarks.device_model import (
+    GB,
+    Compiler,
+    about_device,
+    chip_at_hand,
+    density_of,
+    in_gb,
+    peak_bytes,
+    percent,
+    random_batch,
+    random_params,
+    say,
+    share_of,
+    wanted_bytes,
+)
+
+# Of what the model and its activations leave, the share that pruning may take where nothing is said.
+_SHARE_FOR_PRUNING = 0.95
+
+
+class _Enough(Exception):
+    """As many passes as were asked for are done."""
+
+
+class TimedGradients:
+    """A stream of gradients that takes their time: the device is waited for before and after each.
+
+    Attributes:
+        seconds: that the gradients took.
+        num_passes: how often the stream was gone through.
+    """
+
+    def __init__(self, gradients: Iterable[Kernels], most_passes: int | None) -> None:
+        self.seconds, self.num_passes = 0.0, 0
+        self._gradients, self._most_passes = gradients, most_passes
+
+    def __iter__(self) -> Iterator[Kernels]:
+        if self.num_passes == self._most_passes:
+            raise _Enough
+        stream = iter(self._gradients)
+        while True:
+            wait_for_device()
+            start = time.perf_counter()
+            if (gradient := next(stream, None)) is None:
+                break
+            jax.block_until_ready(gradient)
+            self.seconds += time.perf_counter() - start
+            yield gradient
+        self.num_passes += 1
+
+
+@jax.jit
+def _next(number: jax.Array) -> jax.Array:
+    return number + 1
+
+
+def wait_for_device() -> None:
+    """Returns when what was asked of the device before is done: it does one thing after the other."""
+    jax.block_until_ready(_next(jnp.int32(0)))
+
+
+def least_bytes(num_weights: int, pruner: PrunerConfig, num_passes: int) -> dict[str, float]:
+    """Bytes that scoring and cutting one concept have to move at least, whatever a program moves besides.
+
+    With n weights, m gradients, P passes, blocks of b and f = ⌈m / 32⌉ flushes of the gradients' buffer, in float32:
+
+    - gradients: m P · 14 n. Each pass makes every gradient anew: θ (4 n) and its mask (n) are read forward and
+      backward, the gradient (4 n) is written. Activations and tokens count for nothing.
+    - scoring: m · 4 n, since every weight's gradients are read once, in the pass that has its piece; 2 f · 4 b n, since
+      every flush writes the Gram blocks and all but the first read them, as the factorisation does; 8 n to read θ_k and
+      to write the scores. The dual form (m < b) has no Gram blocks.
+    - selection: 16 · 4 n + 2 n. The threshold is found two bits at a time, each a look at all scores; the mask is read
+      and written.
+    """
+    n, m, b = num_weights, pruner.num_grads, pruner.block_size
+    gram = 0 if form(m, b) == "dual" else 2 * math.ceil(m / fisher.BUFFER) * 4 * b
+    found = {
+        "gradients": float(m * num_passes * 14 * n),
+        "scoring": float(n * (4 * m + gram + 8)),
+        "selection": float(n * (16 * 4 + 2)),
+    }
+    return found | {"whole": sum(found.values())}
+
+
+def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int | None) -> dict[str, Any]:
+    """Times WoodFisher scores from dense masks and the cut to the final sparsity, concept by concept.
+
+    What is held meanwhile is what `pruning.prune` holds: weights, the masks as they were and as they become, one
+    concept's mask, kernels and scores. A warm-up, which compiles, goes through the same passes of the first concept
+    with as few gradients as compile the same programs.
+
+    Args:
+        run: of it the backbone, `pruner`, `sparsity` and `data.max_length` count; `pruner.fisher_memory` of None stands
+            for what the model and a gradient's activations leave of the device, but for a twentieth.
+        most_passes: times this many passes of the first concept; the rest is told as extrapolated.
+        most_concepts: times this many concepts; all by default.
+
+    Returns:
+        Seconds, bytes and shares.
+    """
+    compiler, config = Compiler(), programs.model_config(run)
+    params, heads = random_params(config), init_heads(jax.random.key(2), config)
+    before = masks_lib.create(params, backbones.maskable_paths(config.backbone), config.num_concepts)
+    run = dataclasses.replace(run, pruner=_with_memory(run, (params, heads), before))
+    num_weights, sparsity = masks_lib.num_weights(before), 1 - density_of(run, config)
+    shared = {path: leaf_at(params, path) for path in before}
+    plan = fisher.plan_passes(shared, run.pruner)
+    say(f"pruner: {fisher.describe_plan(shared, run.pruner)}")
+
+    forward, packed = make_forward(config), jax.jit(masks_lib.pack)(before)
+    batches = [
+        random_batch(config, run.pruner.grad_batch_size, run.data.max_length, seed)
+        for seed in range(run.pruner.num_grads)
+    ]
+    jax.block_until_ready(forward(params, packed, heads, batches[0]))
+    start = time.perf_counter()
+    pairs = jax.block_until_ready([(batch, forward(params, packed, heads, batch).activations) for batch in batches])
+    activation_seconds = time.perf_counter() - start
+    del packed
+
+    def timed(k: int, num_grads: int, masks: Masks) -> tuple[dict[str, Any], Masks]:
+        """Scores and cuts a concept as `pruning.prune` does."""
+        report: ScoreReport = {}
+        wait_for_device()
+        started = time.perf_counter()
+        mask = masks_lib.concept(before, k)
+        kernels = masks_lib.kernels_of(params, mask)
+        stream = TimedGradients(
+            SubnetworkGradients(config, params, mask, heads, pairs, k, limit=num_grads), most_passes
+        )
+        try:
+            scores = woodfisher_scores(kernels, stream, config=run.pruner, report=report)
+            is_whole = True
+        except _Enough:
+            # What is cut by hardly matters for the time it takes.
+            scores, is_whole = jax.tree.map(jnp.abs, kernels), False
+        wait_for_device()
+        scored = time.perf_counter()
+        new = masks_lib.replace_concept(masks, k, prune_concept(mask, scores, sparsity))
+        wait_for_device()
+        seconds = {
+            "gradients": stream.seconds,
+            "scoring": scored - started - stream.seconds,
+            "selection": time.perf_counter() - scored,
+        }
+        found = {"seconds": seconds | {"whole": sum(seconds.values())}, "num_passes": stream.num_passes}
+        return found | {"is_whole": is_whole, "qr_blocks": report.get("qr_blocks")}, new
+
+    m, is_dual = run.pruner.num_grads, form(run.pruner.num_grads, run.pruner.block_size) == "dual"
+    few = m if is_dual or m <= fisher.BUFFER else fisher.BUFFER + m % fisher.BUFFER
+    start = time.perf_counter()
+    timed(0, few, before)
+    warm_up = {"seconds": time.perf_counter() - start, "num_grads": few, "compiler_seconds": compiler.seconds}
+    say(
+        f"pruner: warm-up with {few} gradients a pass in {warm_up['seconds']:.1f} s; compiling took "
+        f"{compiler.seconds:.1f} s so far; activations of {m} minibatches {activation_seconds:.2f} s"
+    )
+    compiled_before, masks, concepts = compiler.seconds, before, []
+    num_concepts = 1 if most_passes is not None else most_concepts or config.num_concepts
+    for k in range(min(num_concepts, config.num_concepts)):
+        found, masks = timed(k, m, masks)
+        concepts.append(found)
+        parts = ", ".join(f"{name} {value:.3f} s" for name, value in found["seconds"].items())
+        say(f"pruner: concept {k}: {parts}; {found['num_passes']} passes")
+    in_timed = compiler.seconds - compiled_before
+
+    first = concepts[0]
+    per_concept = {
+        name: statistics.mean(found["seconds"][name] for found in concepts)
+        for name in first["seconds"]
+        if name != "whole"
+    }
+    if not first["is_whole"]:
+        # The passes are filled to the same memory.
+        scale = len(plan) / first["num_passes"]
+        per_concept |= {name: per_concept[name] * scale for name in ("gradients", "scoring")}
+        say(
+            f"pruner: measured {first['num_passes']} of {len(plan)} passes of one concept, and a cut by |θ|; gradients "
+            "and scoring below are extrapolated by the number of passes, and to all concepts"
+        )
+    elif len(concepts) < config.num_concepts:
+        say(f"pruner: measured {len(concepts)} of {config.num_concepts} concepts; the total below is extrapolated")
+    per_concept["whole"] = sum(per_concept.values())
+    total = activation_seconds + config.num_concepts * per_concept["whole"]
+    moved, chip = least_bytes(num_weights, run.pruner, len(plan)), chip_at_hand()
+    bandwidth = None if chip is None else chip.memory_bandwidth
+    shares = {name: share_of(moved[name], per_concept[name], bandwidth) for name in moved}
+    for name, seconds in per_concept.items():
+        say(
+            f"pruner: {name:<10}{seconds:>10.3f} s a concept, at least {moved[name] / GB:.1f} GB: "
+            f"{moved[name] / seconds / GB:.1f} GB/s, {percent(shares[name])}"
+        )
+    say(
+        f"pruner: {total:.1f} s for {config.num_concepts} concepts of {num_weights} weights; {in_timed:.1f} s of "
+        f"compiling in what was timed; peak memory {in_gb(peak_bytes())}"
+    )
+    return {
+        **about_device(),
+        "num_weights": num_weights,
+        "num_concepts": config.num_concepts,
+        "pruner": dataclasses.asdict(run.pruner),
+        "tokens": run.data.max_length,
+        "planned_passes": len(plan),
+        "is_extrapolated": not first["is_whole"] or len(concepts) < config.num_concepts,
+        "warm_up": warm_up,
+        "compiler_seconds_in_timed": in_timed,
+        "activation_seconds": activation_seconds,
+        "by_concept": concepts,
+        "seconds_a_concept": per_concept,
+        "seconds_in_total": total,
+        "least_bytes_a_concept": moved,
+        "bandwidth_share": shares,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def _with_memory(run: RunConfig, model: Any, masks: Masks) -> PrunerConfig:
+    """The run's pruner, with a memory where none is set and the device has a limit."""
+    limit = about_device()["bytes_limit"]
+    if run.pruner.fisher_memory is not None or limit is None:
+        return run.pruner
+    held, of_masks = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (model, masks))
+    # The masks of all as they were and as they become, and one concept's.
+    held += 2 * of_masks + of_masks // masks_lib.num_concepts(masks)
+    config, (params, heads) = programs.model_config(run), model
+    rows = run.pruner.grad_batch_size
+    gradient = subnetwork_gradient.lower(
+        config,
+        params,
+        {path: jax.ShapeDtypeStruct(mask.shape[1:], mask.dtype) for path, mask in masks.items()},
+        heads,
+        random_batch(config, rows, run.data.max_length, 0),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((rows, config.num_concepts, config.num_classes), jnp.float32),
+    )
+    wanted = wanted_bytes(gradient.compile())
+    activations = 0 if wanted is None else wanted["temp"]
+    say(f"pruner: of {in_gb(limit)} the model and masks take {in_gb(held)}, a gradient on its way {in_gb(activations)}")
+    return dataclasses.replace(run.pruner, fisher_memory=int(_SHARE_FOR_PRUNING * (limit - held - activations)))

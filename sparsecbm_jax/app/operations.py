@@ -1,0 +1,103 @@
+"""The operations of the JSON API: a path, the classes of its request and response, and what answers it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sparsecbm_jax.app import schemas
+from sparsecbm_jax.app.session import Session
+from sparsecbm_jax.app.worker import Worker
+from sparsecbm_jax.explanation.pathways import DecisionPathway
+
+
+class Operation(NamedTuple):
+    """One thing that the API does.
+
+    Attributes:
+        method, path: of HTTP.
+        summary: for a person.
+        form: dataclass of the request's JSON; None for none.
+        answer: dataclass of the answer's JSON; None for JSON of another format.
+        refusals: HTTP's numbers of what may come in its place.
+        work: from form, or from the path's id, to the answer.
+        is_slow: whether the model has to work, or the disk.
+    """
+
+    method: str
+    path: str
+    summary: str
+    form: type | None
+    answer: type | None
+    refusals: tuple[int, ...]
+    work: Callable[..., Any]
+    is_slow: bool
+
+
+def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
+    """What the API does, and how."""
+
+    def health() -> schemas.Health:
+        return schemas.Health("ok", worker.num_waiting, desk.num_edits)
+
+    return (
+        Operation("GET", "/healthz", "Says that the server answers.", None, schemas.Health, (), health, False),
+        Operation(
+            "POST",
+            "/api/explain",
+            "Explains a text: its decision pathway.",
+            schemas.Text,
+            DecisionPathway,
+            (400,),
+            lambda form: desk.explain(form.text),
+            True,
+        ),
+        Operation(
+            "POST",
+            "/api/preview",
+            "Says what a correction would do, to the text and to held-out ones; changes nothing.",
+            schemas.Question,
+            schemas.Preview,
+            (400,),
+            desk.preview,
+            True,
+        ),
+        Operation(
+            "POST",
+            "/api/apply",
+            "Makes a correction; it is on disk when this answers.",
+            schemas.Order,
+            schemas.Applied,
+            (400, 409, 503),
+            desk.apply,
+            True,
+        ),
+        Operation(
+            "POST",
+            "/api/undo",
+            "Undoes an edit, whichever its place; on disk when this answers.",
+            schemas.EditId,
+            schemas.Edits,
+            (400, 404, 409, 503),
+            lambda form: desk.undo(form.edit),
+            True,
+        ),
+        Operation(
+            "GET",
+            "/api/edits",
+            "Lists the edits in force.",
+            None,
+            schemas.Edits,
+            (),
+            lambda: schemas.Edits(desk.edits),
+            False,
+        ),
+        Operation(
+            "GET",
+            "/api/edits/{edit}",
+            "Gives an edit as a file, for launch/edits.py --add.",
+            None,
+            None,
+            (404,),
+            desk.get,
+            False,
+        ),
+    )

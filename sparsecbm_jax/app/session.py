@@ -1,0 +1,328 @@
+"""The model that the live page shows and corrects, and the log that its corrections are kept in. Knows no HTTP."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsecbm_jax.app.schemas import (
+    ApiError,
+    Applied,
+    Correction,
+    Edits,
+    EditSummary,
+    Order,
+    Preview,
+    Question,
+    SampleImpact,
+)
+from sparsecbm_jax.config.names import name_index
+from sparsecbm_jax.core.masks import check_masks
+from sparsecbm_jax.correction.corrections import correct_minimally
+from sparsecbm_jax.correction.corrector import ContinualCorrector
+from sparsecbm_jax.correction.preview import preview, readings
+from sparsecbm_jax.correction.report import CorrectionReport
+from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
+from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
+from sparsecbm_jax.data.schema import Examples
+from sparsecbm_jax.explanation.pathways import DecisionPathway, explain
+from sparsecbm_jax.intervention.edit_log import EditLog
+from sparsecbm_jax.intervention.stored_edit import (
+    Positions,
+    StoredEdit,
+    apply_stored,
+    overlapping,
+    text_hash,
+    undo_stored,
+)
+from sparsecbm_jax.model.config import CBMOutput
+from sparsecbm_jax.model.predictions import text_batches
+from sparsecbm_jax.model.sparse_cbm import SparseCBM
+
+# What single texts are padded to.
+WIDTHS = (64, 128, 256, 512)
+SAMPLE_BATCH = 32
+MAX_CHANGED_TEXTS = 5
+MAX_REMEMBERED = 64
+
+
+class Found(NamedTuple):
+    """The edit that answers a question, None where nothing would change; and whether the concept is read so then."""
+
+    edit: StoredEdit | None
+    is_repaired: bool
+
+
+class SessionState(NamedTuple):
+    """The model with all edits in force made."""
+
+    model: SparseCBM
+    edits: tuple[StoredEdit, ...]
+
+
+class ContinualSetup(NamedTuple):
+    """What lasting corrections take: what makes them, and the file that their texts are kept in."""
+
+    keeper: ContinualCorrector
+    cases: RequestFile
+
+
+class Session:
+    """A model that takes corrections, one after another.
+
+    Each is as small as repairs its concept, or, where a `Lasting` is given, keeps those before it in force.
+
+    What it is asked it does at once, in the caller's thread, and one thing at a time. `edits`, `num_edits` and `get`
+    alone may be called from another thread meanwhile: they read a state that is replaced as a whole.
+    """
+
+    def __init__(
+        self,
+        model: SparseCBM,
+        log: str | Path,
+        sample: Examples | None = None,
+        *,
+        lasting: ContinualSetup | None = None,
+    ) -> None:
+        """Opens the log, or makes it, and makes the edits that are in force there.
+
+        Args:
+            model: with masks, and without any of the log's edits.
+            log: file of edits; see `EditLog`.
+            sample: held-out texts that previews read; None or no texts for none.
+            lasting: of the same model; None for corrections that look at one text only.
+
+        Raises:
+            ValueError: if the model has no masks, or the log is damaged or another model's.
+        """
+        check_masks(model.masks)
+        masks = model.masks
+        assert masks is not None
+        # Written-out layers, and many widths, would cost more to compile than single texts can win back.
+        config = dataclasses.replace(model.config, unroll_layers=False)
+        model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
+        self._log = EditLog(log, masks, model.schema.concepts)
+        self._state = SessionState(dataclasses.replace(model, masks=self._log.replay(masks)), self._log.edits)
+        self._lasting = lasting
+        self._sample: list[Batch] = []
+        self._sample_texts: dict[int, str] = {}
+        if sample is not None and sample.texts:
+            tokens = tokenize(sample, model.tokenizer, model.max_length)
+            self._sample = list(eval_batches(tokens, batch_size=SAMPLE_BATCH, buckets=WIDTHS))
+            self._sample_texts = dict(zip(sample.row_ids.tolist(), sample.texts, strict=True))
+        # What the sample was read as, with which edits; and the edits that questions led to lately.
+        self._readings: tuple[tuple[StoredEdit, ...] | None, list[tuple[Batch, CBMOutput]]] = (None, [])
+        self._found: dict[tuple[tuple[str, ...], Question], Found] = {}
+
+    def close(self) -> None:
+        """Lets another process have the log."""
+        self._log.close()
+
+    @property
+    def model(self) -> SparseCBM:
+        """The model as it reads now."""
+        return self._state.model
+
+    @property
+    def edits(self) -> tuple[EditSummary, ...]:
+        """The edits in force, oldest first."""
+        return tuple(map(EditSummary.of, self._state.edits))
+
+    @property
+    def num_edits(self) -> int:
+        """How many edits are in force."""
+        return len(self._state.edits)
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether each correction keeps those before it in force."""
+        return self._lasting is not None
+
+    @property
+    def num_kept(self) -> int:
+        """How many edits in force later lasting corrections answer for: those whose texts are in the file."""
+        return 0 if self._lasting is None else len(self._lasting.cases.of_edits(self._state.edits))
+
+    def get(self, edit_id: str) -> StoredEdit:
+        """An edit in force.
+
+        Raises:
+            Refusal: 404, if there is none of that id.
+        """
+        for edit in self._state.edits:
+            if edit.id == edit_id:
+                return edit
+        raise ApiError(404, f"no edit {edit_id!r} is in force", field="edit")
+
+    def explain(self, text: str) -> DecisionPathway:
+        """The pathway of a text.
+
+        Raises:
+            Refusal: 400, if there is nothing in it to read.
+        """
+        self._check_text(text)
+        return explain(self.model, [text])[0]
+
+    def preview(self, question: Question) -> Preview:
+        """What a correction would do to its text and to held-out ones.
+
+        Raises:
+            Refusal: 400, if there is no such concept or class, or nothing in the text to read.
+        """
+        found, corrected, report = self._correct(question)
+        target = {question.concept: question.target}
+        before, after = (explain(one, [question.text], target)[0] for one in (self.model, corrected))
+        return Preview(
+            edit=found.edit.id if found.edit else None,
+            report=Correction.of(report),
+            before=before,
+            after=after,
+            sample=self._impact(corrected, question.concept) if found.edit and self._sample else None,
+        )
+
+    def apply(self, order: Order) -> Applied:
+        """Makes a correction, which is on disk then.
+
+        Raises:
+            Refusal: as `preview`; 409, if the edit would be another than the one that was previewed; 503, if it cannot
+                be written, and then it is not made.
+        """
+        question = Question(order.text, order.concept, order.target)
+        found = self._found.get(self._key(question)) or self._correct(question)[0]
+        if order.edit is not None and (found.edit is None or found.edit.id != order.edit):
+            raise ApiError(409, "the model has changed since this was previewed; preview it again", field="edit")
+        if found.edit is not None:
+            concepts = self.model.schema.concepts
+            masks = apply_stored(self._masks(), found.edit, concepts)
+            with _writing():
+                if self._lasting is not None:
+                    # First: what is in force has its text then.
+                    self._lasting.cases.add(CorrectionRequest(order.text, order.concept, order.target))
+                self._log.append(found.edit)
+            self._state = SessionState(dataclasses.replace(self.model, masks=masks), self._log.edits)
+        return Applied(found.edit.id if found.edit else None, found.is_repaired, self.edits)
+
+    def undo(self, edit_id: str) -> Edits:
+        """Undoes an edit, whichever its place; the undoing is on disk then.
+
+        Raises:
+            Refusal: 404, if it is not in force; 409, if later edits changed the same weights; 503, as `apply`.
+        """
+        edit = self.get(edit_id)
+        later = self._state.edits[self._state.edits.index(edit) + 1 :]
+        if met := overlapping(edit, later):
+            first = "undo those first" if len(met) > 1 else "undo that one first"
+            raise ApiError(
+                409, f"edit {edit_id} shares weights with {', '.join(met)}, made later; {first}", field="edit"
+            )
+        with _writing():
+            masks = self._log.undo(self._masks(), edit_id)
+        self._state = SessionState(dataclasses.replace(self.model, masks=masks), self._log.edits)
+        return Edits(self.edits)
+
+    @property
+    def num_lengths(self) -> int:
+        """How many widths a text can be padded to; programs are compiled for each."""
+        return len(self._lengths())
+
+    def warm_up(self) -> Iterator[int]:
+        """Compiles what requests will run, one width of texts after another, and yields each; nothing is changed."""
+        schema = self.model.schema
+        self._flip_and_back()
+        if self._sample:
+            self._impact(self.model, schema.concepts[0])
+        for length in self._lengths():
+            text = " ".join(["a"] * (length - self.model.tokenizer.num_special_tokens_to_add()))
+            reading = self.explain(text).concepts[0]
+            target = next(name for name in schema.classes if name != reading.predicted_class)
+            # Lasting edits are as wide as their widest text: the program for wide ones is left for who brings them.
+            if self._lasting is None or length == self._lengths()[0]:
+                self._correct(Question(text, schema.concepts[0], target))
+            yield length
+
+    def _flip_and_back(self) -> None:
+        """Makes and undoes an edit of every kernel, aside: what few flipped weights of any need is compiled then."""
+        masks, concepts = self._masks(), self.model.schema.concepts
+        positions = {}
+        for path, mask in masks.items():
+            kept = np.asarray(mask[0])
+            positions[path] = Positions(kept.shape, np.flatnonzero(kept)[:1], np.flatnonzero(~kept)[:1])
+        edit = StoredEdit(concepts[0], self.model.schema.classes[0], None, text_hash(""), "signed", 1, positions)
+        undo_stored(apply_stored(masks, edit, concepts), edit, concepts)
+
+    def _lengths(self) -> list[int]:
+        longest = self.model.max_length
+        return [length for length in self.model.buckets if length < longest] + [longest]
+
+    def _masks(self) -> dict:
+        masks = self.model.masks
+        assert masks is not None
+        return dict(masks)
+
+    def _key(self, question: Question) -> tuple[tuple[str, ...], Question]:
+        """What an edit hangs on: the question, and the masks, which the edits in force tell."""
+        return tuple(edit.id for edit in self._state.edits), question
+
+    def _correct(self, question: Question) -> tuple[Found, SparseCBM, CorrectionReport]:
+        schema = self.model.schema
+        for kind, field, name, names in (
+            ("concept", "concept", question.concept, schema.concepts),
+            ("class", "target", question.target, schema.classes),
+        ):
+            try:
+                name_index(kind, name, names)
+            except ValueError as error:
+                raise ApiError(400, str(error), field=field) from None
+        self._check_text(question.text)
+        case = CorrectionRequest(question.text, question.concept, question.target)
+        if self._lasting is None:
+            corrected, report = correct_minimally(self.model, *case)
+        else:
+            earlier = self._lasting.cases.of_edits(self._state.edits)
+            corrected, report = self._lasting.keeper.correct(self.model, case, earlier)
+        found = Found(report.stored() if report.num_dropped or report.num_grown else None, report.is_repaired)
+        while len(self._found) >= MAX_REMEMBERED:
+            self._found.pop(next(iter(self._found)))
+        self._found[self._key(question)] = found
+        return found, corrected, report
+
+    def _check_text(self, text: str) -> None:
+        try:
+            next(text_batches(self.model, [text], batch_size=1))
+        except ValueError as error:
+            raise ApiError(400, str(error).replace("texts[0]", "'text'", 1), field="text") from None
+
+    def _impact(self, corrected: SparseCBM, concept: str) -> SampleImpact:
+        model = self.model
+        arrays = (model.config, model.params)
+        if self._readings[0] is not self._state.edits:
+            assert model.masks is not None
+            self._readings = self._state.edits, readings(*arrays, model.masks, model.heads, self._sample)
+        assert corrected.masks is not None
+        k, classes = model.schema.concepts.index(concept), model.schema.classes
+        found = preview(*arrays, corrected.masks, model.heads, self._readings[1], k)
+        return SampleImpact(
+            num_texts=found.num_texts,
+            num_changed=found.num_changed,
+            num_repaired=found.num_repaired,
+            num_broken=found.num_broken,
+            num_labels_changed=found.num_labels_changed,
+            shift=found.shift,
+            flips={
+                was: {now: int(found.flips[i, j]) for j, now in enumerate(classes) if i != j}
+                for i, was in enumerate(classes)
+            },
+            changed_texts=tuple(self._sample_texts[row] for row in sorted(found.changed_rows)[:MAX_CHANGED_TEXTS]),
+        )
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Says that nothing was changed where the log cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(503, f"the log of edits cannot be written ({error}); nothing was changed") from error

@@ -1,0 +1,1 @@
+"""What the commands share: configs and flags, processes, saved runs."""

@@ -1,0 +1,108 @@
+"""A saved model beside the data that a config names, or that it was trained on: what several mains share."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    from sparsecbm_jax.config.run_config import RunConfig
+    from sparsecbm_jax.core.masks import Masks
+    from sparsecbm_jax.data.batches import Batch, Tokenized
+    from sparsecbm_jax.data.schema import Dataset
+    from sparsecbm_jax.model.sparse_cbm import SparseCBM
+
+
+class Saved(typing.NamedTuple):
+    """A model for a few passes, and the data's splits in its tokens."""
+
+    model: SparseCBM
+    dataset: Dataset
+    splits: dict[str, Tokenized]
+
+    def scores(self, run: RunConfig, split: str, masks: Masks | None) -> dict[str, typing.Any]:
+        """The scores of the model with other masks on a split; see `evaluation.evaluate`."""
+        from sparsecbm_jax.data import eval_batches
+        from sparsecbm_jax.evaluation import scores
+
+        batches = eval_batches(self.splits[split], batch_size=run.training.eval_batch_size)
+        model = self.model
+        return scores.evaluate(model.config, model.params, masks, model.heads, batches, self.dataset.schema)
+
+
+def read(folder: str, run: RunConfig) -> Saved:
+    """Reads a model and the config's data.
+
+    Raises:
+        ValueError: If the data has other concepts or classes than the model.
+    """
+    from sparsecbm_jax.data import load_dataset, tokenize
+    from sparsecbm_jax.model import saved_model
+
+    model = saved_model.load(folder)
+    # Written-out layers would cost more to compile than these few passes can win back.
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    dataset = load_dataset(run.data)
+    check_names(model, folder, dataset)
+    max_length = min(run.data.max_length, model.config.backbone.max_length)
+    splits = {name: tokenize(examples, model.tokenizer, max_length) for name, examples in dataset.splits.items()}
+    return Saved(model, dataset, splits)
+
+
+def fingerprint(folder: str) -> str:
+    """Tells a model from another that was written to the same folder later, without reading it."""
+    written = [path.stat().st_mtime_ns for path in sorted(Path(folder).glob("*.safetensors"))]
+    return f"{Path(folder).resolve()} {written}"
+
+
+def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
+    """The settings that a model was trained with, and so its data.
+
+    Args:
+        folder: of the model, for the message.
+        instead: flags that do without.
+
+    Raises:
+        ValueError: If the model does not say.
+    """
+    from sparsecbm_jax.config.run_config import from_config_dict
+
+    if "run_config" not in model.metadata:
+        raise ValueError(
+            f"{folder}: the model does not say what data it was trained on (no 'run_config' in its metadata); "
+            f"expected {instead}"
+        )
+    return from_config_dict(model.metadata["run_config"])
+
+
+def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | None:
+    """Training texts that lasting corrections leave as they are; None, and why, where they cannot be had.
+
+    Args:
+        is_asked: somebody asked for lasting corrections: then that is an error.
+
+    Raises:
+        ValueError: If the model does not say what it was trained on, or has other names than that has.
+        OSError, ImportError: If that cannot be read.
+    """
+    from sparsecbm_jax.data.batches import fisher_batches
+
+    try:
+        run = own_run(model, folder, "a model that was trained here, whose training texts are to stay as they are")
+        return fisher_batches(read(folder, run).splits["train"], run.pruner, seed=run.seed)
+    except (ValueError, OSError, ImportError) as error:
+        if is_asked:
+            raise
+        print(f"the correction looks at its text alone, and not at those before it: {error}", file=sys.stderr)
+        return None
+
+
+def check_names(model: SparseCBM, folder: str, dataset: Dataset) -> None:
+    """Raises ValueError where data has other concepts or classes than a model."""
+    if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
+        raise ValueError(
+            f"{dataset.name} has concepts {dataset.schema.concepts} of classes {dataset.schema.classes}, but {folder} "
+            f"was trained for {model.schema.concepts} of classes {model.schema.classes}"
+        )

@@ -1,0 +1,1 @@
+"""Arrays and meshes: parameter trees, masks, exact selection, sharding. Array maths alone."""

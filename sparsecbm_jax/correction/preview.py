@@ -1,0 +1,125 @@
+"""What an edit would do before it is made: to its text, to a sample of other texts, to every concept and the label."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.masks import Masks
+from sparsecbm_jax.core.sharding import in_turn
+from sparsecbm_jax.core.trees import Params
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.model.config import CBMConfig, CBMOutput
+from sparsecbm_jax.model.forward import make_forward, subnetwork_output
+
+
+@dataclasses.dataclass(frozen=True)
+class Impact:
+    """What one concept's edit does to a sample of texts. Other concepts are not touched by it: their masks stay.
+
+    Attributes:
+        num_texts: texts in the sample.
+        flips: [C, C], how many texts the concept was read as the first class in and is read as the second after.
+        label_flips: [Y, Y], the same for the label.
+        shift: mean total variation distance between the concept's probabilities before and after, in [0, 1].
+        changed_rows: `row_ids` of the texts whose concept is read otherwise.
+        num_repaired, num_broken: of the texts with a gold class, those read rightly only after, and only before.
+    """
+
+    num_texts: int
+    flips: Int[np.ndarray, "C C"]
+    label_flips: Int[np.ndarray, "Y Y"]
+    shift: float
+    changed_rows: tuple[int, ...]
+    num_repaired: int
+    num_broken: int
+
+    @property
+    def num_changed(self) -> int:
+        """Texts whose concept is read otherwise."""
+        return len(self.changed_rows)
+
+    @property
+    def num_labels_changed(self) -> int:
+        """Texts whose label is read otherwise."""
+        return int(self.label_flips.sum() - np.trace(self.label_flips))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plain = {name: value.tolist() for name, value in (("flips", self.flips), ("label_flips", self.label_flips))}
+        return {**dataclasses.asdict(self), **plain, "changed_rows": list(self.changed_rows)}
+
+
+def readings(
+    config: CBMConfig, params: Params, masks: Masks, heads: Params, batches: Iterable[Batch]
+) -> list[tuple[Batch, CBMOutput]]:
+    """The model's outputs on a sample: what `preview` compares with, made once for many previews."""
+    forward = make_forward(config)
+    return [(batch, in_turn(forward(params, masks, heads, batch))) for batch in batches]
+
+
+def preview(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Params,
+    sample: Iterable[tuple[Batch, CBMOutput]],
+    concept: int,
+) -> Impact:
+    """Compares a concept's subnetwork under new masks with what the model made of a sample before.
+
+    Args:
+        masks: with the edit, which is the only difference to those that `sample` was read with.
+        sample: what `readings` gave; rows with a weight of 0 do not count.
+        concept: the edited one. Its subnetwork alone is run: a K-th of the work of reading the sample anew.
+
+    Raises:
+        ValueError: if the sample is empty.
+    """
+    flips = np.zeros((config.num_classes,) * 2, int)
+    label_flips = np.zeros((config.num_labels,) * 2, int)
+    distances: list[Float[np.ndarray, " n"]] = []
+    rows: list[int] = []
+    num_repaired = num_broken = 0
+    for batch, before in sample:
+        after = _subnetwork(config, params, masks, heads, batch, jnp.int32(concept), before.activations)
+        real = np.asarray(batch.example_weight) > 0
+        old, new = np.asarray(before.concept_logits)[real, concept], np.asarray(after.concept_logits)[real, 0]
+        was, now, gold = old.argmax(-1), new.argmax(-1), np.asarray(batch.concepts)[real, concept]
+        np.add.at(flips, (was, now), 1)
+        labels = [np.asarray(output.label_logits)[real].argmax(-1) for output in (before, after)]
+        np.add.at(label_flips, tuple(labels), 1)
+        distances.append(0.5 * np.abs(_softmax(old) - _softmax(new)).sum(-1))
+        rows += np.asarray(batch.row_ids)[real][was != now].tolist()
+        num_repaired += int(np.sum((was != gold) & (now == gold)))
+        num_broken += int(np.sum((was == gold) & (now != gold)))
+    if not distances:
+        raise ValueError("the sample has no texts; expected at least one batch")
+    shifts = np.concatenate(distances)
+    return Impact(len(shifts), flips, label_flips, float(shifts.mean()), tuple(rows), num_repaired, num_broken)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _subnetwork(
+    config: CBMConfig,
+    params: Params,
+    masks: Masks,
+    heads: Params,
+    batch: Batch,
+    concept: Int[Array, ""],
+    activations: Float[Array, "B K C"],
+) -> CBMOutput:
+    mask = masks_lib.concept(masks, concept)
+    kernels = masks_lib.kernels_of(params, mask)
+    return subnetwork_output(config, params, heads, batch, kernels, concept, activations)
+
+
+def _softmax(logits: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)

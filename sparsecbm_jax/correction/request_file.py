@@ -1,0 +1,99 @@
+"""Corrections that people asked for, in a file: a JSON object with text, concept and target a line."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsecbm_jax.intervention.edit_log import EditLog
+from sparsecbm_jax.intervention.stored_edit import StoredEdit, text_hash
+
+
+class CorrectionRequest(NamedTuple):
+    """A correction by name: a text, a concept, and the class that it should have there."""
+
+    text: str
+    concept: str
+    target: str
+
+
+class RequestFile:
+    """Corrections in a file, oldest first; one that was asked for twice stands there twice.
+
+    Attributes:
+        path: of the file, which need not be there yet.
+        cases: what stands in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads the file; a last line that a crash cut short is left out.
+
+        Raises:
+            ValueError: if another line is not an object with the three fields, all strings.
+        """
+        self.path = Path(path)
+        self.cases: list[CorrectionRequest] = []
+        data = self.path.read_bytes() if self.path.exists() else b""
+        *lines, last = data.split(b"\n")
+        is_whole = _is_json(last)
+        for number, line in enumerate([*lines, last] if is_whole else lines, 1):
+            case = _case(line)
+            if case is None:
+                raise ValueError(
+                    f"{self.path}, line {number}: expected a JSON object with the strings text, concept and target"
+                )
+            self.cases.append(case)
+        # A last line may lack its end since someone wrote it so, or since it is torn.
+        self._end, self._prefix = (len(data), b"\n") if is_whole else (len(data) - len(last), b"")
+
+    def add(self, case: CorrectionRequest) -> None:
+        """Writes a correction, which is on disk then.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        line = self._prefix + json.dumps(case._asdict()).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "r+b" if self.path.exists() else "xb") as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end, self._prefix = self._end + len(line), b""
+        self.cases.append(case)
+
+    def of_edits(self, edits: Iterable[StoredEdit]) -> list[CorrectionRequest]:
+        """The corrections that edits were made for, in the order of the edits; those of which no text is here lack."""
+        known = {_key(case): case for case in self.cases}
+        return [known[key] for key in map(_asked, edits) if key in known]
+
+    def standing(self, log: EditLog) -> list[CorrectionRequest]:
+        """The corrections but for those that a log has undone."""
+        undone = set(map(_asked, log.undone)) - set(map(_asked, log.edits))
+        return [case for case in self.cases if _key(case) not in undone]
+
+
+def _key(case: CorrectionRequest) -> tuple[str, str, str]:
+    return text_hash(case.text), case.concept, case.target
+
+
+def _asked(edit: StoredEdit) -> tuple[str, str, str]:
+    return edit.text_sha256, edit.concept, edit.target
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _case(line: bytes) -> CorrectionRequest | None:
+    try:
+        case = CorrectionRequest(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    return case if all(isinstance(value, str) for value in case) else None

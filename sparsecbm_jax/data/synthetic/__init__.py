@@ -1,0 +1,1 @@
+"""Embedded synthetic restaurant reviews, so that everything runs without a download."""

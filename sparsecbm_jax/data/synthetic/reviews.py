@@ -1,0 +1,202 @@
+"""The embedded set: SYNTHETIC restaurant reviews in CEBaB's schema, so that a first run needs no download.
+
+No person wrote these reviews and no restaurant is meant. A grammar of our own (words in `lexicon.py`) draws them from a
+seed: up to four aspects a review, praise and blame mixed, negation, contrast, turned expectations, aspects that are
+only mentioned and aspects that are not. As in CEBaB, a group is one original and edits of it that change one aspect
+and nothing else. They show that the machinery works; they measure nothing about real reviews.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from sparsecbm_jax.data.synthetic import lexicon
+from sparsecbm_jax.data.synthetic.lexicon import (
+    AGREEMENT,
+    CONTRAST,
+    EMPHATIC,
+    FILLERS,
+    NEGATED,
+    NUMBERS,
+    STRAIGHT,
+    TURNED,
+    VERY,
+)
+
+T = TypeVar("T")
+
+ASPECTS = tuple(lexicon.ASPECTS)
+SIZES = {"train": 320, "validation": 120, "test": 160}
+MIN_WORDS, MAX_WORDS = 5, 50
+CLASSES = ("Negative", "Positive", "unknown")
+NO_MAJORITY = "no majority"
+
+NEGATIVE, POSITIVE, NEUTRAL, ABSENT = range(4)
+# Chances of the four states above. Food is spoken of most and noise least, as in real reviews.
+CHANCES: Mapping[str, Sequence[float]] = {
+    "food": (0.38, 0.42, 0.06, 0.14),
+    "ambiance": (0.29, 0.33, 0.08, 0.30),
+    "service": (0.34, 0.36, 0.07, 0.23),
+    "noise": (0.31, 0.25, 0.06, 0.38),
+}
+# Chances of a straight, a negated, a turned and an emphatic statement, and of a clause of the aspect's own.
+FORMS = (0.34, 0.2, 0.1, 0.08, 0.28)
+NUM_EDITS = (0.1, 0.4, 0.35, 0.15)
+# The rating is 3 plus these for praise and minus them for blame, rounded, and one off in a tenth of the rows.
+WEIGHTS = {"food": 1.1, "service": 0.8, "ambiance": 0.5, "noise": 0.4}
+
+
+class _Draw:
+    """Draws that depend on their key alone; Philox's raw stream is the same in every NumPy."""
+
+    def __init__(self, *key: int) -> None:
+        self._bits = np.random.Philox(np.random.SeedSequence(key))
+
+    def uniform(self) -> float:
+        return (int(self._bits.random_raw()) >> 11) / 2.0**53
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[int(self.uniform() * len(items))]
+
+    def weighted(self, chances: Sequence[float]) -> int:
+        return min(int(np.searchsorted(np.cumsum(chances), self.uniform(), side="right")), len(chances) - 1)
+
+    def shuffled(self, items: Sequence[T]) -> list[T]:
+        return [items[i] for i in np.argsort([self.uniform() for _ in items], kind="stable")]
+
+
+class _Edit(NamedTuple):
+    """What a sibling changes of its original."""
+
+    aspect: str
+    state: int
+
+
+def sample_reviews(seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """Returns SYNTHETIC reviews as rows of CEBaB's columns, 320 train, 120 validation and 160 test.
+
+    Groups of siblings never straddle splits, and no text comes twice. Train has a few ratings and concept cells without
+    a majority, as CEBaB has.
+
+    Args:
+        seed: Seed of the grammar, at least 0; the same seed gives the same reviews everywhere.
+    """
+    splits: dict[str, list[dict[str, str]]] = {}
+    seen: set[str] = set()
+    group = 0
+    for split, size in SIZES.items():
+        rows: list[dict[str, str]] = []
+        while len(rows) < size:
+            siblings = _group(seed, group, is_train=split == "train")[: size - len(rows)]
+            group += 1
+            texts = [row["description"] for row in siblings]
+            is_new = len(set(texts)) == len(texts) and seen.isdisjoint(texts)
+            if is_new and all(MIN_WORDS <= len(text.split()) <= MAX_WORDS for text in texts):
+                seen.update(texts)
+                rows += siblings
+        splits[split] = rows
+    return splits
+
+
+def _group(seed: int, group: int, is_train: bool) -> list[dict[str, str]]:
+    draw = _Draw(seed, group)
+    plan = {aspect: draw.weighted(CHANCES[aspect]) for aspect in ASPECTS}
+    order = draw.shuffled(ASPECTS)
+    edits: list[_Edit | None] = [None]
+    for aspect in draw.shuffled(ASPECTS)[: draw.weighted(NUM_EDITS)]:
+        goals = [state for state in (NEGATIVE, POSITIVE, ABSENT) if state != plan[aspect]]
+        edits.append(_Edit(aspect, draw.pick(goals)))
+    rows = []
+    for number, edit in enumerate(edits):
+        states = plan if edit is None else {**plan, edit.aspect: edit.state}
+        identity = {
+            "id": f"{group:06d}_{number:06d}",
+            "original_id": f"{group:06d}",
+            "edit_id": f"{number:06d}",
+            "is_original": str(edit is None),
+            "edit_goal": "" if edit is None else CLASSES[min(edit.state, NEUTRAL)],
+            "edit_type": "" if edit is None else edit.aspect,
+            "description": _text((seed, group), order, states),
+        }
+        rows.append(identity | _labels((seed, group), number, states, is_train))
+    return rows
+
+
+def _labels(key: tuple[int, int], number: int, states: Mapping[str, int], is_train: bool) -> dict[str, str]:
+    draw = _Draw(*key, 1, number)
+    rating = 3.0
+    for aspect, state in states.items():
+        rating += WEIGHTS[aspect] * ((state == POSITIVE) - (state == NEGATIVE))
+    if draw.uniform() < 0.1:
+        rating += draw.pick((-1, 1))
+    labels = {"review_majority": str(min(max(round(rating), 1), 5))}
+    if is_train and draw.uniform() < 0.08:
+        labels["review_majority"] = NO_MAJORITY
+    for index, (aspect, state) in enumerate(states.items()):
+        # Where a text says nothing of an aspect, its annotators were not always asked.
+        was_asked = state != ABSENT or _Draw(*key, 2, index).uniform() < 0.4
+        cell = CLASSES[min(state, NEUTRAL)] if was_asked else ""
+        labels[f"{aspect}_aspect_majority"] = NO_MAJORITY if is_train and cell and draw.uniform() < 0.02 else cell
+    return labels
+
+
+def _text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int]) -> str:
+    # Every choice is drawn from the group and the aspect, so that a sibling differs only where it was edited.
+    clauses = []
+    for aspect in order:
+        index, state = ASPECTS.index(aspect), states[aspect]
+        draw = _Draw(*key, 3, index, state)
+        num_clauses = 0 if state == ABSENT else 2 if state != NEUTRAL and draw.uniform() < 0.25 else 1
+        clauses += [(index, state, _clause(draw, aspect, state)) for _ in range(num_clauses)]
+    if not clauses:
+        return ""
+    sentences = []
+    while clauses:
+        (first, first_state, a), *rest = clauses
+        if rest and _can_join(a, first_state) and _can_join(rest[0][2], rest[0][1]):
+            second, second_state, b = rest[0]
+            draw = _Draw(*key, 4, first, second)
+            if draw.uniform() < 0.6:
+                forms = AGREEMENT if first_state == second_state else CONTRAST
+                a, rest = draw.pick(forms).format(a=a, b=b), rest[1:]
+        sentences.append(a)
+        clauses = rest
+    draw = _Draw(*key, 5)
+    if draw.uniform() < 0.4:
+        sentences.insert(0, draw.pick(FILLERS))
+    if draw.uniform() < 0.15:
+        sentences.append(draw.pick(FILLERS))
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+def _can_join(clause: str, state: int) -> bool:
+    return state != NEUTRAL and not re.search(r"[,;]| and ", clause)
+
+
+def _clause(draw: _Draw, aspect: str, state: int) -> str:
+    words = lexicon.ASPECTS[aspect]
+    if state == NEUTRAL:
+        return draw.pick(words.neutral)
+    forms = (STRAIGHT, NEGATED, TURNED, EMPHATIC, words.clauses[state])
+    form = draw.pick(forms[draw.weighted(FORMS)])
+    subject = draw.pick(words.subjects)
+    was = "were" if subject.endswith("*") else "was"
+    slots = {
+        "s": subject.rstrip("*+"),
+        "was": was,
+        "it_was": "they were" if subject[-1] in "*+" else "it was",
+        "x": draw.pick(words.actors).rstrip("*"),
+        "anti": draw.pick(words.adjectives[1 - state]),
+        "strong": draw.pick(words.strong[state]),
+        "very": draw.pick(VERY),
+        "n": draw.pick(NUMBERS),
+    }
+    adjectives = draw.shuffled(words.adjectives[state])
+    # One adjective a slot: 'dry and dry' is no English.
+    for adjective in adjectives[: form.count("{adj}")]:
+        form = form.replace("{adj}", adjective, 1)
+    return " ".join(form.format(**slots).split())

@@ -1,0 +1,156 @@
+"""Local files: which one holds which split, and JSON, JSONL, CSV or Parquet to a list of rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsecbm_jax.config.names import did_you_mean
+from sparsecbm_jax.data.schema import SPLITS, DataError
+
+Row = dict[str, Any]
+
+SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def find_files(path: Path, named: Mapping[str, str], chosen: Mapping[str, str] | None = None) -> dict[str, Path]:
+    """Returns the file of each split.
+
+    Args:
+        path: A directory with a file per split, or one of those files: of the split that its name tells, else of train.
+        named: File names, with or without suffix, of the splits that are known by name. For the other splits a file
+            is taken whose name holds the split as a word ('reviews-dev.csv'; validation, valid, val and dev are one).
+        chosen: Names that count before `named`, and before the file that `path` may be.
+
+    Raises:
+        DataError: If there is no such path, or not exactly one file for a split; it lists what there is.
+    """
+    if not path.exists():
+        raise DataError(f"config.data.path = {str(path)!r} does not exist")
+    named = dict(named)
+    if path.is_file():
+        own = [split for split, words in SPLIT_WORDS.items() if _split_words(path.stem) & set(words)]
+        named[own[0] if len(own) == 1 else "train"] = path.name
+        path = path.parent
+    named.update(chosen or {})
+    held = sorted(p.name for p in path.iterdir() if p.suffix.lower() in READERS)
+    found = {}
+    for split in SPLITS:
+        name = named.get(split)
+        if name is not None:
+            matches = [n for n in held if name in (n, Path(n).stem)]
+            wanted = f"file {name!r}{did_you_mean(name, held)}"
+        else:
+            matches = [n for n in held if _split_words(Path(n).stem) & set(SPLIT_WORDS[split])]
+            wanted = f"file with {' or '.join(SPLIT_WORDS[split])} in its name"
+        if len(matches) != 1:
+            what = f"{len(matches)} files fit ({', '.join(matches)})" if matches else f"no {wanted}"
+            raise DataError(
+                f"{path}: {what} for the {split} split; name one with config.data.{split}_split. "
+                f"The directory holds {', '.join(held) or 'no ' + ', '.join(READERS)}"
+            )
+        found[split] = path / matches[0]
+    return found
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns a file's rows as dicts from column to cell.
+
+    Raises:
+        DataError: If the file is not what its suffix says, is not UTF-8, or a row has other columns than the header.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: cannot read {path.suffix!r}; expected one of {', '.join(READERS)}")
+    return reader(path)
+
+
+def _split_words(stem: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", stem.lower()))
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start}); "
+            f"convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
+        ) from error
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        hint = "; if every line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}: line {error.lineno}, column {error.colno}: broken JSON, {error.msg}{hint}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds one {type(rows).__name__}; expected an array of objects, one for each row")
+    return [_as_row(path, f"row {i}", row) for i, row in enumerate(rows)]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines(): a JSON string may hold other line breaks, such as U+2028, as they are.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_as_row(path, f"line {number}", json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {number}, column {error.colno}: broken JSON, {error.msg}") from error
+    return rows
+
+
+def _as_row(path: Path, where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {where} is a {type(value).__name__}; expected an object with a key for each column")
+    return value
+
+
+def _read_csv(path: Path) -> list[Row]:
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader, [])
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise DataError(f"{path}: the header names {twice} more than once")
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}: row {len(rows)} (to line {reader.line_num}) has {len(cells)} cells, the header "
+                    f"{len(header)}; text with commas or line breaks needs double quotes"
+                )
+            rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}: row {len(rows)} (near line {reader.line_num}): {error}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+READERS: Mapping[str, Callable[[Path], list[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,9 @@
+"""Scores of models and of corrections, and what they are compared with."""
+
+from sparsecbm_jax.config import moved_names
+from sparsecbm_jax.evaluation.scores import evaluate
+from sparsecbm_jax.evaluation.tables import render_table
+
+__all__ = ["evaluate", "render_table"]
+
+__getattr__ = moved_names.raise_for(__name__)

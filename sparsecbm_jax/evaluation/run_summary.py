@@ -1,0 +1,89 @@
+"""Scores of several runs beside each other: mean and standard deviation over seeds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsecbm_jax.evaluation import metrics
+from sparsecbm_jax.evaluation.tables import COLUMNS, percent, sections_of
+from sparsecbm_jax.runtime.run_directory import read_run, run_differences
+
+METRICS_FILE = "metrics.json"
+
+
+def summarise_runs(workdirs: Sequence[str | Path]) -> dict[str, Any]:
+    """Mean and sample standard deviation over runs that differ in nothing but their seed.
+
+    Args:
+        workdirs: directories of finished runs, each with its `metrics.json`.
+
+    Returns:
+        What `metrics.summarise` makes of the files, and `num_runs`.
+
+    Raises:
+        FileNotFoundError: a directory has no `metrics.json`.
+        ValueError: a file is not JSON, the files do not have the same keys, or the runs' configurations differ in more
+            than the seed.
+    """
+    reports = [read_metrics(workdir) for workdir in workdirs]
+    configs = [read_run(workdir) for workdir in workdirs]
+    for workdir, config in zip(workdirs, configs, strict=True):
+        if config is None or configs[0] is None:
+            continue
+        if differences := run_differences(configs[0], config, ignore=("seed",)):
+            raise ValueError(
+                f"{workdir} is not {workdirs[0]} with another seed; expected runs that differ in `seed` alone, but:\n  "
+                + "\n  ".join(differences)
+            )
+    return {"num_runs": len(reports), **metrics.summarise(reports)}
+
+
+def read_metrics(workdir: str | Path) -> dict[str, Any]:
+    """What a finished run found, from its `metrics.json`.
+
+    Raises:
+        FileNotFoundError: the directory has none.
+        ValueError: the file is not a JSON object.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; expected the directory of a finished run, which holds {METRICS_FILE}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def render_summary(summary: Mapping[str, Any]) -> str:
+    """A summary of runs as Markdown tables, in percent, mean ± sample standard deviation, one table for each scored
+    split.
+
+    Args:
+        summary: what `summarise_runs` returned.
+    """
+    splits = {name: value for name, value in summary.items() if isinstance(value, Mapping) and "task" in value}
+    if "task" in summary:
+        splits[""] = summary
+    if not splits:
+        raise ValueError(f"no scores of a split among {sorted(summary)}; expected a report with 'task' in it")
+
+    def cell(value: Mapping[str, Any]) -> str:
+        if value["mean"] is None:
+            return "-"
+        return percent(value["mean"]) + (f" ± {100 * value['sd']:.1f}" if value["sd"] is not None else "")
+
+    lines: list[str] = []
+    for name, report in splits.items():
+        title = f"{name} ({summary['num_runs']} runs)".strip()
+        lines += ["| " + " | ".join([title, *(column for _, column in COLUMNS)]) + " |"]
+        lines += ["| --- |" + " ---: |" * len(COLUMNS)]
+        for section, scores in sections_of(report):
+            lines += ["| " + " | ".join([section, *(cell(scores[key]) for key, _ in COLUMNS)]) + " |"]
+        lines += [""]
+    return "\n".join(lines[:-1])

@@ -1,0 +1,10 @@
+"""Why the model decided as it did: words, subnetworks, concepts, label."""
+
+from sparsecbm_jax.config import moved_names
+from sparsecbm_jax.explanation.as_text import render_text
+from sparsecbm_jax.explanation.attribution import Attribution
+from sparsecbm_jax.explanation.pathways import ConceptPathway, DecisionPathway, explain, explain_stream
+
+__all__ = ["Attribution", "ConceptPathway", "DecisionPathway", "explain", "explain_stream", "render_text"]
+
+__getattr__ = moved_names.raise_for(__name__)

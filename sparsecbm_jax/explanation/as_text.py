@@ -1,0 +1,100 @@
+"""Pathways and corrections for a terminal, and pathways as the rows of a table."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from sparsecbm_jax.data.words import Word, printable
+from sparsecbm_jax.explanation.pathways import ConceptPathway, DecisionPathway
+
+BAR_WIDTH = 12
+CSV_COLUMNS = (
+    "text_number",
+    "text",
+    "target",
+    "label",
+    "label_probability",
+    "explained_label",
+    "concept",
+    "predicted_class",
+    "probability",
+    "contribution",
+    "explained_class",
+    "method",
+)
+
+
+def top_words(pathway: DecisionPathway, lane: ConceptPathway, top: int) -> list[tuple[Word, float]]:
+    """The words that matter most to a concept and their scores, by absolute score; those not read are left out."""
+    scored = zip(pathway.words, lane.word_scores, strict=True)
+    return sorted(((word, score) for word, score in scored if word.is_read), key=lambda pair: -abs(pair[1]))[:top]
+
+
+def csv_header(top: int = 5) -> str:
+    """The first line of the table that `csv_rows` fills."""
+    return _csv([[*CSV_COLUMNS, *(f"{kind}_{i + 1}" for i in range(top) for kind in ("word", "score"))]])
+
+
+def csv_rows(pathway: DecisionPathway, number: int, top: int = 5) -> str:
+    """One line for each concept of a text; texts stand as they are, so a spreadsheet should not read them as formulas.
+
+    Args:
+        pathway: what `explain` returned.
+        number: which text it is, from 0.
+        top: words shown per concept, those of highest absolute score; cells are empty where a text has fewer.
+    """
+    rows: list[list[Any]] = []
+    for lane in pathway.concepts:
+        words = [cell for word, score in top_words(pathway, lane, top) for cell in (word.text, score)]
+        row = [number, pathway.text, pathway.target, pathway.label, pathway.label_probabilities[pathway.label]]
+        row += [pathway.explained_label, lane.name, lane.predicted_class, lane.probabilities[lane.predicted_class]]
+        row += [lane.contribution, lane.explained_class, pathway.method, *words]
+        rows.append(row + [""] * (len(CSV_COLUMNS) + 2 * top - len(row)))
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(rows)
+    return lines.getvalue()
+
+
+def method_words(pathway: DecisionPathway) -> str:
+    """How the words were scored, in words: 'integrated_gradients (signed, from zero in 32 steps)'."""
+    path = "" if pathway.baseline is None else f", from {pathway.baseline} in {pathway.num_steps} steps"
+    return f"{pathway.method} ({'signed' if pathway.is_signed else 'no sign'}{path})"
+
+
+def render_text(pathway: DecisionPathway, top: int = 5) -> str:
+    """The pathway for a terminal; control characters of the text are shown escaped.
+
+    Args:
+        pathway: what `explain` returned.
+        top: words shown per concept, those of highest absolute score.
+    """
+    label = pathway.explained_label
+    share = pathway.label_probabilities
+    lines = [
+        f'"{printable(pathway.text, 240)}"' + (" (longer than the model reads)" if pathway.is_truncated else ""),
+        f"label: {pathway.label} {share[pathway.label]:.1%}"
+        + (f"; explained: {label} {share[label]:.1%}" if label != pathway.label else ""),
+        f"explained: {printable(pathway.target, 120)}; words by {method_words(pathway)}",
+        f"  logit {pathway.label_logits[label]:+.3f} of {label!r} = bias {pathway.bias[label]:+.3f} + the concepts:",
+    ]
+    name_width = max(len(lane.name) for lane in pathway.concepts)
+    class_width = max(len(lane.predicted_class) for lane in pathway.concepts)
+    largest = max(abs(lane.contribution) for lane in pathway.concepts) or 1.0
+    for lane in pathway.concepts:
+        bar = "█" * round(abs(lane.contribution) / largest * BAR_WIDTH)
+        density = "dense" if lane.subnetwork is None else f"{lane.subnetwork.density:.1%} of weights"
+        lines.append(
+            f"  {lane.name:{name_width}}  {lane.predicted_class:{class_width}} "
+            f"{lane.probabilities[lane.predicted_class]:6.1%}  {lane.contribution:+.3f} {bar:{BAR_WIDTH}}  {density}"
+        )
+        number = "+.3g" if pathway.is_signed else ".3g"
+        ranked = top_words(pathway, lane, top)
+        words = "  ".join(f"{printable(word.text, 24)} {score:{number}}" for word, score in ranked)
+        about = "" if lane.explained_class == lane.predicted_class else f"for {lane.explained_class}: "
+        lines.append(f"  {'':{name_width}}  {about}{words}")
+    return "\n".join(lines)

@@ -1,0 +1,319 @@
+"""From a text to its decision pathway: words, through each concept's subnetwork, to concepts, to the label.
+
+A pathway is plain data (strings, floats, tuples): it becomes JSON as it stands and knows nothing of arrays.
+
+Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways', Figures 2, 4, 6 and 7.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsecbm_jax.config.names import name_index
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.schema import Schema
+from sparsecbm_jax.data.words import Reading, Word, read_words
+from sparsecbm_jax.explanation.attribution import Attribution, Baseline, Method, TokenScores, score_tokens
+from sparsecbm_jax.explanation.subnetworks import Subnetwork, summarise_subnetworks
+from sparsecbm_jax.model.predictions import check_texts, text_batches
+from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.runtime.json_schema import schema_of
+
+PREDICTED = "predicted"
+LABEL = "label"
+# Texts read at a time, in batches: enough that those of a batch are of like length.
+WINDOW_BATCHES = 16
+
+_pack = jax.jit(masks_lib.pack)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptPathway:
+    """One concept's lane of a pathway.
+
+    Attributes:
+        name: the concept.
+        predicted_class: class of highest probability.
+        explained_class: class that `word_scores` speak about.
+        probabilities: softmax of u over the classes.
+        activations: a = σ(u) of each class, which is what the label reads.
+        contribution: φ_k · a_k towards the explained label.
+        contributions: the same towards every label.
+        word_scores: how much each word of the pathway matters to u of the explained class through this concept's
+            subnetwork, by the pathway's method; 0 for unread words.
+        explained_logit: u of the explained class.
+        baseline_logit: the same at the baseline of integrated gradients, whose word scores add up to the difference;
+            null for other methods.
+        subnetwork: what its mask keeps; null for a dense model.
+    """
+
+    name: str
+    predicted_class: str
+    explained_class: str
+    probabilities: dict[str, float]
+    activations: dict[str, float]
+    contribution: float
+    contributions: dict[str, float]
+    word_scores: tuple[float, ...]
+    explained_logit: float
+    baseline_logit: float | None
+    subnetwork: Subnetwork | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecisionPathway:
+    """How one text became its label. For every label j, bias[j] + Σ_k contributions_k[j] = label_logits[j].
+
+    Attributes:
+        text: the text as given.
+        target: what was asked to be explained: 'predicted', or the label and classes that were named.
+        method: how words were scored.
+        is_signed: whether a word score below zero speaks against the class; without sign, it says how sensitive u is.
+        baseline: what stands for the words' embeddings where the path of integrated gradients begins; null for others.
+        num_steps: points of that path; null for other methods.
+        words: words with character offsets into `text`.
+        is_truncated: whether the text is longer than the model reads.
+        concepts: one lane per concept.
+        label: label of highest probability.
+        explained_label: label that `contribution` speaks about.
+        label_probabilities, label_logits, bias: by label.
+    """
+
+    text: str
+    target: str
+    method: Method
+    is_signed: bool
+    baseline: Baseline | None
+    num_steps: int | None
+    words: tuple[Word, ...]
+    is_truncated: bool
+    concepts: tuple[ConceptPathway, ...]
+    label: str
+    explained_label: str
+    label_probabilities: dict[str, float]
+    label_logits: dict[str, float]
+    bias: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The pathway as nested dicts and lists, ready for JSON."""
+        return json.loads(self.to_json())
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The pathway as one JSON object; on one line by default."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False, indent=indent)
+
+
+class Target(NamedTuple):
+    """What is to be explained: indices of the label and of each concept's class, −1 for the predicted one."""
+
+    name: str
+    label: int
+    classes: Int[np.ndarray, " K"]
+
+
+def explain(
+    model: SparseCBM,
+    texts: Sequence[str],
+    target: str | Mapping[str, str] = PREDICTED,
+    *,
+    method: Method = "gradient_norm",
+    baseline: Baseline = "zero",
+    num_steps: int = Attribution.num_steps,
+    batch_size: int = 16,
+) -> list[DecisionPathway]:
+    r"""Explains every text, in the order given.
+
+    The words' scores are their tokens' (see `attribution`), put together: for signed methods the sum over the word's
+    sub-words d, for the gradient norm that of the word's embeddings stacked,
+    $\sqrt{\sum_d \lVert \partial u_{k,c} / \partial e_d \rVert^2}$. Special tokens have no score.
+
+    Args:
+        model: a model with concepts, sparse or dense.
+        texts: the texts; none may be empty.
+        target: 'predicted' explains the predicted label and, per concept, the predicted class. A label's name explains
+            that label. A mapping {concept: class} explains those classes, and {'label': name} in it that label.
+        method: 'gradient_norm' (no sign, the paper's), 'gradient_x_input' or 'integrated_gradients' (signed).
+        baseline: for integrated gradients, what stands in place of the words' embeddings where their path begins:
+            'zero', or 'pad', the padding token's.
+        num_steps: points of that path; each costs a forward and a backward pass.
+        batch_size: texts in a pass; the result does not depend on it beyond rounding.
+
+    Returns:
+        One pathway per text.
+
+    Raises:
+        ValueError: if a text is empty or holds nothing that the tokeniser reads, `target` names no label, concept
+            or class, there is no such method or baseline, the model has no concepts, or its output is not finite.
+
+    Reference: Tan et al. 2024, token scores ‖G_k(t_d)‖; contributions from Eq. 3.
+    Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
+    """
+    check_texts(texts)
+    pathways = explain_stream(
+        model, texts, target, method=method, baseline=baseline, num_steps=num_steps, batch_size=batch_size
+    )
+    return list(pathways)
+
+
+def explain_stream(
+    model: SparseCBM,
+    texts: Iterable[str],
+    target: str | Mapping[str, str] = PREDICTED,
+    *,
+    method: Method = "gradient_norm",
+    baseline: Baseline = "zero",
+    num_steps: int = Attribution.num_steps,
+    batch_size: int = 16,
+) -> Iterator[DecisionPathway]:
+    """Explains any number of texts, in order, in the memory that a few batches take; arguments as for `explain`.
+
+    Texts are read some batches ahead, so that those of like length share a pass.
+
+    Raises:
+        ValueError: as `explain`: at once for what is asked, and when its turn comes for a text, whose position is
+            named; what stands before its window of texts has been yielded by then.
+    """
+    if "projector" not in model.heads:
+        raise ValueError(f"strategy {model.strategy!r} has no concepts to explain; train 'joint' or 'sparse' instead")
+    if isinstance(texts, str | bytes):
+        check_texts(texts)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    asked = _resolve_target(model.schema, target)
+    return _explain_windows(model, iter(texts), asked, Attribution(method, baseline, num_steps), batch_size)
+
+
+def _explain_windows(
+    model: SparseCBM, texts: Iterator[str], asked: Target, attribution: Attribution, batch_size: int
+) -> Iterator[DecisionPathway]:
+    window = list(itertools.islice(texts, WINDOW_BATCHES * batch_size))
+    if not window:
+        return
+    # A power of two for few texts, so that calls compile seldom.
+    batch_size = min(batch_size, 1 << (len(window) - 1).bit_length())
+    subnetworks = summarise_subnetworks(model.masks, model.schema.concepts)
+    masks = None if model.masks is None else _pack(model.masks)
+    start = 0
+    while window:
+        batches = text_batches(model, window, batch_size=batch_size, start=start)
+        readings = read_words(window, model.tokenizer, model.max_length)
+        pathways: dict[int, DecisionPathway] = {}
+        for batch in batches:
+            is_word = _word_tokens(batch, readings)
+            scores = score_tokens(
+                model.config, model.params, masks, model.heads, batch, asked.classes, is_word, attribution
+            )
+            scores = jax.device_get(scores)
+            for row in np.flatnonzero(batch.example_weight > 0):
+                n = int(batch.row_ids[row])
+                of_row = jax.tree.map(lambda leaf, row=row: leaf[row], scores)
+                pathways[n] = _pathway(model, window[n], readings[n], of_row, asked, attribution, subnetworks)
+        yield from (pathways[n] for n in range(len(window)))
+        start += len(window)
+        window = list(itertools.islice(texts, WINDOW_BATCHES * batch_size))
+
+
+def pathway_schema() -> dict[str, Any]:
+    """The JSON Schema of `DecisionPathway.to_dict()`."""
+    return schema_of(DecisionPathway)
+
+
+def _resolve_target(schema: Schema, target: str | Mapping[str, str]) -> Target:
+    classes = np.full(schema.num_concepts, -1, np.int32)
+    if target == PREDICTED:
+        return Target(PREDICTED, -1, classes)
+    if isinstance(target, str):
+        return Target(target, name_index("label", target, schema.labels), classes)
+    label = -1
+    for key, name in target.items():
+        if key == LABEL and LABEL not in schema.concepts:
+            label = name_index("label", name, schema.labels)
+        else:
+            concept = name_index("concept", key, schema.concepts)
+            classes[concept] = name_index("class", name, schema.classes)
+    return Target(", ".join(f"{key}={name}" for key, name in target.items()) or PREDICTED, label, classes)
+
+
+def _pathway(
+    model: SparseCBM,
+    text: str,
+    reading: Reading,
+    values: TokenScores,
+    target: Target,
+    attribution: Attribution,
+    subnetworks: Sequence[Subnetwork | None],
+) -> DecisionPathway:
+    schema, output = model.schema, values.output
+    finite = (output.concept_logits, output.label_logits, values.token_scores)
+    if not all(np.isfinite(leaf).all() for leaf in finite):
+        raise ValueError(
+            f"the model's output for {text[:40]!r} is not finite; its parameters may have diverged in training"
+        )
+
+    def by_name(names: Sequence[str], numbers: Array | np.ndarray) -> dict[str, float]:
+        return dict(zip(names, numbers.tolist(), strict=True))
+
+    concept_probabilities = _softmax(np.asarray(output.concept_logits))
+    label_probabilities = _softmax(np.asarray(output.label_logits))
+    explained = target.label if target.label >= 0 else int(label_probabilities.argmax())
+    is_integrated = attribution.is_integrated
+    concepts = tuple(
+        ConceptPathway(
+            name=name,
+            predicted_class=schema.classes[int(concept_probabilities[k].argmax())],
+            explained_class=schema.classes[int(values.classes[k])],
+            probabilities=by_name(schema.classes, concept_probabilities[k]),
+            activations=by_name(schema.classes, output.activations[k]),
+            contribution=float(values.contributions[k, explained]),
+            contributions=by_name(schema.labels, values.contributions[k]),
+            word_scores=_word_scores(np.asarray(values.token_scores[k]), reading, attribution.is_signed),
+            explained_logit=float(output.concept_logits[k, values.classes[k]]),
+            baseline_logit=float(values.baseline_logits[k]) if values.baseline_logits is not None else None,
+            subnetwork=subnetworks[k],
+        )
+        for k, name in enumerate(schema.concepts)
+    )
+    return DecisionPathway(
+        text=text,
+        target=target.name,
+        method=attribution.method,
+        is_signed=attribution.is_signed,
+        baseline=attribution.baseline if is_integrated else None,
+        num_steps=attribution.num_steps if is_integrated else None,
+        words=reading.words,
+        is_truncated=reading.is_truncated,
+        concepts=concepts,
+        label=schema.labels[int(label_probabilities.argmax())],
+        explained_label=schema.labels[explained],
+        label_probabilities=by_name(schema.labels, label_probabilities),
+        label_logits=by_name(schema.labels, output.label_logits),
+        bias=by_name(schema.labels, np.asarray(model.heads["predictor"]["bias"])),
+    )
+
+
+def _word_tokens(batch: Batch, readings: Sequence[Reading]) -> Bool[np.ndarray, "B T"]:
+    """Which tokens of a batch belong to a word."""
+    is_word = np.zeros(batch.input_ids.shape, bool)
+    for row in np.flatnonzero(batch.example_weight > 0):
+        for tokens in readings[batch.row_ids[row]].tokens:
+            is_word[row, list(tokens)] = True
+    return is_word
+
+
+def _word_scores(token_scores: Float[np.ndarray, " T"], reading: Reading, is_signed: bool) -> tuple[float, ...]:
+    exact = token_scores.astype(np.float64)
+    if is_signed:
+        return tuple(float(exact[list(tokens)].sum()) for tokens in reading.tokens)
+    return tuple(float(np.sqrt(np.square(exact[list(tokens)]).sum())) for tokens in reading.tokens)
+
+
+def _softmax(logits: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "... n"]:
+    exponential = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return exponential / exponential.sum(axis=-1, keepdims=True)

@@ -1,0 +1,342 @@
+"""A log of edits on disk: what was acknowledged is never lost, what a power cut tore is never taken for an entry.
+
+The file is lines of a CRC-32 in eight hexadecimal digits, a space, and JSON. It is only ever appended to, and an entry
+counts once it has reached the disk. The first line says which masks the log belongs to. A last line that is not whole
+was never acknowledged: it is put aside, beside the log, when the log is next opened for writing. A damaged line before
+the last is an error, and nothing is changed.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.masks import Masks
+from sparsecbm_jax.intervention.stored_edit import StoredEdit, apply_stored, overlapping, undo_stored
+from sparsecbm_jax.runtime.json_files import write_atomically
+
+FORMAT = "sparsecbm_jax edit log 1"
+
+logger = logging.getLogger(__name__)
+
+
+class EditLogError(ValueError):
+    """A log that is damaged, or belongs to other masks."""
+
+
+class Conflict(NamedTuple):
+    """An entry of another log that was left out of a merge.
+
+    Attributes:
+        id: the edit.
+        kind: 'edit', or 'undo' for the undoing of one that both logs had.
+        with_ids: the edits of this log, or those of the other that were left out before, that touch the same weights.
+        num_positions: how many weights.
+    """
+
+    id: str
+    kind: str
+    with_ids: tuple[str, ...]
+    num_positions: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id} meets {', '.join(self.with_ids)} at {self.num_positions} weights"
+
+
+class EditLog:
+    """The edits made to one model's masks, in order.
+
+    `append` and `undo` return once the entry is on disk. One process writes at a time; `close`, or leaving a `with`,
+    lets the next one.
+    """
+
+    def __init__(self, path: str | Path, masks: Masks, concepts: Sequence[str], *, is_read_only: bool = False) -> None:
+        """Opens a log, or makes it.
+
+        Args:
+            path: the file.
+            masks: the model's masks without any of the log's edits.
+            concepts: the model's concepts, in order.
+            is_read_only: neither makes nor mends nor locks the file.
+
+        Raises:
+            EditLogError: if the log is damaged before its last line, belongs to other masks, or another process has it.
+            FileNotFoundError: if it is to be read only and is not there.
+        """
+        self.path, self._concepts = Path(path), tuple(concepts)
+        self._entries: list[tuple[str, StoredEdit]] = []
+        self._active: dict[str, StoredEdit] = {}
+        self._lock: int | None = None
+        self._is_read_only = is_read_only
+        header = {"format": FORMAT, "masks": masks_lib.fingerprint(masks), "concepts": list(concepts)}
+        if not is_read_only:
+            self._lock = _locked(self.path)
+        try:
+            # A log that a power cut left without its first line holds nothing yet.
+            if not is_read_only and (not self.path.exists() or _is_torn_header(self.path, header)):
+                write_atomically(self.path, _line(header))
+                _sync(self.path)
+                _sync(self.path.parent)
+            self._read(header)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "EditLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process write."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    @property
+    def edits(self) -> tuple[StoredEdit, ...]:
+        """The edits in force, oldest first."""
+        return tuple(self._active.values())
+
+    @property
+    def undone(self) -> tuple[StoredEdit, ...]:
+        """The edits that were made and are not in force, in the order in which they were first made."""
+        made = {edit.id: edit for _, edit in self._entries}
+        return tuple(edit for name, edit in made.items() if name not in self._active)
+
+    def get(self, edit_id: str) -> StoredEdit:
+        """An edit in force.
+
+        Raises:
+            ValueError: if there is none of that id; those there are are listed.
+        """
+        if edit_id not in self._active:
+            known = ", ".join(self._active) or "none"
+            raise ValueError(f"{self.path}: no edit {edit_id!r} is in force; there are: {known}")
+        return self._active[edit_id]
+
+    def replay(self, masks: Masks) -> Masks:
+        """The masks with all edits in force made, in order: the same bits on any mesh.
+
+        Args:
+            masks: as given when the log was opened.
+        """
+        for edit in self.edits:
+            masks = apply_stored(masks, edit, self._concepts)
+        return masks
+
+    def append(self, edit: StoredEdit) -> str:
+        """Writes an edit to disk and gives its id.
+
+        Raises:
+            ValueError: if it is in force already, or the model has no such concept.
+        """
+        if edit.concept not in self._concepts:
+            raise ValueError(f"{self.path}: there is no concept {edit.concept!r}; expected one of {self._concepts}")
+        if edit.id in self._active:
+            raise ValueError(f"{self.path}: edit {edit.id} is in force already")
+        self._write("edit", edit, edit.to_dict())
+        return edit.id
+
+    def undo(self, masks: Masks, edit_id: str) -> Masks:
+        """The masks without one edit, whichever its place, and an entry that says so.
+
+        Args:
+            masks: with all edits in force made.
+
+        Raises:
+            ValueError: if no such edit is in force, or later edits changed the same weights; they are named, and want
+                undoing first.
+        """
+        edit = self.get(edit_id)
+        later = self.edits[self.edits.index(edit) + 1 :]
+        if met := overlapping(edit, later):
+            raise ValueError(
+                f"{self.path}: edit {edit_id} cannot be undone by itself: {', '.join(met)} changed {sum(met.values())} "
+                "of its weights since; undo those first"
+            )
+        without = undo_stored(masks, edit, self._concepts)
+        self._write("undo", edit, {"id": edit_id})
+        return without
+
+    def undo_all(self, masks: Masks) -> Masks:
+        """The masks without any edit, the latest undone first; every one gets an entry."""
+        for edit in reversed(self.edits):
+            masks = self.undo(masks, edit.id)
+        return masks
+
+    def merge(self, other: "EditLog") -> list[Conflict]:
+        """Takes over what another log of the same masks did since the two parted: its edits, and what it undid.
+
+        What touches weights that this log's own edits touch, or those of an edit that was left out, is left out.
+
+        Returns:
+            What was left out, in order.
+        """
+        conflicts: list[Conflict] = []
+        theirs = {edit.id for edit in other.edits}
+        seen = {edit.id for kind, edit in other._entries if kind == "edit"}
+        had = {edit.id for kind, edit in self._entries if kind == "edit"}
+        own = [edit for edit in self.edits if edit.id not in seen]
+        blocked = list(own)
+
+        def meets(kind: str, edit: StoredEdit) -> bool:
+            if met := overlapping(edit, blocked):
+                conflicts.append(Conflict(edit.id, kind, tuple(met), sum(met.values())))
+                blocked.append(edit)
+            return bool(met)
+
+        for edit in reversed(self.edits):
+            if edit.id in seen - theirs and not meets("undo", edit):
+                self._write("undo", edit, {"id": edit.id})
+        for edit in other.edits:
+            # One that this log undid stays undone.
+            if edit.id not in had and not meets("edit", edit):
+                self.append(edit)
+        return conflicts
+
+    def _write(self, kind: str, edit: StoredEdit, body: Mapping[str, Any]) -> None:
+        if self._lock is None:
+            raise EditLogError(f"{self.path}: the log is {'read only' if self._is_read_only else 'closed'}")
+        data = _line({"kind": kind, kind: body})
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            size = os.fstat(file).st_size
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(file, view) :]
+                os.fsync(file)
+            except OSError:
+                # Not acknowledged, so not to be there for a reader who comes when the disk has room again.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, size)
+                raise
+        finally:
+            os.close(file)
+        self._note(kind, edit)
+
+    def _note(self, kind: str, edit: StoredEdit) -> None:
+        self._entries.append((kind, edit))
+        if kind == "edit":
+            self._active[edit.id] = edit
+        else:
+            del self._active[edit.id]
+
+    def _read(self, header: Mapping[str, Any]) -> None:
+        content = self.path.read_bytes()
+        good = 0
+        for number, (start, line) in enumerate(_lines(content), 1):
+            body = _parse(line)
+            if body is None:
+                if start + len(line) < len(content):
+                    raise EditLogError(
+                        f"{self.path}: line {number} (byte {start}) is damaged, with entries after it; expected its "
+                        "checksum to match. The file was left as it is; a copy or a backup may have that line whole"
+                    )
+                break
+            if number == 1:
+                self._check_header(body, header)
+            else:
+                self._take(body, f"{self.path}: line {number}")
+            good = start + len(line)
+        if not good:
+            raise EditLogError(f"{self.path}: the first line is not whole; expected a log of edits")
+        if good < len(content):
+            self._put_aside(content[good:], good)
+
+    def _check_header(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        for name, what in (("format", "format"), ("concepts", "concepts"), ("masks", "masks of fingerprint")):
+            if found.get(name) != header[name]:
+                raise EditLogError(f"{self.path}: the log is of {what} {found.get(name)!r}; expected {header[name]!r}")
+
+    def _take(self, body: Mapping[str, Any], source: str) -> None:
+        kind = body.get("kind")
+        if kind == "edit":
+            edit = StoredEdit.from_dict(body["edit"], source)
+            if edit.id in self._active:
+                raise EditLogError(f"{source}: edit {edit.id} is in force already")
+        elif kind == "undo":
+            if body["undo"]["id"] not in self._active:
+                raise EditLogError(f"{source}: undoes {body['undo']['id']!r}, which is not in force")
+            edit = self._active[body["undo"]["id"]]
+        else:
+            raise EditLogError(f"{source}: an entry of kind {kind!r}; expected 'edit' or 'undo'")
+        self._note(kind, edit)
+
+    def _put_aside(self, torn: bytes, good: int) -> None:
+        aside = self.path.with_name(self.path.name + ".torn")
+        if self._is_read_only:
+            logger.warning("%s: the last %d bytes are no whole entry and are passed over", self.path, len(torn))
+            return
+        with aside.open("ab") as file:
+            file.write(torn + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with self.path.open("r+b") as log:
+            log.truncate(good)
+            os.fsync(log.fileno())
+        logger.warning(
+            "%s: the last %d bytes were no whole entry, never acknowledged; they are in %s now",
+            self.path,
+            len(torn),
+            aside,
+        )
+
+
+def _line(body: Mapping[str, Any]) -> bytes:
+    text = json.dumps(body, separators=(",", ":")).encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    start = 0
+    while start < len(content):
+        end = content.find(b"\n", start) + 1 or len(content)
+        yield start, content[start:end]
+        start = end
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line, or None where the line is not whole."""
+    digits, _, text = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or digits != b"%08x" % zlib.crc32(text):
+        return None
+    return json.loads(text)
+
+
+def _is_torn_header(path: Path, header: Mapping[str, Any]) -> bool:
+    content, whole = path.read_bytes(), _line(header)
+    return len(content) < len(whole) and whole.startswith(content)
+
+
+def _locked(path: Path) -> int:
+    """A lock on a file beside the log, held until it is closed or the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where one writer is the user's care.
+        return os.open(os.devnull, os.O_RDONLY)
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise EditLogError(f"{path}: another process is writing to this log") from None
+    return lock
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

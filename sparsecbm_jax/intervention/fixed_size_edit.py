@@ -1,0 +1,211 @@
+"""A person's correction of one concept becomes a small, visible, reversible change of that concept's mask.
+
+θ, ψ and φ stay frozen. The gradient of the corrected concept's loss, taken at all positions of the subnetwork, pruned
+ones too, ranks the weights; equally many are dropped and grown, so the sparsity does not change by a single weight.
+
+Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.masks import AnyMasks, check_masks
+from sparsecbm_jax.core.selection import count_true
+from sparsecbm_jax.core.trees import Params, leaf_at
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.intervention.mask_edit import MaskEdit, check_index, edit_between, is_traced, total
+from sparsecbm_jax.intervention.ranking import EditCosts, SaliencyFn, cost_aware, find_saliency, project_out
+from sparsecbm_jax.model.config import CBMConfig
+from sparsecbm_jax.model.forward import forward, subnetwork_output
+from sparsecbm_jax.model.losses import subnetwork_loss
+
+# What a step drops, and what it grows, is counted in one unsigned integer.
+_MOST_CHANGED = 2**32 - 1
+
+
+def intervene(
+    config: CBMConfig,
+    params: Params,
+    masks: AnyMasks,
+    heads: Params,
+    batch: Batch,
+    concept: int | Int[Array, ""],
+    target: int | Int[Array, ""] | Int[Array, " B"],
+    drop_fraction: float | Float[Array, ""],
+    label: int | Int[Array, ""] | Int[Array, " B"] | None = None,
+    *,
+    saliency: str | SaliencyFn = "signed",
+    num_steps: int | Int[Array, ""] = 1,
+    scope: str = "global",
+    guard: EditCosts | None = None,
+) -> tuple[AnyMasks, MaskEdit]:
+    r"""Moves concept k's mask so that it reads the batch as class `target`.
+
+    $L_k = \gamma\,CE(u_k, target) + CE(y, label)$, averaged over the batch, is differentiated by the effective kernels
+    of subnetwork k alone, the other concepts' activations held constant; without a label the second term is left out.
+    Each step drops the n kept weights of lowest score and grows the n pruned ones of highest score. Pure, and compiled
+    once for all concepts, targets, fractions, labels and numbers of steps of a batch shape.
+
+    Args:
+        config: the model's static description.
+        params: the backbone θ.
+        masks: of all K concepts, booleans or packed: a byte a weight instead of K for K of 8 or less.
+        heads: projector ψ and predictor φ.
+        batch: the texts to be corrected together, usually one row. Their own labels are not read.
+        concept: index k of the corrected concept.
+        target: class the concept should have, for all rows or for each.
+        drop_fraction: r in [0, 1]; each step drops and grows n = r · (maskable weights of the backbone) weights,
+            rounded in float64 to the nearest integer, halves to even. A traced fraction is rounded in its own precision
+            and cut to what the mask can give, since nothing can be refused then.
+        label: task label to pull towards as well, for all rows or for each; None or −1 for none.
+        saliency: 'signed', 'magnitude', 'guarded', or a function of one's own (see `SaliencyFn`).
+        num_steps: how often to differentiate and edit, at least 1.
+        scope: what weights compete with: all of the backbone ('global'), or those of their kernel and layer
+            ('per_kernel'), each of which then drops and grows its own share r, rounded by itself.
+        guard: for saliency 'guarded', what a change costs everything else; see `Guard`.
+
+    Returns:
+        The new masks, packed if they were, which differ in concept k only and keep exactly as many weights, and the
+        edit: the difference between first and last mask over all steps.
+
+    Raises:
+        ValueError: if concept, target, label or drop_fraction lies out of range, the subnetwork has fewer kept or
+            pruned weights than the fraction asks for, the masks are missing, or saliency 'guarded' and a guard do not
+            go together.
+
+    Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
+    """
+    if (saliency == "guarded") != (guard is not None):
+        raise ValueError(f"saliency is {saliency!r}, but guard is {'' if guard is None else 'not '}None; expected both")
+    saliency_fn = None if guard is not None else find_saliency(saliency)
+    check_masks(masks)
+    if not is_traced(num_steps) and num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+    label = -1 if label is None else label
+    check_index("concept", concept, 0, config.num_concepts)
+    check_index("target", target, 0, config.num_classes)
+    check_index("label", label, -1, config.num_labels)
+    num_rows = batch.input_ids.shape[0]
+    return _intervene(
+        config,
+        params,
+        masks,
+        heads,
+        batch,
+        jnp.asarray(concept, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(target, jnp.int32), (num_rows,)),
+        _change_count(masks, concept, drop_fraction, scope),
+        jnp.broadcast_to(jnp.asarray(label, jnp.int32), (num_rows,)),
+        jnp.asarray(num_steps, jnp.int32),
+        guard,
+        saliency_fn=saliency_fn,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "saliency_fn"))
+def _intervene(
+    config: CBMConfig,
+    params: Params,
+    masks: AnyMasks,
+    heads: Params,
+    batch: Batch,
+    concept: Int[Array, ""],
+    target: Int[Array, " B"],
+    count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"]],
+    label: Int[Array, " B"],
+    num_steps: Int[Array, ""],
+    guard: EditCosts | None,
+    *,
+    saliency_fn: SaliencyFn | None,
+) -> tuple[AnyMasks, MaskEdit]:
+    before = forward(config, params, masks, heads, batch)
+    weights = {path: leaf_at(params, path) for path in masks}
+    wanted = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
+    corrected = batch._replace(concepts=wanted, label=label)  # type: ignore[arg-type]
+
+    def step(_: Int[Array, ""], mask: dict[str, Bool[Array, "..."]]) -> dict[str, Bool[Array, "..."]]:
+        grads = jax.grad(subnetwork_loss, argnums=4)(
+            config, params, heads, corrected, masks_lib.kernels_of(params, mask), concept, before.activations
+        )
+        if saliency_fn is None:
+            assert guard is not None
+            grads = project_out(grads, guard)
+            scores = {path: cost_aware(weights[path], grads[path], guard.costs[path]) for path in mask}
+        else:
+            scores = {path: saliency_fn(weights[path], grads[path]) for path in mask}
+        return masks_lib.drop_and_grow(mask, scores, scores, count).mask
+
+    old = masks_lib.concept(masks, concept)
+    new = jax.lax.fori_loop(0, num_steps, step, old)
+    after = subnetwork_output(
+        config, params, heads, batch, masks_lib.kernels_of(params, new), concept, before.activations
+    )
+    edit = edit_between(old, new, before, after, concept=concept, target=target, label=label, num_per_step=total(count))
+    return masks_lib.replace_concept(masks, concept, new), edit
+
+
+def _change_count(
+    masks: AnyMasks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""], scope: str
+) -> UInt[Array, ""] | dict[str, UInt[Array, "*layers"]]:
+    """How many weights a step drops and grows, of the whole backbone or of each kernel."""
+    if scope not in ("global", "per_kernel"):
+        raise ValueError(f"scope is {scope!r}; expected 'global' or 'per_kernel'")
+    mask = masks_lib.concept(masks, concept)
+    if is_traced(drop_fraction, concept, masks):
+        if scope == "global":
+            if masks_lib.num_weights(masks) > _MOST_CHANGED:
+                raise ValueError(
+                    f"a backbone of {masks_lib.num_weights(masks)} weights wants a drop_fraction that is no tracer"
+                )
+            return _traced_count(drop_fraction, total(mask), masks_lib.num_weights(masks))
+        return {path: _traced_count(drop_fraction, *_kept_of_each(path, kept)) for path, kept in mask.items()}
+    fraction = float(drop_fraction)
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"drop_fraction is {fraction}; expected a share of the backbone in [0, 1]")
+    if scope == "global":
+        kept = np.asarray(count_true(mask))
+        return _checked_count(fraction, kept, masks_lib.num_weights(masks), f"concept {int(concept)}")
+    return {
+        path: _checked_count(fraction, *_kept_of_each(path, kept), f"concept {int(concept)} in {path}")
+        for path, kept in mask.items()
+    }
+
+
+def _kept_of_each(path: str, kept: Bool[Array, "..."]) -> tuple[UInt[Array, "*layers"], int]:
+    """Kept weights of each kernel that a leaf holds, one for every layer that it stacks, and the size of one."""
+    first = 1 if path.startswith("layers/") else 0
+    counts = jnp.sum(kept, axis=range(first, kept.ndim), dtype=jnp.uint32)
+    return counts, kept.size // max(counts.size, 1)
+
+
+def _traced_count(
+    drop_fraction: float | Float[Array, ""], kept: UInt[Array, "*layers"], total: int
+) -> UInt[Array, "*layers"]:
+    asked = jnp.round(jnp.asarray(drop_fraction) * total).astype(jnp.uint32)
+    return jnp.minimum(asked, jnp.minimum(kept, jnp.uint32(total) - kept))
+
+
+def _checked_count(
+    fraction: float, kept: UInt[Array, "*layers"] | np.ndarray, total: int, where: str
+) -> UInt[Array, "*layers"]:
+    count, num_kept = round(fraction * total), np.asarray(kept, np.int64)
+    if count > _MOST_CHANGED:
+        raise ValueError(
+            f"drop_fraction {fraction:g} asks to drop {count} weights; expected at most {_MOST_CHANGED / total:g}"
+        )
+    for verb, kind, available in (
+        ("drop", "kept", int(num_kept.min())),
+        ("grow", "pruned", total - int(num_kept.max())),
+    ):
+        if count > available:
+            raise ValueError(
+                f"drop_fraction {fraction:g} asks to {verb} {count} weights, but the subnetwork of {where} has only "
+                f"{available} {kind} ones of {total}; expected at most {available / total:g}"
+            )
+    return jnp.full(kept.shape, count, jnp.uint32)

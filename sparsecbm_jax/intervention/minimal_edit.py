@@ -1,0 +1,182 @@
+"""The smallest edit that repairs a concept: the counterfactual explanation of a prediction in terms of its subnetwork.
+
+Weights are ranked once, by one gradient. How many of the ranking it takes is found by doubling and bisection, with the
+subnetwork run at each trial: the effect need not grow with every weight, so the number that comes out is one that was
+seen to repair, and the number below it one that was seen not to.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.masks import AnyMasks, check_masks
+from sparsecbm_jax.core.trees import Params, leaf_at
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.intervention.mask_edit import MaskEdit, check_index, edit_between
+from sparsecbm_jax.intervention.ranking import EditCosts, ranked_swaps, swapped, swapped_mask
+from sparsecbm_jax.model.config import CBMConfig, CBMOutput
+from sparsecbm_jax.model.forward import forward, subnetwork_output
+from sparsecbm_jax.model.losses import least_margin
+
+
+class MinimalEdit(NamedTuple):
+    """What the search found.
+
+    Attributes:
+      edit: nothing is dropped or grown where nothing repairs, or nothing need be.
+      num_pairs: n, weights dropped and as many grown.
+      is_repaired: whether all rows have their target with the margin now.
+      margin: the least margin of a row after the edit, u_target − max of the others.
+      margin_below: the same with n − 1 pairs, seen not to be above the asked one; NaN where n is 0.
+      num_trials: how often the subnetwork was run for it.
+    """
+
+    edit: MaskEdit
+    num_pairs: Int[Array, ""]
+    is_repaired: Bool[Array, ""]
+    margin: Float[Array, ""]
+    margin_below: Float[Array, ""]
+    num_trials: Int[Array, ""]
+
+
+def minimal_edit(
+    config: CBMConfig,
+    params: Params,
+    masks: AnyMasks,
+    heads: Params,
+    batch: Batch,
+    concept: int | Int[Array, ""],
+    target: int | Int[Array, ""] | Int[Array, " B"],
+    *,
+    margin: float | Float[Array, ""] = 0.0,
+    guard: EditCosts | None = None,
+    max_pairs: int = 4096,
+) -> tuple[AnyMasks, MinimalEdit]:
+    """Drops the n most harmful kept weights of concept k and grows the n most helpful pruned ones, n as small as does.
+
+    Pure, and compiled once for all concepts, targets and margins of a batch shape. First-order gains, by which weights
+    are ranked, are of the least margin; see `intervention.signed`.
+
+    Args:
+      config, params, masks, heads, batch, concept, target: as for `intervention.intervene`; padding rows do not count.
+      margin: u_target is to be above the other classes' logits by more than this.
+      guard: what a change costs everything else; see `Guard`. None counts every weight alike.
+      max_pairs: the most pairs that are tried.
+
+    Returns:
+      The new masks and what was found; the same masks where `max_pairs` pairs do not repair.
+
+    Raises:
+      ValueError: as `intervene`; or `max_pairs` is not positive.
+    """
+    check_masks(masks)
+    check_index("concept", concept, 0, config.num_concepts)
+    check_index("target", target, 0, config.num_classes)
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs is {max_pairs}; expected at least 1")
+    return _minimal_edit(
+        config,
+        params,
+        masks,
+        heads,
+        batch,
+        jnp.asarray(concept, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(target, jnp.int32), (batch.input_ids.shape[0],)),
+        jnp.asarray(margin, jnp.float32),
+        guard,
+        max_pairs=min(max_pairs, masks_lib.num_weights(masks)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_pairs"))
+def _minimal_edit(
+    config: CBMConfig,
+    params: Params,
+    masks: AnyMasks,
+    heads: Params,
+    batch: Batch,
+    concept: Int[Array, ""],
+    target: Int[Array, " B"],
+    wanted: Float[Array, ""],
+    guard: EditCosts | None,
+    *,
+    max_pairs: int,
+) -> tuple[AnyMasks, MinimalEdit]:
+    before = forward(config, params, masks, heads, batch)
+    mask = masks_lib.concept(masks, concept)
+    weights = {path: leaf_at(params, path) for path in mask}
+    kernels = masks_lib.kernels_of(params, mask)
+
+    def read(kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], CBMOutput]:
+        output = subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
+        return least_margin(output.concept_logits[:, 0], target, batch.example_weight), output
+
+    start, grads = jax.value_and_grad(read, has_aux=True)(kernels)
+    # Negated: the margin is to rise.
+    dropped, grown = ranked_swaps(weights, mask, {path: -grad for path, grad in grads.items()}, guard, max_pairs)
+    most = jnp.minimum(dropped.num, grown.num)
+
+    search = _smallest(lambda n: read(swapped(kernels, weights, dropped, grown, n)), start, wanted, most)
+    count = jnp.where(search.is_found, search.high, 0)
+    margin, after = jax.tree.map(
+        lambda at_high, at_start: jnp.where(count > 0, at_high, at_start), search.at_high, start
+    )
+    new_mask = swapped_mask(mask, dropped, grown, count)
+    no_label = jnp.full_like(target, -1)
+    edit = edit_between(
+        mask, new_mask, before, after, concept=concept, target=target, label=no_label, num_per_step=count
+    )
+    margin_below = jnp.where(count > 0, search.margin_at_low, jnp.nan)
+    found = MinimalEdit(edit, count, search.is_found, margin, margin_below, search.num_trials)
+    return masks_lib.replace_concept(masks, concept, new_mask), found
+
+
+_Seen = tuple[Float[Array, ""], CBMOutput]
+
+
+class _Search(NamedTuple):
+    """Where the search stands: n − 1, which was seen not to repair, and n, which was seen to where one is found."""
+
+    low: Int[Array, ""]
+    high: Int[Array, ""]
+    is_found: Bool[Array, ""]
+    margin_at_low: Float[Array, ""]
+    at_high: _Seen
+    num_trials: Int[Array, ""]
+
+
+def _smallest(
+    read: Callable[[Int[Array, ""]], _Seen], start: _Seen, wanted: Float[Array, ""], most: Int[Array, ""]
+) -> _Search:
+    """Doubles n until the margin is above the wanted one, then halves the gap; n is 0 where it is from the start.
+
+    One loop does both, so that the subnetwork is compiled once for all trials.
+    """
+
+    def step(state: _Search) -> _Search:
+        doubled = jnp.minimum(jnp.maximum(2 * state.high, 1), most)
+        n = jnp.where(state.is_found, (state.low + state.high) // 2, doubled)
+        seen = read(n)
+        repairs = seen[0] > wanted
+        # While nothing is found, what was tried last is the most that does not repair.
+        is_high = repairs | ~state.is_found
+        margin_at_low = jnp.where(is_high, jnp.where(state.is_found, state.margin_at_low, state.at_high[0]), seen[0])
+        return _Search(
+            jnp.where(is_high, jnp.where(state.is_found, state.low, state.high), n),
+            jnp.where(is_high, n, state.high),
+            state.is_found | repairs,
+            margin_at_low,
+            jax.tree.map(lambda new, old: jnp.where(is_high, new, old), seen, state.at_high),
+            state.num_trials + 1,
+        )
+
+    def goes_on(state: _Search) -> Bool[Array, ""]:
+        return jnp.where(state.is_found, state.high - state.low > 1, state.high < most)
+
+    zero = jnp.int32(0)
+    return jax.lax.while_loop(goes_on, step, _Search(zero, zero, start[0] > wanted, start[0], start, zero))

@@ -1,0 +1,67 @@
+"""The model's static description, and the types of its output and heads."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from sparsecbm_jax.backbones import BackboneConfig
+
+Heads = Mapping[str, Mapping[str, Any]]
+Kernels = Mapping[str, Float[Array, "K ..."]]
+
+
+REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+@dataclass(frozen=True)
+class CBMConfig:
+    """What is static about a concept-bottleneck model.
+
+    Attributes:
+      backbone: the encoder or decoder.
+      num_concepts: K.
+      num_classes: C, classes of every concept.
+      num_labels: Y, classes of the task.
+      dtype: matmuls' type, 'float32' or 'bfloat16'; parameters, norms, softmax, pooling and heads stay float32.
+      remat: what of a layer is computed again in the backward pass instead of being kept: nothing ('none'), all but
+        what its kernels give ('selective'), or everything ('full').
+      unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
+        runs about a quarter faster.
+      gamma: γ, the weight of the concept loss in Eq. 1.
+    """
+
+    backbone: BackboneConfig
+    num_concepts: int
+    num_classes: int
+    num_labels: int
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll_layers: bool = False
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; expected one of {', '.join(map(repr, REMAT_POLICIES))}")
+
+
+class CBMOutput(NamedTuple):
+    """What one pass returns; with the 'standard' strategy (no bottleneck) the concept fields have K = 0.
+
+    Attributes:
+      concept_logits: u_k.
+      activations: a_k = σ(u_k).
+      label_logits: y.
+      pooled: z_k; one entry for a dense model, whose concepts share a pass.
+    """
+
+    concept_logits: Float[Array, "B K C"]
+    activations: Float[Array, "B K C"]
+    label_logits: Float[Array, "B Y"]
+    pooled: Float[Array, "B P D"]

@@ -1,0 +1,150 @@
+"""The model: K masked passes of one backbone, the concept bottleneck, the label, and the losses.
+
+text → z_k = pool(f_{θ_{M_k}}(x)) → u_k = z_k ψ_k + β_k → a_k = σ(u_k) → y = φ_0 + Σ_k a_k φ_k.
+
+A backbone is three mask-ignorant functions, embed → layer → finish, and this room alone composes them: layers are
+scanned outside, concepts run inside each layer, so a layer's weights and the bits of its K masks are gathered once
+and every concept uses that copy. Dense models, one concept, K concepts, Fisher gradients, token gradients and
+interventions are this same composition with other masks and another argument differentiated.
+
+Reference: Tan et al. 2024, Eq. 1 to 3.
+Deviation: cross-entropy of the concepts takes u, not σ(u): a softmax over σ(u) cannot fall below about 0.55 for three
+classes. z is the mean over real tokens, not over padding.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core import sharding
+from sparsecbm_jax.core.masks import AnyMasks, Masks
+from sparsecbm_jax.core.sharding import SINGLE
+from sparsecbm_jax.core.trees import Params, leaf_at
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
+from sparsecbm_jax.model.encode import encode
+from sparsecbm_jax.model.heads import predict_label, project
+
+
+def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None = None) -> dict[str, Array]:
+    """θ_k on the maskable kernels for every concept, {path: [K, ...]}.
+
+    Differentiating with respect to these, not to θ, keeps gradients at pruned positions alive; and since concept k
+    enters the loss only through its own copy, the gradient of the joint loss is that of L_k through subnetwork k.
+    """
+    if any(map(masks_lib.is_packed, masks.values())):
+        if num_concepts is None:
+            raise ValueError("packed masks do not know how many concepts they hold; pass num_concepts")
+        masks = masks_lib.unpack(dict(masks), num_concepts)
+    return {path: jnp.where(mask, leaf_at(params, path), 0) for path, mask in masks.items()}
+
+
+def forward(
+    config: CBMConfig, params: Params, masks: AnyMasks | None, heads: Heads, batch: Batch, **encode_args: Any
+) -> CBMOutput:
+    """The whole model, text to label; see `encode` for the keyword arguments.
+
+    Args:
+      masks: None runs the dense model, one pass for all concepts.
+    """
+    axes = encode_args.get("axes", SINGLE)
+    z = encode(config, params, batch, masks=masks, **encode_args)
+    if "classifier" in heads:
+        logits = z[:, 0] @ heads["classifier"]["kernel"] + heads["classifier"]["bias"]
+        empty = jnp.zeros((z.shape[0], 0, config.num_classes), z.dtype)
+        return CBMOutput(empty, empty, logits, z)
+    u = project(heads, z)
+    activations = jax.nn.sigmoid(u)
+    return CBMOutput(u, activations, predict_label(heads, activations, axes), z)
+
+
+def subnetwork_output(
+    config: CBMConfig,
+    params: Params,
+    heads: Heads,
+    batch: Batch,
+    kernels: Mapping[str, Float[Array, "..."]],
+    concept: int | Int[Array, ""],
+    activations: Float[Array, "B K C"],
+) -> CBMOutput:
+    """One pass of subnetwork k, the other concepts' activations held as they are.
+
+    Args:
+      kernels: {path: array} effective kernels of subnetwork k, without a concept axis; differentiate wrt these.
+      concept: k; may be traced.
+      activations: a of all concepts at the current masks; entry k is computed anew.
+
+    Returns:
+      u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
+    """
+    z = encode(config, params, batch, kernels={path: kernel[None] for path, kernel in kernels.items()})
+    projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
+    u = project({"projector": projector}, z)
+    others = jax.lax.stop_gradient(activations)
+    mixed = jax.lax.dynamic_update_index_in_dim(others, jax.nn.sigmoid(u[:, 0]), concept, 1)
+    return CBMOutput(u, mixed, predict_label(heads, mixed), z)
+
+
+def batch_specs(has_concepts: bool) -> Batch:
+    rows = sharding.BATCH_SPEC
+    cells = P(sharding.ROW_AXES, "concept") if has_concepts else rows
+    return Batch(input_ids=rows, attention_mask=rows, concepts=cells, label=rows, example_weight=rows, row_ids=rows)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=32)
+def make_forward(config: CBMConfig, mesh: Mesh | None = None) -> Callable[..., CBMOutput]:
+    """A jitted function (params, masks or packed or None, heads, batch) → CBMOutput in inference mode, on a mesh."""
+    axes = sharding.axes_of(mesh)
+
+    def local(params: Params, packed: Any, heads: Heads, batch: Batch) -> CBMOutput:
+        return forward(config, params, packed, heads, batch, axes=axes)
+
+    if not axes.is_manual:
+        return jax.jit(local)
+
+    def sharded(params: Params, masks: Any, heads: Heads, batch: Batch) -> CBMOutput:
+        packed = masks
+        if masks is not None and any(mask.dtype == jnp.bool_ for mask in masks.values()):
+            packed = masks_lib.pack(masks)
+        rows, by_concept = sharding.BATCH_SPEC, P(sharding.ROW_AXES, "concept")
+        is_standard = "classifier" in heads
+        concepts = rows if is_standard else by_concept
+        specs = (
+            sharding.param_specs(params),
+            None if packed is None else sharding.packed_specs(packed),
+            sharding.param_specs(heads),
+            batch_specs(not is_standard),
+        )
+        out = CBMOutput(concepts, concepts, rows, rows if packed is None else by_concept)  # type: ignore[arg-type]
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(params, packed, heads, batch)
+
+    return jax.jit(sharded)
+
+
+def concept_output(
+    config: CBMConfig,
+    params: Params,
+    heads: Heads,
+    batch: Batch,
+    kernels: Mapping[str, Float[Array, "..."]],
+    concept: Int[Array, ""],
+) -> CBMOutput:
+    """What a subnetwork reads of its own concept; the label would hang on the other concepts, which are left out."""
+    others = jnp.zeros((batch.input_ids.shape[0], config.num_concepts, config.num_classes))
+    return subnetwork_output(config, params, heads, batch, kernels, concept, others)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def concept_logits(
+    config: CBMConfig, params: Params, masks: Masks, heads: Heads, batch: Batch, concept: int | Int[Array, ""]
+) -> Float[Array, "B C"]:
+    """u_k of a batch, from one pass through subnetwork k."""
+    kernels = masks_lib.kernels_of(params, masks_lib.concept(masks, concept))
+    return concept_output(config, params, heads, batch, kernels, jnp.asarray(concept)).concept_logits[:, 0]

@@ -1,0 +1,47 @@
+"""Concept projector ψ and label predictor φ (Eq. 1 and 3)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsecbm_jax.core.sharding import SINGLE, Axes
+from sparsecbm_jax.model.config import CBMConfig, Heads
+
+
+def init_heads(rng: Array, config: CBMConfig, strategy: str = "sparse") -> dict[str, dict[str, Array]]:
+    """Random heads: the projector ψ and predictor φ, or the plain classifier of the 'standard' strategy.
+
+    Kernels are normal with standard deviation 1/√fan_in, biases zero.
+    """
+    width, k, c, y = config.backbone.output_size, config.num_concepts, config.num_classes, config.num_labels
+    projector_rng, predictor_rng = jax.random.split(rng)
+    if strategy == "standard":
+        return {
+            "classifier": {
+                "kernel": jax.random.normal(projector_rng, (width, y)) / jnp.sqrt(width),
+                "bias": jnp.zeros((y,)),
+            }
+        }
+    return {
+        "projector": {
+            "kernel": jax.random.normal(projector_rng, (k, width, c)) / jnp.sqrt(width),
+            "bias": jnp.zeros((k, c)),
+        },
+        "predictor": {"kernel": jax.random.normal(predictor_rng, (k, c, y)) / jnp.sqrt(k * c), "bias": jnp.zeros((y,))},
+    }
+
+
+def project(heads: Heads, z: Float[Array, "B P D"]) -> Float[Array, "B K C"]:
+    """u_k = z_k ψ_k + β_k; a dense model's single z serves every concept."""
+    kernel, bias = heads["projector"]["kernel"], heads["projector"]["bias"]
+    if z.shape[1] == 1:
+        return jnp.einsum("bd,kdc->bkc", z[:, 0], kernel) + bias
+    return jnp.einsum("bkd,kdc->bkc", z, kernel) + bias
+
+
+def predict_label(heads: Heads, activations: Float[Array, "B K C"], axes: Axes = SINGLE) -> Float[Array, "B Y"]:
+    """y = φ_0 + Σ_k a_k φ_k (Eq. 3), summed over the `concept` axis where there is one."""
+    total = jnp.einsum("bkc,kcy->by", activations, heads["predictor"]["kernel"])
+    if axes.is_manual:
+        total = jax.lax.psum(total, "concept")
+    return total + heads["predictor"]["bias"]

@@ -1,0 +1,69 @@
+"""A model with all that is needed to use it, and the arrays that an edit may change."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparsecbm_jax.backbones import maskable_paths
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.masks import Masks
+from sparsecbm_jax.core.trees import Params
+from sparsecbm_jax.data.batches import BUCKETS
+from sparsecbm_jax.data.schema import Schema
+from sparsecbm_jax.model.config import CBMConfig, Heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ModelArrays(NamedTuple):
+    """What a correction may change."""
+
+    params: Params
+    masks: Masks
+    heads: Heads
+
+
+MAX_LENGTH = 512
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseCBM:
+    """A model with all that is needed to use it. Functions take one and return a new one; nothing changes it.
+
+    Args:
+        config: static shape.
+        params: the backbone's parameters.
+        masks: the K masks, or None for a dense model.
+        heads: projector and predictor, or the classifier of the strategy 'standard'.
+        schema: names of concepts, classes and labels.
+        tokenizer: a fast tokeniser with a pad token.
+        strategy: how it was trained: 'standard', 'independent', 'sequential', 'joint' or 'sparse'.
+        metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text), 'buckets' (widths
+            that texts are padded to; for each, programs are compiled) and 'metrics' (kept in `metrics.json`). Shown on
+            the card: 'seed', 'dataset', 'backbone' (names).
+    """
+
+    config: CBMConfig
+    params: Params
+    masks: Masks | None
+    heads: Heads
+    schema: Schema
+    tokenizer: "PreTrainedTokenizerBase"
+    strategy: str = "sparse"
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text, special tokens included; what is beyond is cut."""
+        return min(int(self.metadata.get("max_length") or MAX_LENGTH), self.config.backbone.max_length)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Widths that texts are padded to, rising; see `data.batches.bucket_length`."""
+        return tuple(self.metadata.get("buckets") or BUCKETS)
+
+
+def whole_masks(model: SparseCBM) -> Masks:
+    """Masks that prune nothing."""
+    return masks_lib.create(model.params, maskable_paths(model.config.backbone), model.config.num_concepts)

@@ -1,0 +1,366 @@
+"""A run's programs as shapes on a mesh: what each is given, what is held beside it, and what it has to compute.
+
+They are the very functions that training, pruning and intervening run; nothing is allocated.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparsecbm_jax import backbones
+from sparsecbm_jax.backbones.checkpoint_readers import read_json
+from sparsecbm_jax.config.run_config import MeshConfig, OptimConfig, RunConfig
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core import sharding
+from sparsecbm_jax.core.trees import leaf_at, path_string
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.presets import configured_schema
+from sparsecbm_jax.intervention import fixed_size_edit
+from sparsecbm_jax.intervention.ranking import signed
+from sparsecbm_jax.model.config import CBMConfig
+from sparsecbm_jax.model.forward import make_forward
+from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.strategies import LOSSES
+from sparsecbm_jax.pruning import fisher, patterns
+from sparsecbm_jax.pruning.gradients import subnetwork_gradient
+from sparsecbm_jax.pruning.masks_from_scores import prune_lowest
+from sparsecbm_jax.pruning.woodfisher import form
+from sparsecbm_jax.pruning.woodfisher_scores import score_grams, score_rows
+from sparsecbm_jax.training import train_step
+from sparsecbm_jax.training.throughput import forward_flops, step_flops
+
+PROGRAMS = ("train_step", "eval_step", "prune_pass", "select", "intervene")
+# Leaves with more elements than this are not to lie whole on every device.
+LARGE = 2**20
+# Steps of the run that the learning rates are planned for: no number in a program hangs on it.
+_NUM_STEPS = 1000
+
+
+class Part(NamedTuple):
+    """One compiled program, of which a step of the run may take several.
+
+    Attributes:
+      name: what it does.
+      lower: traces it.
+      times: how often it runs.
+      beside: bytes that a device holds meanwhile and that are no argument of it.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    times: float = 1.0
+    beside: float = 0.0
+
+
+def model_config(run: RunConfig) -> CBMConfig:
+    """The model that a run trains, without its data or weights.
+
+    Raises:
+      ValueError: if the backbone's shape is neither known nor in a local directory, or the data's classes and labels
+        are to be inferred from data.
+    """
+    name = run.backbone.name
+    if Path(name).expanduser().is_dir():
+        backbone = backbones.config_from_hf(read_json(Path(name).expanduser() / "config.json"))
+    else:
+        backbone = backbones.published_config(name)
+    if run.backbone.dropout is not None:
+        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
+    schema = configured_schema(run.data)
+    if not (schema.classes and schema.labels):
+        raise ValueError(
+            "a plan reads no data: with config.data.preset='columns', name config.data.classes and config.data.labels"
+        )
+    return CBMConfig(
+        backbone,
+        num_concepts=schema.num_concepts,
+        num_classes=schema.num_classes,
+        num_labels=schema.num_labels,
+        dtype=run.backbone.dtype,
+        remat=run.backbone.remat,
+        gamma=run.gamma,
+    )
+
+
+def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+    """A mesh without devices: enough to say what lies where."""
+    return AbstractMesh(tuple(getattr(mesh, name) for name in sharding.AXES), sharding.AXES)
+
+
+@functools.lru_cache(maxsize=4)
+def _unplaced(config: CBMConfig, strategy: str, optim: OptimConfig) -> tuple[Any, Any, Any, Any]:
+    """A key, parameters, heads and the optimiser's state, as shapes that lie nowhere yet."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(functools.partial(backbones.init_params, config=config.backbone), key)
+    heads = jax.eval_shape(functools.partial(init_heads, config=config, strategy=strategy), key)
+    tx = train_step.make_optimizer(optim, _NUM_STEPS)
+    return key, params, heads, jax.eval_shape(tx.init, {"backbone": params, "heads": heads})
+
+
+class Shapes:
+    """What a run's programs are given, as shapes placed on a mesh."""
+
+    def __init__(self, run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+        self.run, self.mesh, self.config = run, mesh, model_config(run)
+        self.is_sparse = run.strategy == "sparse"
+        backbone = self.config.backbone
+        self.length = min(run.data.max_length, backbone.max_length)
+        self.tx = train_step.make_optimizer(run.optim, _NUM_STEPS)
+        self.rng, params, heads, opt_state = _unplaced(self.config, run.strategy, run.optim)
+        for tree in (params, heads):
+            sharding.check_divisible(tree, mesh)  # type: ignore[arg-type]
+        self.params, self.heads, self.opt_state = (self._by_rules(tree) for tree in (params, heads, opt_state))
+        self.kernels = {path: leaf_at(self.params, path) for path in backbones.maskable_paths(backbone)}
+        self.packed = self.cast(masks_lib.packed_dtype(self.config.num_concepts)) if self.is_sparse else None
+        self.mask = self.cast(jnp.bool_)
+        self.masks = {
+            path: self._placed((self.config.num_concepts, *leaf.shape), leaf.dtype, P(None, *leaf.sharding.spec))
+            for path, leaf in self.mask.items()
+        }
+
+    def _placed(self, shape: Sequence[int], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def _by_rules(self, tree: Any) -> Any:
+        specs = sharding.param_specs(tree)
+        return jax.tree.map(lambda leaf, spec: self._placed(leaf.shape, leaf.dtype, spec), tree, specs)
+
+    def cast(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """The maskable kernels with elements of another type."""
+        return {path: leaf.update(dtype=dtype) for path, leaf in self.kernels.items()}
+
+    @property
+    def state(self) -> train_step.TrainState:
+        step: Any = self._placed((), jnp.int32, P())
+        packed: Any = self.packed
+        return train_step.TrainState(step, self.params, self.heads, self.opt_state, packed)
+
+    def batch(self, rows: int, spec: P) -> Batch:
+        """A batch of the longest texts."""
+        length, k = self.length, self.config.num_concepts
+        shapes = ((rows, length), (rows, length), (rows, k), (rows,), (rows,), (rows,))
+        types = (jnp.int32,) * 4 + (jnp.float32, jnp.int32)
+        return Batch(*(self._placed(shape, dtype, spec) for shape, dtype in zip(shapes, types, strict=True)))
+
+    def scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return self._placed((), dtype, P())
+
+    def replicated(self, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return self._placed(shape, dtype, P())
+
+    def without_inputs(self, path: str) -> jax.ShapeDtypeStruct:
+        """What a sum over the inputs of a kernel leaves, placed as it is."""
+        *layers, _, units = self.kernels[path].shape
+        *of_layers, _, of_units = sharding.spec_for(path, len(layers) + 2)
+        return self._placed((*layers, units), jnp.float32, P(*of_layers, of_units))
+
+    def units(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """An array whose second axis is spread over all devices, as `sharding.spread_units` leaves it."""
+        inputs, units, *rest = shape
+        if self.mesh.size == 1:
+            return self.replicated(shape)
+        return self._placed((inputs, units + -units % self.mesh.size, *rest), jnp.float32, sharding.UNITS_SPEC)
+
+
+def bytes_of(tree: Any) -> float:
+    """What a tree of placed shapes takes of each device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding is not None]
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def describe_shardings(shapes: Shapes) -> dict[str, str]:
+    """{path: 'shape (axes of each dimension) = shape on a device'} of parameters and heads; masks lie as kernels do."""
+
+    def described(leaf: jax.ShapeDtypeStruct) -> str:
+        spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
+        names = ["-" if name is None else "+".join((name,) if isinstance(name, str) else name) for name in spec]
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        return f"{'x'.join(map(str, leaf.shape))} ({', '.join(names)}) = {'x'.join(map(str, shard))}"
+
+    trees = {"params": shapes.params, "heads": shapes.heads}
+    return {
+        path_string(path): described(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees) if leaf.shape
+    }
+
+
+def left_whole(shapes: Shapes) -> list[str]:
+    """Large leaves of which every device that shares parameters has a whole copy; empty where none should be split."""
+    if shapes.mesh.shape["fsdp"] * shapes.mesh.shape["tensor"] == 1:
+        return []
+    leaves = jax.tree_util.tree_leaves_with_path(shapes.state)
+    return [
+        path_string(path)
+        for path, leaf in leaves
+        if leaf.sharding.shard_shape(leaf.shape) == leaf.shape and math.prod(leaf.shape) > LARGE
+    ]
+
+
+def parts_of(program: str, shapes: Shapes) -> list[Part]:
+    """What has to be compiled for one of `PROGRAMS`; nothing for those that a dense run does not have."""
+    if program == "train_step":
+        return [_train_step(shapes)]
+    if program == "eval_step":
+        return [_eval_step(shapes)]
+    if not shapes.is_sparse:
+        return []
+    return {"prune_pass": _prune_pass, "select": _select, "intervene": _intervene}[program](shapes)
+
+
+def _train_step(shapes: Shapes) -> Part:
+    run = shapes.run
+    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=LOSSES[run.strategy])
+    batch = shapes.batch(run.training.batch_size, sharding.BATCH_SPEC)
+    return Part("train_step", lambda: step.lower(shapes.state, batch, shapes.rng))  # type: ignore[attr-defined]
+
+
+def _eval_step(shapes: Shapes) -> Part:
+    forward = make_forward(shapes.config, shapes.mesh)
+    batch = shapes.batch(shapes.run.training.eval_batch_size, sharding.BATCH_SPEC)
+    lower = functools.partial(forward.lower, shapes.params, shapes.packed, shapes.heads, batch)  # type: ignore[attr-defined]
+    return Part("eval_step", lower, beside=bytes_of(shapes.opt_state))
+
+
+def held_in_training(shapes: Shapes) -> float:
+    """What training holds while it prunes: its state, the masks as they were and as they become, θ_k and its mask."""
+    return bytes_of(shapes.state) + 2 * bytes_of(shapes.masks) + bytes_of(shapes.kernels) + bytes_of(shapes.mask)
+
+
+def _select(shapes: Shapes) -> list[Part]:
+    unit = patterns.unit_of(shapes.run.pruner.pattern, shapes.run.pruner.block_size)
+    count = shapes.replicated((2,), jnp.uint32)
+    arguments = shapes.mask, shapes.kernels, count, shapes.mask, unit
+    # Scores lie as their kernels do.
+    held = held_in_training(shapes) - bytes_of(shapes.mask)
+    return [Part("select", functools.partial(prune_lowest.lower, *arguments), beside=held)]
+
+
+def _intervene(shapes: Shapes) -> list[Part]:
+    config, index = shapes.config, shapes.scalar(jnp.int32)
+    row = shapes.replicated((1,), jnp.int32)
+    lower = functools.partial(
+        fixed_size_edit._intervene.lower,
+        config,
+        shapes.params,
+        shapes.masks,
+        shapes.heads,
+        shapes.batch(1, P()),
+        index,
+        row,
+        shapes.scalar(jnp.uint32),
+        row,
+        index,
+        None,
+        saliency_fn=signed,
+    )
+    return [Part("intervene", lower)]
+
+
+def _prune_pass(shapes: Shapes) -> list[Part]:
+    """One pass over the gradients of one concept: the pieces of the fullest pass of `fisher.plan_passes`."""
+    run, config, mesh = shapes.run, shapes.config, shapes.mesh
+    pruner = run.pruner
+    if pruner.criterion != "woodfisher":
+        return []
+    on_mesh = mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    is_dual = form(pruner.num_grads, pruner.block_size) == "dual"
+    passes = fisher.plan_passes(shapes.kernels, pruner)
+    pieces = max(passes, key=lambda pieces: fisher._pass_bytes(pieces, shapes.kernels, pruner))
+    rows = 1 if pruner.per_example else pruner.grad_batch_size
+    batch, index, number = shapes.batch(rows, P()), shapes.scalar(jnp.int32), shapes.scalar(jnp.float32)
+    activations = shapes.replicated((rows, config.num_concepts, config.num_classes))
+
+    def cut_of(piece: fisher.Piece) -> jax.ShapeDtypeStruct:
+        return shapes.units(shapes.kernels[piece.path].shape[-2], piece.stop - piece.start)
+
+    def gram_of(cut: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        size = pruner.block_size
+        return shapes.units(-(-cut.shape[0] // size), cut.shape[1], size, size)
+
+    cuts = [cut_of(piece) for piece in pieces]
+    largest = max(cuts, key=bytes_of)
+    share = sum(bytes_of(cut) for cut in cuts) / bytes_of(largest)
+    num_buffered = pruner.num_grads if is_dual else min(fisher.BUFFER, pruner.num_grads)
+    buffered = num_buffered * bytes_of(cuts)
+    sums = 0.0 if is_dual else sum(bytes_of(gram_of(cut)) for cut in cuts)
+    held, own = held_in_training(shapes), bytes_of((shapes.params, shapes.heads))
+    squares = {path: shapes.without_inputs(path) for path in shapes.kernels}
+    gradient = functools.partial(
+        subnetwork_gradient.lower,
+        config,
+        shapes.params,
+        shapes.mask,
+        shapes.heads,
+        batch,
+        index,
+        activations,
+    )
+    forward = functools.partial(
+        make_forward(config).lower,  # type: ignore[attr-defined]
+        shapes.params,
+        shapes.packed,
+        shapes.heads,
+        batch,
+    )
+    parts = [
+        Part(
+            "activations",
+            forward,
+            pruner.num_grads / len(passes) / config.num_concepts,
+            held - own - bytes_of(shapes.packed),
+        ),
+        Part("gradient", gradient, pruner.num_grads, held - own - bytes_of(shapes.mask) + sums + buffered),
+        Part(
+            "cut",
+            lambda: fisher._cut.lower(shapes.kernels, squares, pieces, on_mesh),
+            pruner.num_grads,
+            held + sums + buffered - bytes_of(cuts),
+        ),
+    ]
+    if is_dual:
+        rows_of_piece = [largest] * pruner.num_grads
+        score = functools.partial(
+            score_rows.lower, largest, rows_of_piece, number, pruner.block_size, pruner.pattern, on_mesh
+        )
+        return [*parts, Part("score", score, share, held + buffered - num_buffered * bytes_of(largest))]
+    total = gram_of(largest)
+    add = functools.partial(fisher._add.lower, total, [largest] * num_buffered, on_mesh)
+    score = functools.partial(
+        score_grams.lower, largest, total, number, number, pruner.block_size, pruner.pattern, on_mesh
+    )
+    others = held + sums - bytes_of(total)
+    num_flushes = -(-pruner.num_grads // num_buffered)
+    return [
+        *parts,
+        Part("add", add, share * num_flushes, others + buffered - num_buffered * bytes_of(largest)),
+        Part("score", score, share, others),
+    ]
+
+
+def model_flops(program: str, shapes: Shapes) -> float:
+    """Products that a program has to compute, over all devices: nothing computed again, nothing twice."""
+    run, config, k = shapes.run, shapes.config, shapes.config.num_concepts
+    pruner, passes = run.pruner, k if shapes.is_sparse else 1
+    forward = functools.partial(forward_flops, config.backbone, shapes.length)
+    if program == "train_step":
+        return step_flops(config, shapes.length, run.training.batch_size, is_sparse=shapes.is_sparse)
+    if program == "eval_step":
+        return passes * forward(run.training.eval_batch_size)
+    if program == "intervene":
+        # All concepts before, the corrected one forward and back, and after.
+        return (k + 4) * forward(1)
+    if program == "select":
+        return 0.0
+    per_gradient = forward(1 if pruner.per_example else pruner.grad_batch_size)
+    num_passes = len(fisher.plan_passes(shapes.kernels, pruner))
+    num_weights = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / num_passes
+    # Gradients, the activations that they want once for all passes and concepts, and the products of a Fisher block.
+    outer = 2 * pruner.num_grads * min(pruner.block_size, pruner.num_grads) * num_weights
+    return pruner.num_grads * (3 + 1 / num_passes) * per_gradient + outer

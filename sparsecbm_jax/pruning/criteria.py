@@ -1,0 +1,149 @@
+"""Pruning criteria: one function from a concept's weights and gradients to scores, lowest pruned first.
+
+`blockwise.woodfisher_scores` is the paper's; the others are what it is compared with, and any function of that shape
+takes its place. The gradients are those of L_k at θ_k and may be gone through several times; nobody who does not need
+them computes any.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsecbm_jax.config.run_config import PrunerConfig
+from sparsecbm_jax.pruning import cholesky, patterns, woodfisher
+from sparsecbm_jax.pruning.gradients import Kernels
+from sparsecbm_jax.pruning.woodfisher_scores import ScoreReport, woodfisher_scores
+
+Criterion = Callable[[Kernels, Iterable[Kernels]], Kernels]
+
+
+def make_criterion(config: PrunerConfig, *, seed: int = 0, report: ScoreReport | None = None) -> Criterion:
+    """The criterion that `config.criterion` names, its scores made those of units of `config.pattern`.
+
+    Args:
+      seed: of the criterion 'random'.
+      report: filled with what the criterion did.
+    """
+    if config.criterion == "woodfisher":
+        return functools.partial(woodfisher_scores, config=config, report=report)
+    unit = patterns.unit_of(config.pattern, config.block_size)
+    single = functools.partial(random_scores, seed=seed) if config.criterion == "random" else SCORES[config.criterion]
+    return lambda kernels, gradients: patterns.spread(single(kernels, gradients), unit)
+
+
+def magnitude_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """|w|: no gradient is taken, since the stream is never read."""
+    return {path: jnp.abs(kernel) for path, kernel in kernels.items()}
+
+
+def random_scores(kernels: Kernels, gradients: Iterable[Kernels], *, seed: int = 0) -> Kernels:
+    """Uniform noise, its own for every concept and kernel."""
+    key = jax.random.fold_in(jax.random.key(seed), getattr(gradients, "concept", 0))
+    return {
+        path: jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), kernel.shape)
+        for path, kernel in kernels.items()
+    }
+
+
+def _mean(kernels: Kernels, gradients: Iterable[Kernels], power: int) -> dict[str, Array]:
+    """Mean of g or of g² over the stream."""
+    total, count = {path: jnp.zeros_like(kernel) for path, kernel in kernels.items()}, 0
+    for gradient in gradients:
+        total, count = _add_power(total, {path: gradient[path] for path in total}, power), count + 1
+    if not count:
+        raise ValueError("no gradients were given to score by")
+    return {path: leaf / count for path, leaf in total.items()}
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _add_power(total: dict[str, Array], gradient: dict[str, Array], power: int) -> dict[str, Array]:
+    return {path: leaf + gradient[path] ** power for path, leaf in total.items()}
+
+
+def snip_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """|w · mean g|: what the loss would change by, to first order. Reference: Lee et al. 2019 (SNIP)."""
+    mean = _mean(kernels, gradients, 1)
+    return {path: jnp.abs(kernel * mean[path]) for path, kernel in kernels.items()}
+
+
+def movement_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """−w · mean g: how far descent would move a weight away from zero. Reference: Sanh et al. 2020.
+
+    Deviation: their score is summed over training steps, this one over gradients at the weights as they are.
+    """
+    mean = _mean(kernels, gradients, 1)
+    return {path: -kernel * mean[path] for path, kernel in kernels.items()}
+
+
+def taylor_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """Mean of (w g)² over the gradients. Reference: Molchanov et al. 2019."""
+    mean = _mean(kernels, gradients, 2)
+    return {path: kernel**2 * mean[path] for path, kernel in kernels.items()}
+
+
+def diagonal_fisher_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """½ w² (mean g² + ζ), ζ a tenth of a kernel's mean: WoodFisher with blocks of one. Reference: Theis et al. 2018."""
+    mean = _mean(kernels, gradients, 2)
+    return {path: 0.5 * kernel**2 * (mean[path] + 0.1 * mean[path].mean()) for path, kernel in kernels.items()}
+
+
+def wanda_scores(kernels: Kernels, gradients: Any) -> Kernels:
+    """|w_ij| ‖x_i‖₂, with the inputs x of the subnetwork; no gradient is taken. Reference: Sun et al. 2023 (Wanda).
+
+    They compare within an output unit: config.sparsity.scope = 'per_row'.
+
+    Args:
+      gradients: a `fisher.SubnetworkGradients`, of which `input_norms` alone is asked.
+    """
+    norms = gradients.input_norms()
+    return {path: jnp.abs(kernel) * norms[path][..., None] for path, kernel in kernels.items()}
+
+
+def m_fac_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """ρ of single weights with all kernels as one block, by m × m algebra; ζ is a tenth of mean g².
+
+    Keeps the m gradients: 4·m bytes a weight. Reference: Frantar, Kurtic & Alistarh 2021 (M-FAC).
+    """
+    rows = list(gradients)
+    if not rows:
+        raise ValueError("no gradients were given to score by")
+    stacks = {path: [gradient[path] for gradient in rows] for path in kernels}
+    outer = functools.reduce(jnp.add, (_outer(leaves) for leaves in stacks.values()))
+    size = sum(kernel.size for kernel in kernels.values())
+    zeta = woodfisher.relative_damping(jnp.trace(outer), len(rows), 0.1, size)
+    solver = cholesky.inverse((outer + len(rows) * zeta * jnp.eye(len(rows)))[None])[0]
+    return {path: _one_block(kernel, stacks[path], solver, zeta) for path, kernel in kernels.items()}
+
+
+@jax.jit
+def _outer(gradients: list[Float[Array, "..."]]) -> Float[Array, "m m"]:
+    flat = jnp.stack(gradients).reshape(len(gradients), -1)
+    return jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _one_block(
+    kernel: Float[Array, "..."],
+    gradients: list[Float[Array, "..."]],
+    solver: Float[Array, "m m"],
+    zeta: Float[Array, ""],
+) -> Float[Array, "..."]:
+    stacked = jnp.stack(gradients)
+    solved = jnp.tensordot(solver, stacked, 1, precision=jax.lax.Precision.HIGHEST)
+    return kernel**2 * zeta / (2 * (1 - jnp.sum(stacked * solved, axis=0)))
+
+
+SCORES: dict[str, Criterion] = {
+    "magnitude": magnitude_scores,
+    "snip": snip_scores,
+    "movement": movement_scores,
+    "taylor": taylor_scores,
+    "diagonal_fisher": diagonal_fisher_scores,
+    "wanda": wanda_scores,
+    "m_fac": m_fac_scores,
+}

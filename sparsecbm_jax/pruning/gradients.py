@@ -1,0 +1,111 @@
+"""Gradients of a concept's loss by its subnetwork's kernels."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsecbm_jax.backbones import input_squares
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core import sharding
+from sparsecbm_jax.core.trees import Params, with_leaf
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.model.config import CBMConfig, Heads
+from sparsecbm_jax.model.losses import subnetwork_loss
+
+Kernels = Mapping[str, Float[Array, "..."]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def subnetwork_gradient(
+    config: CBMConfig,
+    params: Params,
+    mask: Mapping[str, Bool[Array, "..."]],
+    heads: Heads,
+    batch: Batch,
+    concept: Int[Array, ""],
+    activations: Float[Array, "B K C"],
+) -> dict[str, Float[Array, "..."]]:
+    """∇L_k at θ_k of every maskable kernel, averaged over a minibatch; zero at pruned positions.
+
+    Args:
+      mask: one concept's mask {path: booleans}; all True gives the gradient at θ.
+      concept: k, traced.
+      activations: σ(u) of all concepts for this batch.
+    """
+    kernels = masks_lib.kernels_of(params, mask)
+    grads = jax.grad(lambda effective: subnetwork_loss(config, params, heads, batch, effective, concept, activations))(
+        kernels
+    )
+    return {path: jnp.where(mask[path], grad, 0) for path, grad in grads.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _input_squares(
+    config: CBMConfig, params: Params, mask: Mapping[str, Bool[Array, "..."]], batch: Batch
+) -> dict[str, Float[Array, "*layers inputs"]]:
+    own = dict(params)
+    for path, kernel in masks_lib.kernels_of(params, mask).items():
+        own = with_leaf(own, path, kernel)
+    return input_squares(config.backbone, own, batch.input_ids, batch.attention_mask)
+
+
+class SubnetworkGradients:
+    """∇L_k of each minibatch, or of each of its rows: a stream that may be gone through more than once.
+
+    Every pass computes the gradients anew, so that what does not fit in memory at once can be done in several passes.
+    """
+
+    def __init__(
+        self,
+        config: CBMConfig,
+        params: Params,
+        mask: Mapping[str, Bool[Array, "..."]],
+        heads: Heads,
+        batches: Sequence[tuple[Batch, Float[Array, "B K C"]]],
+        concept: int,
+        *,
+        per_example: bool = False,
+        limit: int | None = None,
+        on_gradient: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Args are those of `subnetwork_gradient`, and:
+
+        batches: pairs of a batch and σ(u) of all concepts for it.
+        concept: k.
+        per_example: gradients of single rows, the empirical Fisher as Eq. 7 writes it; padding rows are left out.
+        limit: the most gradients of a pass.
+        on_gradient: called after each.
+        """
+        self.concept, self._batches, self._per_example, self._limit = concept, batches, per_example, limit
+        self._on_gradient = on_gradient
+        self._gradient = functools.partial(subnetwork_gradient, config, params, mask, heads)
+        self._input_squares = functools.partial(_input_squares, config, params, mask)
+
+    def __iter__(self) -> Iterator[Kernels]:
+        for gradient in itertools.islice(self._all(), self._limit):
+            yield sharding.in_turn(gradient)
+            self._on_gradient()
+
+    def input_norms(self) -> dict[str, Float[Array, "*layers inputs"]]:
+        """‖x_i‖₂ of every input of every kernel of the subnetwork, over the real tokens of all batches."""
+        total: dict[str, Array] = {}
+        for batch, _ in self._batches:
+            squares = sharding.in_turn(self._input_squares(batch))
+            total = {path: total[path] + leaf if total else leaf for path, leaf in squares.items()}
+            self._on_gradient()
+        return {path: jnp.sqrt(leaf) for path, leaf in total.items()}
+
+    def _all(self) -> Iterator[Kernels]:
+        k = jnp.asarray(self.concept)
+        for batch, activations in self._batches:
+            if not self._per_example:
+                yield self._gradient(batch, k, activations)
+                continue
+            for row in range(batch.input_ids.shape[0]):
+                if batch.example_weight[row] > 0:
+                    one = Batch(*(leaf[row : row + 1] for leaf in batch))
+                    yield self._gradient(one, k, activations[row : row + 1])

@@ -1,0 +1,1 @@
+"""Sections of the report of a run: what each shows, as text, tables and figures."""

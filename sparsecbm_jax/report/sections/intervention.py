@@ -1,0 +1,270 @@
+"""The intervention suite as sections: what corrections repair and what they cost, from what `evaluate.py` finds.
+
+Reference: Tan et al. 2024, Figure 3 (undone); the rest is ours.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsecbm_jax.report import plots
+from sparsecbm_jax.report.elements import Figure, Section, Table, percent, render_markdown
+from sparsecbm_jax.runtime.json_files import read_json
+
+SuiteReport = dict[str, Any]
+
+FILE = "intervention.json"
+_WRITTEN_BY = "what launch/evaluate.py --suite=intervention writes"
+_PARTS = ("undone", "minimal", "streams")
+TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
+DENSE = {
+    "joint": "dense joint model",
+    "standard": "dense model of the task alone",
+    "independent": "dense model of the concepts alone",
+    "sequential": "dense model of the concepts alone",
+}
+STYLES = {"magnitude": 1, "signed": 0, "random": 2}
+
+
+def read(folder: Path) -> SuiteReport:
+    """What `evaluate.py --suite=intervention` left in its workdir.
+
+    Raises:
+        FileNotFoundError: there is nothing of the kind.
+        ValueError: the file is not what that command writes; names the line, or what is missing.
+    """
+    path = folder / FILE
+    report = read_json(path, _WRITTEN_BY)
+    try:
+        if not sections(report):
+            raise KeyError(" or ".join(_PARTS))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; expected {_WRITTEN_BY}") from error
+    return report
+
+
+def sections(report: SuiteReport) -> list[Section]:
+    """A section for each part that the report has."""
+    parts: tuple[Callable[[SuiteReport], Section], ...] = (_undone, _minimal, _streams)
+    return [part(report) for name, part in zip(_PARTS, parts, strict=True) if name in report]
+
+
+def render(report: SuiteReport) -> str:
+    """The report as Markdown."""
+    return "\n\n".join([f"# Interventions, {report['split']} split", *map(render_markdown, sections(report))])
+
+
+def share(value: float) -> str:
+    """A share of the backbone in percent, as short as it is exact.
+
+    >>> [share(value) for value in (0.0, 0.0001, 0.03)]
+    ['0', '0.01 %', '3 %']
+    """
+    return f"{100 * value:g} %" if value else "0"
+
+
+def _changes(point: SuiteReport, name: str) -> list[float]:
+    """What each tried edit did to an accuracy on held-out rows."""
+    pairs = [(side[f"{name}_before"], side[f"{name}_after"]) for side in point["side"]]
+    return [after - before for before, after in pairs if before is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def _undone(report: SuiteReport) -> Section:
+    found = report["undone"]
+    rows = []
+    for point in found["points"]:
+        rows.append([TITLES[point["ranking"]], share(point["ratio"]), f"{point['changed']:.0f}"])
+        rows[-1] += [percent(point[name]) for name in ("repaired", "concept", "task")]
+        for name in ("concept", "task"):
+            rows[-1].append(percent(_mean(_changes(point, name)), is_signed=True))
+        rows[-1].append("–" if point["seconds"] is None else f"{point['seconds']:.2f}")
+    rows.append(["oracle activation", *"–––", "set", percent(found["oracle"]["task"]), *"–––"])
+    for dense in found["dense"]:
+        scores = [percent(dense[name]) for name in ("concept", "task")]
+        rows.append([DENSE[dense["strategy"]], *"–––", *scores, *"–––"])
+    heads = "ranking", "r", "changed", "repaired", "concepts", "task", "held-out concept", "held-out task", "seconds"
+    num_cells, sides = found["points"][0]["num_cells"], len(found["points"][0]["side"])
+    words = (
+        f"Gold labels pick the wrong cells ({num_cells} of them are corrected), and each edit is "
+        "undone, so that the accuracy on concepts cannot fall. The held-out columns can: points that the edited "
+        f"concept and the task gain on reviews of other originals, mean over {sides} of the edits. Percent; r of the "
+        "weights are dropped, and as many grown."
+    )
+    caption = (
+        "Accuracy against the share r of the backbone's weights that a correction drops, and grows. Above: each wrong "
+        "cell corrected by itself, the edit undone. Below: what one edit does to texts that it was not made for; "
+        "shaded, the range over edits."
+    )
+    table = Table("Corrections by ranking of weights and share r, in percent", heads, rows)
+    figure = Figure("undone", caption, functools.partial(_draw_undone, report))
+    return Section("Oracle-triggered, undone", [words], [figure], [table])
+
+
+def _minimal(report: SuiteReport) -> Section:
+    found = report["minimal"]
+    rows = []
+    for name, one in {"all concepts": found["all"], **found["concepts"]}.items():
+        counts, shares = one["changed"], one["share"]
+        row = [name, f"{one['num_cells']}", percent(one["repaired"])]
+        row += ["–" if counts[q] is None else f"{counts[q]:.0f}" for q in ("0.25", "0.5", "0.75", "0.9", "1.0")]
+        row += ["–" if shares[q] is None else f"{100 * shares[q]:.2g}" for q in ("0.5", "0.9")]
+        rows.append([*row, "–" if one["seconds"] is None else f"{one['seconds']:.2f}"])
+    heads = ["concept", "wrong cells", "repaired %", "25 %", "median", "75 %", "90 %", "most", "median, % of backbone"]
+    heads += ["90 %, % of backbone", "seconds"]
+    words = "Weights changed, dropped and grown together, among the cells that were repaired; each cell by itself."
+    caption = (
+        "Wrong cells that are repaired when at most so many weights change: by the smallest edit of each, and, as "
+        "markers, by edits of a fixed size."
+    )
+    table = Table("Weights that the smallest edits change", heads, rows)
+    figure = Figure("minimal", caption, functools.partial(_draw_minimal, report))
+    return Section("Smallest edits", [words], [figure], [table])
+
+
+# Of a stream's report: column, value of a number in it, whether it is a difference in points.
+_STREAM_COLUMNS: tuple[tuple[str, Callable[[SuiteReport], float | None], bool], ...] = (
+    ("repaired", lambda r: r["repaired"], False),
+    ("still right", lambda r: r["retained"], False),
+    ("before reveal", lambda r: r["prequential"], False),
+    ("gain over none", lambda r: _less(r["prequential"], r["without"]), True),
+    ("held-out concepts", lambda r: _less(r["held_out_after"], r["held_out_before"]), True),
+    ("held-out task", lambda r: _less(r["label_after"], r["label_before"]), True),
+    ("same siblings", lambda r: _less(r["generality_after"], r["generality_before"]), True),
+    ("other siblings kept", lambda r: r["locality"], False),
+    ("other concepts changed", lambda r: r["others_changed"], False),
+)
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _values(arm: SuiteReport, of: Callable[[SuiteReport], float | None]) -> list[float]:
+    return [value for value in map(of, arm["orders"]) if value is not None]
+
+
+def _streams(report: SuiteReport) -> Section:
+    found = report["streams"]
+    rows = []
+    for arm in found.values():
+        row = [arm["title"]]
+        for _, of, is_signed in _STREAM_COLUMNS:
+            values = _values(arm, of)
+            spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row.append(percent(_mean(values), is_signed=is_signed) + spread)
+        for name, digits in (("num_reviews", 0), ("num_edits", 0), ("changed", 0), ("seconds", 2)):
+            mean = arm["summary"][name]["mean"]
+            row.append("–" if mean is None else f"{mean:.{digits}f}")
+        rows.append(row)
+    heads = ["arm", *(name for name, _, _ in _STREAM_COLUMNS), "reviews", "corrections", "changed", "seconds"]
+    orders = len(next(iter(found.values()))["orders"])
+    over = "one order" if orders == 1 else f"mean ± standard deviation over {orders} orders"
+    words = (
+        f"All corrections stay in force; {over} of the reviews, in percent or, "
+        "with a sign, in points. Still right: corrected cells, at the end. Before reveal: accuracy of each review "
+        "before it is corrected; gain: over the same reviews without corrections. Same siblings: of a corrected "
+        "cell's siblings with the same gold class, points gained; other siblings kept: of those with another class, "
+        "the share still read rightly. The oracle sets an activation of the text at hand: right by definition, and the "
+        "model learns nothing. A wrong label counts as repaired where the text got the wrong class that was asked."
+    )
+    caption = (
+        "What each way of correcting gains and costs by the end of a stream of reviews: mean, and range over orders."
+    )
+    table = Table("Streams of reviews, by way of correcting them", heads, rows)
+    figure = Figure("streams", caption, functools.partial(_draw_streams, report))
+    return Section("Streams", [words], [figure], [table])
+
+
+def _draw_undone(report: SuiteReport, pyplot: Any) -> Any:
+    found = report["undone"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(plots.BOTH, 5), layout="constrained", sharex=True)
+    ratios = sorted({point["ratio"] for point in found["points"]})
+    places = {ratio: i for i, ratio in enumerate(ratios)}
+    for ranking in dict.fromkeys(point["ranking"] for point in found["points"] if point["ranking"] != "none"):
+        points = [point for point in found["points"] if point["ranking"] in ("none", ranking)]
+        where, style = [places[point["ratio"]] for point in points], plots.style(STYLES[ranking])
+        for column, name in enumerate(("concept", "task")):
+            levels = [float("nan") if point[name] is None else 100 * point[name] for point in points]
+            axes[0, column].plot(where, levels, label=TITLES[ranking], **style)
+            changes = [[100 * change for change in _changes(point, name)] for point in points]
+            if all(changes):
+                axes[1, column].plot(where, [statistics.mean(c) for c in changes], **style)
+                low, high = [min(c) for c in changes], [max(c) for c in changes]
+                axes[1, column].fill_between(where, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    lines = [(DENSE[one["strategy"]], "--" if one["strategy"] == "joint" else "-.", one) for one in found["dense"]]
+    for label, dash, scores in [*lines, ("oracle activation", ":", found["oracle"])]:
+        for column, name in enumerate(("concept", "task")):
+            if scores and scores.get(name) is not None:
+                axes[0, column].axhline(
+                    100 * scores[name], color=plots.GREY, linestyle=dash, linewidth=1.2, label=label
+                )
+    for column, name in enumerate(("concepts", "task")):
+        axes[0, column].set(title=name, ylabel=f"accuracy on {report['split']} (%),\ngold-triggered, undone")
+        axes[1, column].axhline(0, color=plots.GREY, linewidth=0.8)
+        axes[1, column].set(xlabel="r, share dropped, and grown (%)", ylabel="change (points),\nother texts, one edit")
+        axes[1, column].set_xticks(list(places.values()), [f"{100 * ratio:g}" for ratio in ratios])
+    plots.tidy(axes.flat)
+    plots.legend(figure)
+    return figure
+
+
+def _draw_minimal(report: SuiteReport, pyplot: Any) -> Any:
+    found, total = report["minimal"], report["num_weights"]
+    figure, axis = pyplot.subplots(figsize=(plots.COLUMN, 2.8), layout="constrained")
+    num_cells, changed = found["all"]["num_cells"], found["changed"]
+    where = [100 * count / total for count in changed]
+    level = [100 * (i + 1) / num_cells for i in range(len(changed))]
+    axis.step(where, level, where="post", color="black", linewidth=1.6, label="smallest signed edit")
+    for point in report.get("undone", {}).get("points", ()):
+        if point["ratio"]:
+            style = plots.style(STYLES[point["ranking"]])
+            is_first = TITLES[point["ranking"]] not in axis.get_legend_handles_labels()[1]
+            label = TITLES[point["ranking"]] if is_first else None
+            # As many are grown as are dropped.
+            axis.plot(200 * point["ratio"], 100 * point["repaired"], linestyle="none", label=label, **style)
+    axis.set(xscale="log", ylim=(-3, 103))
+    axis.set(xlabel="weights changed (% of the backbone)", ylabel=f"wrong cells repaired (% of {num_cells})")
+    plots.tidy([axis])
+    plots.legend(figure)
+    return figure
+
+
+_PANELS = (
+    ("gain before\nthe reveal (points)", "gain over none"),
+    ("held-out concepts\n(points)", "held-out concepts"),
+    ("corrected cells\nstill right (%)", "still right"),
+    ("same siblings\n(points)", "same siblings"),
+    ("other siblings\nkept (%)", "other siblings kept"),
+)
+
+
+def _draw_streams(report: SuiteReport, pyplot: Any) -> Any:
+    found = report["streams"]
+    of_column = {name: (of, is_signed) for name, of, is_signed in _STREAM_COLUMNS}
+    height = 1.3 + 0.3 * len(found)
+    figure, axes = pyplot.subplots(
+        1, len(_PANELS), figsize=(plots.BOTH + 0.6, height), layout="constrained", sharey=True
+    )
+    for axis, (title, column) in zip(axes, _PANELS, strict=True):
+        of, is_signed = of_column[column]
+        for place, arm in enumerate(found.values()):
+            values = [100 * value for value in _values(arm, of)]
+            if values:
+                axis.plot(
+                    [min(values), max(values)], [place, place], color="0.6", linewidth=2.5, solid_capstyle="round"
+                )
+                axis.plot(statistics.mean(values), place, markersize=6, **plots.style(0))
+        if is_signed:
+            axis.axvline(0, color=plots.GREY, linewidth=0.8)
+        axis.set_xlabel(title)
+        axis.margins(x=0.12)
+    axes[0].set_yticks(range(len(found)), [plots.label(arm["title"], 40) for arm in found.values()])
+    axes[0].set_ylim(len(found) - 0.5, -0.5)
+    plots.tidy(axes)
+    return figure

@@ -1,0 +1,97 @@
+"""A run's directory: the settings it was started with, and whether they are those of today."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparsecbm_jax.runtime.json_files import write_atomically
+
+RUN_FILE = "run.json"
+
+
+class RunMismatchError(ValueError):
+    """A directory that holds a run with another configuration."""
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def run_differences(saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+    """Every dotted key at which two nested configurations differ, with both values.
+
+    Args:
+        saved: the configuration of a run.
+        current: another.
+        ignore: dotted keys not to compare; a key stands for all below it.
+
+    >>> run_differences({"seed": 0, "optim": {"rate": 1.0}}, {"seed": 1, "optim": {"rate": 2.0}}, ignore=("seed",))
+    ['optim.rate: saved 1.0, current 2.0']
+    """
+    # Through JSON, so that a tuple equals the list it was saved as.
+    before, after = (_flatten(json.loads(json.dumps(config))) for config in (saved, current))
+    ignored = tuple(ignore)
+    absent = object()
+    lines = []
+    for key in sorted(set(before) | set(after)):
+        if any(key == name or key.startswith(f"{name}.") for name in ignored):
+            continue
+        old, new = before.get(key, absent), after.get(key, absent)
+        if old is absent or new is absent or old != new:
+            words = ("nothing" if value is absent else json.dumps(value) for value in (old, new))
+            lines.append("{}: saved {}, current {}".format(key, *words))
+    return lines
+
+
+def read_run(workdir: str | Path) -> dict[str, Any] | None:
+    """The configuration of the run that a directory holds, or None where it holds none.
+
+    Raises:
+        RunMismatchError: the file cannot be read.
+    """
+    path = Path(workdir) / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunMismatchError(
+            f"{path} cannot be read ({error}); expected the configuration of a run as JSON"
+        ) from error
+    if not isinstance(content, dict):
+        raise RunMismatchError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:
+    """Claim a directory for a run, or make sure that it already holds this run.
+
+    The first use writes `run.json` (process 0 alone); a later use compares with it.
+
+    Args:
+        workdir: the run's directory; made where it does not exist.
+        config: the run's configuration as nested dicts of JSON values.
+        ignore: dotted keys that do not affect the result, such as how often to log; a key stands for all below it.
+
+    Raises:
+        RunMismatchError: the directory holds a different run; every key that differs is listed with both values.
+    """
+    saved = read_run(workdir)
+    if saved is None:
+        if jax.process_index() == 0:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(workdir) / RUN_FILE, json.dumps(config, indent=2) + "\n")
+        return
+    if differences := run_differences(saved, config, ignore):
+        raise RunMismatchError(
+            f"{workdir} is a workdir holding a different run; expected another workdir, or that run's settings:\n  "
+            + "\n  ".join(differences)
+        )

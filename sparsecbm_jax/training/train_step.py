@@ -1,0 +1,135 @@
+"""One training step: the state, the optimiser, the jitted update, and the label predictor that is fitted apart."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from sparsecbm_jax.backbones import Backbone
+from sparsecbm_jax.config.run_config import OptimConfig
+from sparsecbm_jax.core import sharding
+from sparsecbm_jax.core.masks import Packed
+from sparsecbm_jax.core.trees import path_string
+from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.model.config import CBMConfig
+from sparsecbm_jax.model.losses import LossFn, joint_loss, make_loss
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes; arrays only.
+
+    Attributes:
+      step: optimiser steps done.
+      params: the backbone θ, float32.
+      heads: ψ and φ, float32.
+      opt_state: optax state of {'backbone': params, 'heads': heads}.
+      packed: bits of the K masks, or None while the model is dense.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    heads: Any
+    opt_state: Any
+    packed: Packed | None
+
+
+@functools.lru_cache(maxsize=32)
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Adam with one learning rate for the backbone and one for the heads, warm-up, decay and norm clipping.
+
+    Args:
+      config: rates and shape of the schedule; weight decay applies to kernels and embeddings only.
+      num_steps: steps of the whole run.
+    """
+    warmup = max(1, round(config.warmup_fraction * num_steps))
+
+    def schedule(peak: float) -> optax.Schedule:
+        rest = max(1, num_steps - warmup)
+        after = optax.linear_schedule(peak, 0.0, rest) if config.decay == "linear" else optax.constant_schedule(peak)
+        # The first step already moves: it takes 1/warmup of the peak, not zero.
+        return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
+
+    def adam(peak: float) -> optax.GradientTransformation:
+        if config.weight_decay == 0:
+            return optax.adam(schedule(peak))
+        return optax.adamw(schedule(peak), weight_decay=config.weight_decay, mask=_is_decayed)
+
+    return optax.chain(
+        clip_by_global_norm(config.clip_norm),
+        optax.multi_transform(
+            {"backbone": adam(config.learning_rate), "heads": adam(config.head_learning_rate)},
+            {"backbone": "backbone", "heads": "heads"},
+        ),
+    )
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """g · min(1, max_norm / ‖g‖), as optax's, which divides every element apart: an extra pass over all gradients."""
+
+    def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: grad * scale, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _is_decayed(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_string(path).endswith(("kernel", "embedding")), tree)
+
+
+def init_state(params: Any, heads: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh dense state, every leaf placed by the path rules and the moments created where they will live."""
+    params, heads = sharding.put(params, mesh), sharding.put(heads, mesh)
+    trained = {"backbone": params, "heads": heads}
+    specs = sharding.param_specs(jax.eval_shape(tx.init, trained))
+    opt_state = jax.jit(tx.init, out_shardings=sharding.shardings(mesh, specs))(trained)
+    step = jax.device_put(jnp.zeros((), jnp.int32), sharding.shardings(mesh, P()))
+    return TrainState(step, params, heads, opt_state, None)
+
+
+@functools.lru_cache(maxsize=32)
+def make_train_step(
+    config: CBMConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    loss_fn: LossFn = joint_loss,
+    backbone: Backbone | None = None,
+    dropout: bool = True,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """A jitted function (state, batch, rng) → (state, metrics) whose state is donated; the same for equal arguments.
+
+    Args:
+      config: the model.
+      tx: the optimiser from `make_optimizer`.
+      mesh: where the state lies.
+      loss_fn: the loss; `cbm.joint_loss` by default.
+      backbone: another backbone's three functions.
+      dropout: False trains without noise.
+
+    Returns:
+      The function. `rng` is the run's key; the step number is folded into it. Metrics: the loss, its parts and the
+      global norm of the gradients before clipping.
+    """
+    loss = make_loss(config, mesh, loss_fn, backbone)
+
+    def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
+        dropout_rng = jax.random.fold_in(rng, state.step) if dropout else None
+
+        def of_trained(trained: Mapping[str, Any]) -> tuple[Array, dict[str, Array]]:
+            return loss(trained["backbone"], trained["heads"], state.packed, batch, dropout_rng)
+
+        trained = {"backbone": state.params, "heads": state.heads}
+        (value, parts), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **parts}
+        return TrainState(state.step + 1, trained["backbone"], trained["heads"], opt_state, state.packed), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,90 @@
+"""A stream of corrections: counts that can be followed by hand, and edits that stay where they belong."""
+
+import numpy as np
+import pytest
+
+from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.data.batches import Batch, Tokenized, batch_of, tokenize
+from sparsecbm_jax.data.schema import Examples
+from sparsecbm_jax.evaluation.editing.sequential import Cell, _siblings, predict_split, run_sequence, split_by_group
+from sparsecbm_jax.intervention.editors import Outcome, minimal
+from sparsecbm_jax.model.config import CBMConfig
+from sparsecbm_jax.model.forward import make_forward
+from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
+
+from tests.support.tiny_model import TEXTS, tiny_model
+
+GROUPS = ["a", "a", "b", "b", "c", "c", "d", "d"]
+
+
+@pytest.fixture(scope="module")
+def model() -> SparseCBM:
+    return tiny_model(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def split(model: SparseCBM) -> Tokenized:
+    texts = tuple(TEXTS) + tuple(f"{text} great" for text in TEXTS)
+    rng = np.random.default_rng(0)
+    concepts = rng.integers(0, 3, (len(texts), 3))
+    concepts[0, 0] = -1
+    labels = rng.integers(0, 2, len(texts))
+    return tokenize(Examples(texts, concepts, labels, tuple(GROUPS), np.arange(len(texts))), model.tokenizer, 24)
+
+
+def state_of(model: SparseCBM) -> ModelArrays:
+    assert model.masks is not None
+    return ModelArrays(model.params, model.masks, model.heads)
+
+
+def does_nothing(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
+    return Outcome(state, 0, False)
+
+
+def test_readings_are_those_of_the_model_in_the_order_asked(model: SparseCBM, split: Tokenized) -> None:
+    rows = [5, 0, 7]
+    found = predict_split(model.config, state_of(model), split, rows)
+    for n, row in enumerate(rows):
+        output = make_forward(model.config)(*state_of(model), batch_of(split, [row]))
+        np.testing.assert_array_equal(found.concepts[n], np.asarray(output.concept_logits)[0].argmax(-1))
+        assert found.labels[n] == np.asarray(output.label_logits)[0].argmax()
+
+
+def test_without_correcting_nothing_moves(model: SparseCBM, split: Tokenized) -> None:
+    state, report = run_sequence(
+        model.config, state_of(model), does_nothing, split, GROUPS, max_edits=100, split_seed=1
+    )
+    streamed, _ = split_by_group(GROUPS, 1)
+    found = predict_split(model.config, state, split, streamed).concepts
+    gold = split.concepts[streamed]
+    wrong = (found != gold) & (gold >= 0)
+    assert (report.num_reviews, report.num_edits) == (4, wrong.sum())
+    assert report.prequential == report.without == pytest.approx(1 - wrong.sum() / (gold >= 0).sum())
+    assert report.held_out_before == report.held_out_after and report.label_before == report.label_after
+    assert (report.repaired, report.retained, report.others_changed) == (0, 0, 0)
+    assert report.to_dict()["changed"] == 0
+
+
+def test_minimal_edits_repair_and_leave_other_concepts_alone(model: SparseCBM, split: Tokenized) -> None:
+    start = state_of(model)
+    state, report = run_sequence(model.config, start, minimal(), split, GROUPS, max_edits=3)
+    assert report.num_edits >= 3 and report.repaired > 0.5 and report.changed > 0
+    assert report.num_reviews < 4 or report.num_edits < 6
+    np.testing.assert_array_equal(masks_lib.num_kept(state.masks), masks_lib.num_kept(start.masks))
+    assert state.params is start.params and state.heads is start.heads
+
+
+def test_siblings_share_a_group_and_no_correction() -> None:
+    gold = np.array([[0, 1], [0, 2], [1, 2], [-1, 1], [0, 1]])
+    same, other = _siblings([Cell(0, 0), Cell(1, 1)], gold, ["a", "a", "a", "a", "b"])
+    assert same == [Cell(1, 0), Cell(2, 1)]
+    assert other == [Cell(2, 0), Cell(0, 1), Cell(3, 1)]
+
+
+def test_groups_that_do_not_fit_are_refused(model: SparseCBM, split: Tokenized) -> None:
+    with pytest.raises(ValueError, match="there are 2 groups, but 8 rows"):
+        run_sequence(model.config, state_of(model), does_nothing, split, ["a", "b"], max_edits=1)
+    with pytest.raises(ValueError, match="all rows are of one group"):
+        run_sequence(model.config, state_of(model), does_nothing, split, ["a"] * 8, max_edits=1)
+    with pytest.raises(ValueError, match="0 rows do not make a batch of 4"):
+        batch_of(split, [], batch_size=4)
