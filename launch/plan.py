@@ -109,7 +109,7 @@ def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, 
     """The run on the mesh whose training step takes least time of those that are proposed and fit, and that step.
 
     Raises:
-      ValueError: if no mesh divides the model and the batches.
+        ValueError: if no mesh divides the model and the batches.
     """
     from sparsecbm_jax.planning import plan
 

@@ -32,7 +32,7 @@ def name_index(kind: str, name: str, names: Sequence[str]) -> int:
     """Position of a name among the schema's `names` of that kind.
 
     Raises:
-            ValueError: if it is not there; the nearest one is given.
+        ValueError: if it is not there; the nearest one is given.
     """
     if name not in names:
         expected = ", ".join(map(repr, names))

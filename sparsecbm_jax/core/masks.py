@@ -31,7 +31,7 @@ def create(params: Params, paths: Iterable[str], num_concepts: int) -> Masks:
     """All-True masks for the kernels at `paths`: every concept starts from the dense backbone.
 
     Raises:
-      ValueError: if `num_concepts` is not in 1..32.
+        ValueError: if `num_concepts` is not in 1..32.
     """
     if not 1 <= num_concepts <= MAX_CONCEPTS:
         raise ValueError(f"num_concepts is {num_concepts}; it must be between 1 and {MAX_CONCEPTS}")
@@ -42,7 +42,7 @@ def num_concepts(masks: Masks) -> int:
     """K, the leading axis shared by all masks.
 
     Raises:
-      ValueError: if the masks disagree or there are none.
+        ValueError: if the masks disagree or there are none.
     """
     sizes = {path: mask.shape[0] for path, mask in masks.items()}
     if len(set(sizes.values())) != 1:
@@ -208,7 +208,7 @@ def from_bits(bits: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ..
     """The inverse of `to_bits`.
 
     Raises:
-      ValueError: if a leaf's bytes do not fit its shape.
+        ValueError: if a leaf's bytes do not fit its shape.
     """
     masks: Masks = {}
     for path, shape in shapes.items():
@@ -251,11 +251,11 @@ def drop_and_grow(
     checks that, since `count` may be traced.
 
     Args:
-      mask: one concept's mask, {path: booleans}.
-      drop_score: lowest is dropped first.
-      grow_score: highest is grown first.
-      count: how many to drop and to grow in the whole tree, or {path: how many in each kernel}, a number for every
-        layer that a leaf stacks; may be traced.
+        mask: one concept's mask, {path: booleans}.
+        drop_score: lowest is dropped first.
+        grow_score: highest is grown first.
+        count: how many to drop and to grow in the whole tree, or {path: how many in each kernel}, a number for every
+            layer that a leaf stacks; may be traced.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention', after Evci et al. 2020 (RigL).
     """

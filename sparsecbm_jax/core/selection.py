@@ -244,16 +244,16 @@ def select_smallest(
     Ties go to the lowest index: paths in sorted order, then row-major position.
 
     Args:
-      scores: per path, the scores; NaN counts as the largest.
-      count: how many to mark; traced values are welcome, and those of `exact_count`. More than there are eligible
-        elements marks them all.
-      eligible: per path, which elements may be marked; all by default.
+        scores: per path, the scores; NaN counts as the largest.
+        count: how many to mark; traced values are welcome, and those of `exact_count`. More than there are eligible
+            elements marks them all.
+        eligible: per path, which elements may be marked; all by default.
 
     Returns:
-      Per path, True where marked.
+        Per path, True where marked.
 
     Raises:
-      ValueError: if a leaf is too large to be counted, or `eligible` has other paths or shapes.
+        ValueError: if a leaf is too large to be counted, or `eligible` has other paths or shapes.
 
     >>> import jax.numpy as jnp
     >>> select_smallest({"a": jnp.array([3.0, 1.0, 1.0, 1.0])}, 2)["a"].tolist()

@@ -4,10 +4,10 @@ Every leaf of a parameter, head or optimiser tree matches exactly one rule below
 replicated by accident. The mesh has four axes whatever the machine; one device is the trivial mesh.
 
 Axes:
-  data: copies of everything, other rows of the batch (across slices or hosts).
-  fsdp: other rows of the batch, parameters split on their first matrix dimension and gathered layer by layer.
-  tensor: heads and feed-forward columns of one layer split over devices (Megatron).
-  concept: other concepts of the same rows; behaves like a batch axis.
+    data: copies of everything, other rows of the batch (across slices or hosts).
+    fsdp: other rows of the batch, parameters split on their first matrix dimension and gathered layer by layer.
+    tensor: heads and feed-forward columns of one layer split over devices (Megatron).
+    concept: other concepts of the same rows; behaves like a batch axis.
 """
 
 import functools
@@ -57,8 +57,8 @@ class Axes(NamedTuple):
     """Which mesh axes a function body may name: all of them inside a manual `shard_map`, none outside.
 
     Attributes:
-      is_manual: True inside a `shard_map` whose axes are all manual.
-      sizes: devices along each axis of `AXES`.
+        is_manual: True inside a `shard_map` whose axes are all manual.
+        sizes: devices along each axis of `AXES`.
     """
 
     is_manual: bool = False
@@ -82,12 +82,12 @@ def make_mesh(
     """Builds the four-axis mesh.
 
     Args:
-      data, fsdp, tensor, concept: devices along each axis, at least 1.
-      devices: the devices to use; the first data·fsdp·tensor·concept of all devices by default.
+        data, fsdp, tensor, concept: devices along each axis, at least 1.
+        devices: the devices to use; the first data·fsdp·tensor·concept of all devices by default.
 
     Raises:
-      ValueError: if an axis is below 1, the product is more than the devices at hand, or several processes would
-        share rows.
+        ValueError: if an axis is below 1, the product is more than the devices at hand, or several processes would
+            share rows.
     """
     sizes = dict(zip(AXES, (data, fsdp, tensor, concept), strict=True))
     for name, size in sizes.items():
@@ -121,7 +121,7 @@ def spec_for(path: str, ndim: int) -> P:
     Optimiser moments carry the parameter's path as their suffix, so the same rules serve them; scalars are replicated.
 
     Raises:
-      KeyError: if no rule matches.
+        KeyError: if no rule matches.
     """
     if ndim == 0:
         return P()
@@ -155,7 +155,7 @@ def check_divisible(tree: Any, mesh: Mesh) -> None:
     """Checks that every sharded dimension divides by the devices along its axes.
 
     Raises:
-      ValueError: naming each leaf, dimension and axis that do not fit.
+        ValueError: naming each leaf, dimension and axis that do not fit.
     """
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -196,7 +196,7 @@ def by_units(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
     """`function` run by each device on units of its own, without communication.
 
     Args:
-      function: of arrays whose second axis is units, and of scalars; all that it returns has units second, too.
+        function: of arrays whose second axis is units, and of scalars; all that it returns has units second, too.
     """
     if mesh is None:
         return function
@@ -234,7 +234,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Places this process's rows of a batch on the mesh, rows over `data` and `fsdp`.
 
     Raises:
-      ValueError: if the rows do not divide over the mesh.
+        ValueError: if the rows do not divide over the mesh.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = NamedSharding(mesh, BATCH_SPEC)
@@ -255,11 +255,11 @@ def gather(leaf: jax.Array, spec: P, axes: Axes, over: Sequence[str], skip_leadi
     per concept.
 
     Args:
-      leaf: this device's shard.
-      spec: the leaf's PartitionSpec.
-      axes: the manual axes; with `SINGLE` the leaf is returned untouched.
-      over: the axes along which the leaf's uses differ.
-      skip_leading: the spec's first entry is the layer axis, which a scan has already taken off.
+        leaf: this device's shard.
+        spec: the leaf's PartitionSpec.
+        axes: the manual axes; with `SINGLE` the leaf is returned untouched.
+        over: the axes along which the leaf's uses differ.
+        skip_leading: the spec's first entry is the layer axis, which a scan has already taken off.
     """
     if not axes.is_manual:
         return leaf
@@ -280,14 +280,14 @@ def look_up(table: jax.Array, ids: jax.Array, axes: Axes, over: Sequence[str], d
     """Rows of a table whose columns are split over `fsdp`, for this device's ids: ids and rows travel, not the table.
 
     Args:
-      table: this device's columns (rows, columns).
-      ids: (batch, tokens) of this device; one outside the table gives NaN, as in `backbones`.
-      axes: the manual axes.
-      over: the axes along which the uses differ.
-      dtype: in which the rows travel.
+        table: this device's columns (rows, columns).
+        ids: (batch, tokens) of this device; one outside the table gives NaN, as in `backbones`.
+        axes: the manual axes.
+        over: the axes along which the uses differ.
+        dtype: in which the rows travel.
 
     Returns:
-      (batch, tokens, all columns).
+        (batch, tokens, all columns).
     """
     everyones = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
     own = jax.numpy.take(_varying(table, ("fsdp",), over), everyones, axis=0, mode="fill")

@@ -10,7 +10,7 @@ def leaf_at(tree: Params, path: str) -> Any:
     """The leaf of a nested dict at a '/'-joined path.
 
     Raises:
-      KeyError: naming the path, if it is not there.
+        KeyError: naming the path, if it is not there.
     """
     node: Any = tree
     for part in path.split("/"):

@@ -41,18 +41,18 @@ def correct(
     """Corrects one concept of one text, by name; see `intervene`.
 
     Args:
-            model: a model with masks.
-            text: the text that the model misreads.
-            concept: name of the concept.
-            target: name of the class that it should have.
-            drop_fraction: share of the backbone's maskable weights that each step drops, and as many that it grows.
-            label: name of the task label to pull towards as well.
-            saliency: as in `intervene`.
-            num_steps: as in `intervene`.
+        model: a model with masks.
+        text: the text that the model misreads.
+        concept: name of the concept.
+        target: name of the class that it should have.
+        drop_fraction: share of the backbone's maskable weights that each step drops, and as many that it grows.
+        label: name of the task label to pull towards as well.
+        saliency: as in `intervene`.
+        num_steps: as in `intervene`.
 
     Returns:
-            The model with the new masks, without the metrics of the old ones, and what changed. The concept may still
-            have another class than asked: `CorrectionReport.is_repaired` says so.
+        The model with the new masks, without the metrics of the old ones, and what changed. The concept may still
+        have another class than asked: `CorrectionReport.is_repaired` says so.
 
     Raises:
         ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
@@ -90,12 +90,12 @@ def correct_minimally(
     """Corrects one concept of one text with as few weights as do, by name; see `minimal.minimal_edit`.
 
     Args:
-            model, text, concept, target: as for `correct`.
-            margin, guard, max_pairs: as for `minimal_edit`.
+        model, text, concept, target: as for `correct`.
+        margin, guard, max_pairs: as for `minimal_edit`.
 
     Returns:
-            As `correct`; `drop_fraction` says how small the edit is. Where `max_pairs` pairs do not repair the concept,
-            the model keeps its masks and `CorrectionReport.is_repaired` is False.
+        As `correct`; `drop_fraction` says how small the edit is. Where `max_pairs` pairs do not repair the concept,
+        the model keeps its masks and `CorrectionReport.is_repaired` is False.
 
     Raises:
         ValueError: as `correct` and `minimal_edit`.
@@ -143,14 +143,14 @@ def correct_lastingly(
     """Corrects one concept of one text so that earlier corrections hold and other texts stay; see `lasting`.
 
     Args:
-            model, text, concept, target: as for `correct`.
-            replay: earlier corrections and anchors; remembers this one.
-            original: the model that anchors are to be read as by, before any correction; `model` where there was none.
-            guard, margin, strength: as for `lasting_edit`. `guards.steep` of a `guards.fisher_guard` did best.
+        model, text, concept, target: as for `correct`.
+        replay: earlier corrections and anchors; remembers this one.
+        original: the model that anchors are to be read as by, before any correction; `model` where there was none.
+        guard, margin, strength: as for `lasting_edit`. `guards.steep` of a `guards.fisher_guard` did best.
 
     Returns:
-            As `correct`; `drop_fraction` says how many weights of the concept were dropped.
-            `CorrectionReport.is_repaired` is False where the earlier corrections and the anchors outweigh this one.
+        As `correct`; `drop_fraction` says how many weights of the concept were dropped.
+        `CorrectionReport.is_repaired` is False where the earlier corrections and the anchors outweigh this one.
 
     Raises:
         ValueError: as `correct` and `lasting_edit`.
@@ -210,11 +210,11 @@ class Proposal(NamedTuple):
     """A reading that is worth a person's look, found without any label; nothing is corrected by itself.
 
     Attributes:
-            row: index of the text.
-            concept: its name.
-            reading, runner_up: the two most probable classes.
-            margin: difference of their probabilities.
-            entropy: of all classes, in nats.
+        row: index of the text.
+        concept: its name.
+        reading, runner_up: the two most probable classes.
+        margin: difference of their probabilities.
+        entropy: of all classes, in nats.
     """
 
     row: int
@@ -231,10 +231,10 @@ def propose(
     """The readings that the model is least sure of, the least sure first.
 
     Args:
-            predictions: of `artifact.predict`.
-            schema: the model's names.
-            max_margin: readings whose two best classes are closer than this, in probability.
-            min_entropy: readings whose entropy, in nats, is above this. With both, either will do.
+        predictions: of `artifact.predict`.
+        schema: the model's names.
+        max_margin: readings whose two best classes are closer than this, in probability.
+        min_entropy: readings whose entropy, in nats, is above this. With both, either will do.
 
     Raises:
         ValueError: if neither is given.

@@ -24,12 +24,12 @@ class CorrectionReport:
     """One correction in plain numbers, with the edit itself for `apply` and `undo`.
 
     Attributes:
-            text, concept, target, label: what was asked; label is None where the task label was left out.
-            saliency, drop_fraction, num_steps: how.
-            num_dropped, num_grown: changed weights over all steps.
-            num_weights: maskable weights of the backbone.
-            before, after: the predictions on the text.
-            edit: the positions; not part of `to_dict`.
+        text, concept, target, label: what was asked; label is None where the task label was left out.
+        saliency, drop_fraction, num_steps: how.
+        num_dropped, num_grown: changed weights over all steps.
+        num_weights: maskable weights of the backbone.
+        before, after: the predictions on the text.
+        edit: the positions; not part of `to_dict`.
     """
 
     text: str

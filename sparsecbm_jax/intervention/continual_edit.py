@@ -46,10 +46,10 @@ class ContinualEdit(NamedTuple):
     """What the rounds came to.
 
     Attributes:
-      num_changed: weights dropped and grown, round by round; one that went back and forth counts each time.
-      num_rounds: rounds that changed something.
-      margins: u_target − max of the others, of each corrected row after the edit; +∞ of anchors and padding.
-      drift: mean over anchors of the squared distance that their centred logits are from where they were.
+        num_changed: weights dropped and grown, round by round; one that went back and forth counts each time.
+        num_rounds: rounds that changed something.
+        margins: u_target − max of the others, of each corrected row after the edit; +∞ of anchors and padding.
+        drift: mean over anchors of the squared distance that their centred logits are from where they were.
     """
 
     num_changed: Int[Array, ""]
@@ -80,22 +80,22 @@ def continual_edit(
     grown as dropped. Rounds end when every corrected row has half the margin, when no trial lowers J, or at the most.
 
     Args:
-      config, params, masks, heads: as for `intervention.intervene`.
-      batch: all corrected texts of the concept and the anchors; padding rows do not count.
-      concept: k.
-      targets: class of each corrected row, `ANCHOR` for an anchor.
-      logits: u_k of the anchors before any correction; other rows of it are not looked at.
-      guard: what a change costs everything else, by which gains are divided; None counts every weight alike.
-      margin: m, above 0.
-      strength: λ.
-      max_rounds: the most rounds.
-      max_pairs: the most pairs of weights that one round changes.
+        config, params, masks, heads: as for `intervention.intervene`.
+        batch: all corrected texts of the concept and the anchors; padding rows do not count.
+        concept: k.
+        targets: class of each corrected row, `ANCHOR` for an anchor.
+        logits: u_k of the anchors before any correction; other rows of it are not looked at.
+        guard: what a change costs everything else, by which gains are divided; None counts every weight alike.
+        margin: m, above 0.
+        strength: λ.
+        max_rounds: the most rounds.
+        max_pairs: the most pairs of weights that one round changes.
 
     Returns:
-      The new masks and what the rounds came to. A row whose margin is not above zero is still not read as asked.
+        The new masks and what the rounds came to. A row whose margin is not above zero is still not read as asked.
 
     Raises:
-      ValueError: as `intervene`; or `targets` or `logits` do not fit the batch, or `max_pairs` is not positive.
+        ValueError: as `intervene`; or `targets` or `logits` do not fit the batch, or `max_pairs` is not positive.
     """
     check_masks(masks)
     check_index("concept", concept, 0, config.num_concepts)

@@ -40,17 +40,17 @@ def fisher_costs(
     the effective kernels θ_k. Where a weight is pruned its gradient is that of growing it.
 
     Args:
-      masks: booleans of all K concepts.
-      batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
-      concept: k.
-      floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
-      on_gradient: called after each minibatch.
+        masks: booleans of all K concepts.
+        batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
+        concept: k.
+        floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
+        on_gradient: called after each minibatch.
 
     Returns:
-      A guard without directions.
+        A guard without directions.
 
     Raises:
-      ValueError: if there are no batches, or the concept has no gradient in any of them.
+        ValueError: if there are no batches, or the concept has no gradient in any of them.
     """
     mask = masks_lib.concept(masks, concept)
     total = {path: jnp.zeros(kept.shape, jnp.float32) for path, kept in mask.items()}
@@ -90,12 +90,12 @@ def logit_directions(
     """Mean gradients of a concept's logits over training texts, by gold class: what an edit of one text is to spare.
 
     Args:
-      config, params, masks, heads, batches, concept: as for `fisher_guard`.
-      on_gradient: called after each minibatch, once for every gold class.
+        config, params, masks, heads, batches, concept: as for `fisher_guard`.
+        on_gradient: called after each minibatch, once for every gold class.
 
     Returns:
-      {path: P gradients by the effective kernels}, P = C · C: each class's logit over the texts of each gold class.
-      Those of a gold class that no text has are zero.
+        {path: P gradients by the effective kernels}, P = C · C: each class's logit over the texts of each gold class.
+        Those of a gold class that no text has are zero.
     """
     mask, found = masks_lib.concept(masks, concept), []
     for gold in range(config.num_classes):

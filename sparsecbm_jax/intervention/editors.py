@@ -27,9 +27,9 @@ class Outcome(NamedTuple):
     """What one correction did.
 
     Attributes:
-      state: the model's arrays now.
-      num_changed: numbers of the model that changed: booleans of the masks, or trained weights.
-      is_repaired: whether the text has the asked class now.
+        state: the model's arrays now.
+        num_changed: numbers of the model that changed: booleans of the masks, or trained weights.
+        is_repaired: whether the text has the asked class now.
     """
 
     state: ModelArrays

@@ -28,12 +28,12 @@ class MinimalEdit(NamedTuple):
     """What the search found.
 
     Attributes:
-      edit: nothing is dropped or grown where nothing repairs, or nothing need be.
-      num_pairs: n, weights dropped and as many grown.
-      is_repaired: whether all rows have their target with the margin now.
-      margin: the least margin of a row after the edit, u_target − max of the others.
-      margin_below: the same with n − 1 pairs, seen not to be above the asked one; NaN where n is 0.
-      num_trials: how often the subnetwork was run for it.
+        edit: nothing is dropped or grown where nothing repairs, or nothing need be.
+        num_pairs: n, weights dropped and as many grown.
+        is_repaired: whether all rows have their target with the margin now.
+        margin: the least margin of a row after the edit, u_target − max of the others.
+        margin_below: the same with n − 1 pairs, seen not to be above the asked one; NaN where n is 0.
+        num_trials: how often the subnetwork was run for it.
     """
 
     edit: MaskEdit
@@ -63,16 +63,17 @@ def minimal_edit(
     are ranked, are of the least margin; see `intervention.signed`.
 
     Args:
-      config, params, masks, heads, batch, concept, target: as for `intervention.intervene`; padding rows do not count.
-      margin: u_target is to be above the other classes' logits by more than this.
-      guard: what a change costs everything else; see `Guard`. None counts every weight alike.
-      max_pairs: the most pairs that are tried.
+        config, params, masks, heads, batch, concept, target: as for `intervention.intervene`; padding rows do not
+            count.
+        margin: u_target is to be above the other classes' logits by more than this.
+        guard: what a change costs everything else; see `Guard`. None counts every weight alike.
+        max_pairs: the most pairs that are tried.
 
     Returns:
-      The new masks and what was found; the same masks where `max_pairs` pairs do not repair.
+        The new masks and what was found; the same masks where `max_pairs` pairs do not repair.
 
     Raises:
-      ValueError: as `intervene`; or `max_pairs` is not positive.
+        ValueError: as `intervene`; or `max_pairs` is not positive.
     """
     check_masks(masks)
     check_index("concept", concept, 0, config.num_concepts)

@@ -42,7 +42,7 @@ class Replay:
         """Takes the real rows of some batches as texts that are to be read as they are now.
 
         Raises:
-          ValueError: if there is no anchor, or `num_rows` is below 4.
+            ValueError: if there is no anchor, or `num_rows` is below 4.
         """
         if num_rows < 4:
             raise ValueError(f"num_rows is {num_rows}; expected at least 4")

@@ -25,16 +25,16 @@ class CBMConfig:
     """What is static about a concept-bottleneck model.
 
     Attributes:
-      backbone: the encoder or decoder.
-      num_concepts: K.
-      num_classes: C, classes of every concept.
-      num_labels: Y, classes of the task.
-      dtype: matmuls' type, 'float32' or 'bfloat16'; parameters, norms, softmax, pooling and heads stay float32.
-      remat: what of a layer is computed again in the backward pass instead of being kept: nothing ('none'), all but
-        what its kernels give ('selective'), or everything ('full').
-      unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
-        runs about a quarter faster.
-      gamma: γ, the weight of the concept loss in Eq. 1.
+        backbone: the encoder or decoder.
+        num_concepts: K.
+        num_classes: C, classes of every concept.
+        num_labels: Y, classes of the task.
+        dtype: matmuls' type, 'float32' or 'bfloat16'; parameters, norms, softmax, pooling and heads stay float32.
+        remat: what of a layer is computed again in the backward pass instead of being kept: nothing ('none'), all but
+            what its kernels give ('selective'), or everything ('full').
+        unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
+            runs about a quarter faster.
+        gamma: γ, the weight of the concept loss in Eq. 1.
     """
 
     backbone: BackboneConfig
@@ -55,10 +55,10 @@ class CBMOutput(NamedTuple):
     """What one pass returns; with the 'standard' strategy (no bottleneck) the concept fields have K = 0.
 
     Attributes:
-      concept_logits: u_k.
-      activations: a_k = σ(u_k).
-      label_logits: y.
-      pooled: z_k; one entry for a dense model, whose concepts share a pass.
+        concept_logits: u_k.
+        activations: a_k = σ(u_k).
+        label_logits: y.
+        pooled: z_k; one entry for a dense model, whose concepts share a pass.
     """
 
     concept_logits: Float[Array, "B K C"]

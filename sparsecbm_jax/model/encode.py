@@ -58,18 +58,18 @@ def encode(
     """Pooled representations z, one per subnetwork.
 
     Args:
-      config: the model.
-      params: the backbone; this device's shards where `axes` is manual.
-      batch: token ids and attention mask; this device's rows where `axes` is manual.
-      masks: K boolean masks, or packed bits (config.num_concepts of them); None runs one dense pass (P = 1).
-      kernels: {path: [P, ...]} effective kernels used instead of the masked parameters; see `effective_kernels`.
-      word_embeddings: replaces the token lookup, shared [B, T, E] or per subnetwork [P, B, T, E].
-      dropout_rng: key of the step's dropout; None is inference. Embedding dropout is shared by the subnetworks.
-      axes: the mesh axes that this body may name.
-      backbone: another backbone than the config's, given as the same three functions.
+        config: the model.
+        params: the backbone; this device's shards where `axes` is manual.
+        batch: token ids and attention mask; this device's rows where `axes` is manual.
+        masks: K boolean masks, or packed bits (config.num_concepts of them); None runs one dense pass (P = 1).
+        kernels: {path: [P, ...]} effective kernels used instead of the masked parameters; see `effective_kernels`.
+        word_embeddings: replaces the token lookup, shared [B, T, E] or per subnetwork [P, B, T, E].
+        dropout_rng: key of the step's dropout; None is inference. Embedding dropout is shared by the subnetworks.
+        axes: the mesh axes that this body may name.
+        backbone: another backbone than the config's, given as the same three functions.
 
     Returns:
-      z, float32; P is K (the local share of K on a `concept` axis), or 1 for a dense pass.
+        z, float32; P is K (the local share of K on a `concept` axis), or 1 for a dense pass.
     """
     if backbone is None:
         tensor = {"tensor_axis": "tensor", "tensor_size": axes.size("tensor")} if axes.is_manual else {}

@@ -52,7 +52,7 @@ def forward(
     """The whole model, text to label; see `encode` for the keyword arguments.
 
     Args:
-      masks: None runs the dense model, one pass for all concepts.
+        masks: None runs the dense model, one pass for all concepts.
     """
     axes = encode_args.get("axes", SINGLE)
     z = encode(config, params, batch, masks=masks, **encode_args)
@@ -77,12 +77,12 @@ def subnetwork_output(
     """One pass of subnetwork k, the other concepts' activations held as they are.
 
     Args:
-      kernels: {path: array} effective kernels of subnetwork k, without a concept axis; differentiate wrt these.
-      concept: k; may be traced.
-      activations: a of all concepts at the current masks; entry k is computed anew.
+        kernels: {path: array} effective kernels of subnetwork k, without a concept axis; differentiate wrt these.
+        concept: k; may be traced.
+        activations: a of all concepts at the current masks; entry k is computed anew.
 
     Returns:
-      u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
+        u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
     """
     z = encode(config, params, batch, kernels={path: kernel[None] for path, kernel in kernels.items()})
     projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])

@@ -75,13 +75,13 @@ class Cost:
     """What one run of a program takes on each device.
 
     Attributes:
-      flops: of matrix products and convolutions, two for each multiply-add.
-      memory_bytes: read from and written to the chip's main memory, if nothing else stays near between two
-        instructions than what the compiler puts there.
-      wire_bytes: {kind of collective: bytes that a device sends}, as rings do it.
-      num_collectives: {kind: how many}.
-      gathers: {bytes of a gathered array: how often}, all-gathers only.
-      unknown_loops: loops whose trip count is decided while they run; counted as one trip.
+        flops: of matrix products and convolutions, two for each multiply-add.
+        memory_bytes: read from and written to the chip's main memory, if nothing else stays near between two
+            instructions than what the compiler puts there.
+        wire_bytes: {kind of collective: bytes that a device sends}, as rings do it.
+        num_collectives: {kind: how many}.
+        gathers: {bytes of a gathered array: how often}, all-gathers only.
+        unknown_loops: loops whose trip count is decided while they run; counted as one trip.
     """
 
     flops: float = 0.0
@@ -116,7 +116,7 @@ def cost(text: str) -> Cost:
     Of the branches of a conditional the dearest counts.
 
     Raises:
-      ValueError: if the text has no entry computation.
+        ValueError: if the text has no entry computation.
 
     >>> cost('''HloModule m, num_partitions=1
     ...
@@ -136,7 +136,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a module by name, and the name of its entry.
 
     Raises:
-      ValueError: if there is no entry computation.
+        ValueError: if there is no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None

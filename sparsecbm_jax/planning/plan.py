@@ -42,8 +42,8 @@ def devices_of(topology: Topology) -> list[Any]:
     """The devices to compile for: those of a TPU topology that need not be at hand, or virtual CPU devices.
 
     Raises:
-      ImportError: if the compiler for TPUs is not installed.
-      ValueError: if there is no such topology, or JAX was started with fewer CPU devices.
+        ImportError: if the compiler for TPUs is not installed.
+        ValueError: if there is no such topology, or JAX was started with fewer CPU devices.
     """
     if topology.chip.is_compiled_for:
         if importlib.util.find_spec("libtpu") is None:
@@ -70,7 +70,7 @@ def check_mesh(run: RunConfig, topology: Topology) -> None:
     """Checks that the run's mesh is one of the topology's devices, and that its batches divide over it.
 
     Raises:
-      ValueError: if they do not.
+        ValueError: if they do not.
     """
     sizes = dataclasses.asdict(run.mesh)
     if math.prod(sizes.values()) != topology.num_devices:
@@ -92,7 +92,7 @@ def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
     """The run's mesh on the devices of a topology.
 
     Raises:
-      ValueError: as `check_mesh`, or if the mesh cannot be laid on the topology's dimensions.
+        ValueError: as `check_mesh`, or if the mesh cannot be laid on the topology's dimensions.
     """
     check_mesh(run, topology)
     try:
@@ -116,7 +116,7 @@ def compile_part(part: Part, topology: Topology) -> Measured:
     """Compiles a part and reads its memory and cost.
 
     Raises:
-      jax.errors.JaxRuntimeError: if it does not fit the chip; see `memory_wanted`.
+        jax.errors.JaxRuntimeError: if it does not fit the chip; see `memory_wanted`.
     """
     started = time.monotonic()
     with cholesky.compiling_for("tpu" if topology.chip.is_compiled_for else None):
@@ -148,10 +148,11 @@ def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None 
     """Compiles one of `PROGRAMS` and says what it takes, as plain data.
 
     Returns:
-      peak_bytes_per_chip, which counts what is held beside the program; argument, output and temporary bytes of the
-      part that the peak is of; fits; flops_per_chip and flops_ratio to the model's; wire_bytes_per_chip, by kind and
-      in all; times by roofline; warnings; and the same of each part. `error` and the peak alone where it does not fit;
-      empty for a program that the run does not have.
+        peak_bytes_per_chip, which counts what is held beside the program; argument, output and temporary bytes of the
+        part that the peak is of; fits; flops_per_chip and flops_ratio to the model's; wire_bytes_per_chip, by kind and
+        in all; times by roofline; warnings; and the same of each part. `error` and the peak alone where it does not
+            fit;
+        empty for a program that the run does not have.
     """
     mesh = mesh_of(run, topology) if mesh is None else mesh
     shapes = Shapes(run, mesh)

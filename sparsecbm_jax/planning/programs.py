@@ -48,10 +48,10 @@ class Part(NamedTuple):
     """One compiled program, of which a step of the run may take several.
 
     Attributes:
-      name: what it does.
-      lower: traces it.
-      times: how often it runs.
-      beside: bytes that a device holds meanwhile and that are no argument of it.
+        name: what it does.
+        lower: traces it.
+        times: how often it runs.
+        beside: bytes that a device holds meanwhile and that are no argument of it.
     """
 
     name: str
@@ -64,8 +64,8 @@ def model_config(run: RunConfig) -> CBMConfig:
     """The model that a run trains, without its data or weights.
 
     Raises:
-      ValueError: if the backbone's shape is neither known nor in a local directory, or the data's classes and labels
-        are to be inferred from data.
+        ValueError: if the backbone's shape is neither known nor in a local directory, or the data's classes and labels
+            are to be inferred from data.
     """
     name = run.backbone.name
     if Path(name).expanduser().is_dir():

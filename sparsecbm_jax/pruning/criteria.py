@@ -26,8 +26,8 @@ def make_criterion(config: PrunerConfig, *, seed: int = 0, report: ScoreReport |
     """The criterion that `config.criterion` names, its scores made those of units of `config.pattern`.
 
     Args:
-      seed: of the criterion 'random'.
-      report: filled with what the criterion did.
+        seed: of the criterion 'random'.
+        report: filled with what the criterion did.
     """
     if config.criterion == "woodfisher":
         return functools.partial(woodfisher_scores, config=config, report=report)
@@ -98,7 +98,7 @@ def wanda_scores(kernels: Kernels, gradients: Any) -> Kernels:
     They compare within an output unit: config.sparsity.scope = 'per_row'.
 
     Args:
-      gradients: a `fisher.SubnetworkGradients`, of which `input_norms` alone is asked.
+        gradients: a `fisher.SubnetworkGradients`, of which `input_norms` alone is asked.
     """
     norms = gradients.input_norms()
     return {path: jnp.abs(kernel) * norms[path][..., None] for path, kernel in kernels.items()}

@@ -36,9 +36,9 @@ class Piece(NamedTuple):
     """Some output units of one kernel: what is accumulated and scored at once.
 
     Attributes:
-      path: the leaf.
-      layer: which of the layers that the leaf stacks; None where it is a kernel by itself.
-      start, stop: the output units.
+        path: the leaf.
+        layer: which of the layers that the leaf stacks; None where it is a kernel by itself.
+        start, stop: the output units.
     """
 
     path: str
@@ -67,10 +67,10 @@ class Accumulated(NamedTuple):
     """What one pass over the gradients leaves.
 
     Attributes:
-      states: of each piece, Σ_i g_i g_iᵀ of every block [blocks of inputs, units, b, b] (`accumulate`), or the list of
-        its gradients [inputs, units] (`keep`).
-      squares: {path: Σ_i ‖g_i‖²}, of every leaf whether it has a piece in this pass or not.
-      num_grads: m, how many gradients there really were; it divides, not the number that was asked for.
+        states: of each piece, Σ_i g_i g_iᵀ of every block [blocks of inputs, units, b, b] (`accumulate`), or the list
+            of its gradients [inputs, units] (`keep`).
+        squares: {path: Σ_i ‖g_i‖²}, of every leaf whether it has a piece in this pass or not.
+        num_grads: m, how many gradients there really were; it divides, not the number that was asked for.
     """
 
     states: list[Any]
@@ -82,7 +82,7 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
     """Which pieces each pass over the gradients accumulates, so that none takes more than `config.fisher_memory`.
 
     Raises:
-      ValueError: if that is too little for one output unit.
+        ValueError: if that is too little for one output unit.
     """
     limit = math.inf if config.fisher_memory is None else config.fisher_memory
     budget = _ARRAYS * limit - _whole_bytes(kernels)
@@ -176,7 +176,7 @@ class _Cuts:
     """Each gradient's pieces; afterwards, how many gradients there were and their squares.
 
     Raises:
-      ValueError: if the stream is empty.
+        ValueError: if the stream is empty.
     """
 
     def __init__(self, stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None) -> None:
@@ -224,10 +224,10 @@ def accumulate(
     """Adds up the outer products of a stream of gradients, piece by piece.
 
     Args:
-      mesh: over whose devices the units of each piece are spread.
+        mesh: over whose devices the units of each piece are spread.
 
     Raises:
-      ValueError: if the stream is empty.
+        ValueError: if the stream is empty.
     """
     states: list[Array] = []
     buffer: list[list[Array]] = []
@@ -252,7 +252,7 @@ def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None
     """Keeps the gradients of the pieces as they are, for the dual form; see `accumulate`.
 
     Raises:
-      ValueError: if the stream is empty.
+        ValueError: if the stream is empty.
     """
     states: list[list[Array]] = [[] for _ in pieces]
     cuts = _Cuts(stream, pieces, mesh)

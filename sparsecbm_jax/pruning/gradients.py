@@ -32,9 +32,9 @@ def subnetwork_gradient(
     """∇L_k at θ_k of every maskable kernel, averaged over a minibatch; zero at pruned positions.
 
     Args:
-      mask: one concept's mask {path: booleans}; all True gives the gradient at θ.
-      concept: k, traced.
-      activations: σ(u) of all concepts for this batch.
+        mask: one concept's mask {path: booleans}; all True gives the gradient at θ.
+        concept: k, traced.
+        activations: σ(u) of all concepts for this batch.
     """
     kernels = masks_lib.kernels_of(params, mask)
     grads = jax.grad(lambda effective: subnetwork_loss(config, params, heads, batch, effective, concept, activations))(

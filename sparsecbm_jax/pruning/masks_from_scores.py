@@ -32,7 +32,7 @@ def pinned_paths(paths: Iterable[str], pinned: Sequence[str]) -> set[str]:
     """The paths that some pattern of `config.sparsity.pinned` names.
 
     Raises:
-      ValueError: naming a pattern that names no kernel.
+        ValueError: naming a pattern that names no kernel.
     """
     found: set[str] = set()
     for pattern in pinned:
@@ -98,17 +98,17 @@ def prune_concept(
     """One concept's mask cut to a sparsity: exactly round(s · n) weights pruned, those of lowest score.
 
     Args:
-      mask: the mask as it is.
-      scores: lowest goes first.
-      sparsity: pruned fraction s, of the whole tree ('global'), of every kernel of every layer ('per_kernel') or of
-        every output unit ('per_row').
-      scope: what weights compete with.
-      regrow: pruned weights may come back; else they stay pruned, and a mask sparser than s is left as it is.
-      unit: what is pruned together, as `patterns.unit_of` gives it; the count is then a multiple of it.
-      pinned: kernels that stay whole (`pinned_paths`); with scope 'global' the others make up for them.
+        mask: the mask as it is.
+        scores: lowest goes first.
+        sparsity: pruned fraction s, of the whole tree ('global'), of every kernel of every layer ('per_kernel') or of
+            every output unit ('per_row').
+        scope: what weights compete with.
+        regrow: pruned weights may come back; else they stay pruned, and a mask sparser than s is left as it is.
+        unit: what is pruned together, as `patterns.unit_of` gives it; the count is then a multiple of it.
+        pinned: kernels that stay whole (`pinned_paths`); with scope 'global' the others make up for them.
 
     Raises:
-      ValueError: if more would have to go than the pattern and the pinned kernels leave.
+        ValueError: if more would have to go than the pattern and the pinned kernels leave.
     """
     whole = pinned_paths(mask, pinned)
     everything = {path: jnp.ones_like(kept) for path, kept in mask.items()}
@@ -190,8 +190,8 @@ def prune_in_common(
     It saves no time: every concept is scored all the same. What it gives is subnetworks that differ less.
 
     Args:
-      masks: of all K concepts.
-      scores: of each concept.
+        masks: of all K concepts.
+        scores: of each concept.
     """
     summed = {path: functools.reduce(jnp.add, [of[path] for of in scores]) for path in masks}
     anywhere = {path: mask.any(axis=0) for path, mask in masks.items()}

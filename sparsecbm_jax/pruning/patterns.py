@@ -23,8 +23,8 @@ class Unit(NamedTuple):
     """What a pattern prunes at once.
 
     Attributes:
-      group: consecutive inputs of an output unit that a decision is about.
-      pruned: how many of them go.
+        group: consecutive inputs of an output unit that a decision is about.
+        pruned: how many of them go.
     """
 
     group: int
@@ -38,7 +38,7 @@ def unit_of(pattern: str, block_size: int) -> Unit:
     """The unit of one of `config.PATTERNS`.
 
     Raises:
-      ValueError: if a group does not divide a block.
+        ValueError: if a group does not divide a block.
     """
     if pattern in (SINGLE, "greedy"):
         return SINGLE_WEIGHT
@@ -119,7 +119,7 @@ def spread(
     """Scores of single weights made those of units: the mean of a group, or of its lowest N of M.
 
     Raises:
-      ValueError: naming the kernel, if its inputs do not divide into groups.
+        ValueError: naming the kernel, if its inputs do not divide into groups.
     """
     return {path: _spread(path, leaf, unit) for path, leaf in scores.items()}
 
@@ -138,7 +138,7 @@ def to_groups(path: str, leaf: Array, group: int) -> Array:
     """[..., inputs, outputs] → [..., inputs / group, group, outputs].
 
     Raises:
-      ValueError: naming the kernel, if its inputs do not divide into groups.
+        ValueError: naming the kernel, if its inputs do not divide into groups.
     """
     *batch, inputs, outputs = leaf.shape
     if inputs % group:

@@ -71,20 +71,20 @@ def prune(
     """Scores every concept's subnetwork and cuts its mask to `sparsity`.
 
     Args:
-      batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
-      sparsity: pruned fraction, one for all or one for each concept.
-      pruner: how weights are scored.
-      cutting: of it `scope`, `regrow`, `reestimations` (cuts on the way from the present sparsity, equally far apart,
-        each scored anew), `allotment`, `shared_fraction` and `pinned` count.
-      criterion: a score of one's own; by default the one that `pruner.criterion` names.
-      seed: of the criterion 'random'.
-      reports: gets what the criterion did, cut by cut and concept by concept.
-      make_bar: called with `total=`, how many gradients there are to be, makes the bar that shows them.
-      on_gradient: called after each gradient; may raise to stop.
-      store: gives scores that were made before, and gets those made now.
+        batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
+        sparsity: pruned fraction, one for all or one for each concept.
+        pruner: how weights are scored.
+        cutting: of it `scope`, `regrow`, `reestimations` (cuts on the way from the present sparsity, equally far apart,
+            each scored anew), `allotment`, `shared_fraction` and `pinned` count.
+        criterion: a score of one's own; by default the one that `pruner.criterion` names.
+        seed: of the criterion 'random'.
+        reports: gets what the criterion did, cut by cut and concept by concept.
+        make_bar: called with `total=`, how many gradients there are to be, makes the bar that shows them.
+        on_gradient: called after each gradient; may raise to stop.
+        store: gives scores that were made before, and gets those made now.
 
     Returns:
-      New masks.
+        New masks.
     """
     cutting = SparsityConfig() if cutting is None else cutting
     finals = np.broadcast_to(np.asarray(sparsity, float), (config.num_concepts,))
@@ -161,7 +161,7 @@ def optimal_update(
     """Parameters in which what `after` keeps has moved to its optimum for what was pruned since `before` (Eq. 10).
 
     Raises:
-      ValueError: if there is more than one mask: the weights that would move are shared by all subnetworks.
+        ValueError: if there is more than one mask: the weights that would move are shared by all subnetworks.
     """
     if config.num_concepts != 1:
         raise ValueError(
@@ -192,11 +192,11 @@ def prune_model(
     """Masks of a saved model, pruned to the run's final sparsity with gradients of `split`; a dense one starts whole.
 
     Args:
-      run: of it `pruner`, `sparsity` and `seed` count.
-      make_bar, store: see `prune`.
+        run: of it `pruner`, `sparsity` and `seed` count.
+        make_bar, store: see `prune`.
 
     Raises:
-      ValueError: if the model has no concepts to prune for.
+        ValueError: if the model has no concepts to prune for.
     """
     if model.strategy not in ("joint", "sparse"):
         raise ValueError(f"the model was trained by strategy {model.strategy!r}; expected 'joint' or 'sparse'")

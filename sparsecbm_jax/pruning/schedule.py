@@ -31,7 +31,7 @@ def schedule(config: SparsityConfig, num_concepts: int, steps_per_epoch: int) ->
     linear: s_0 + (s_f − s_0) x; cubic: s_f − (s_f − s_0)(1 − x)³; oneshot: one event at `start_epoch`.
 
     Raises:
-      ValueError: if an epoch has fewer steps than events, or not every concept has a sparsity.
+        ValueError: if an epoch has fewer steps than events, or not every concept has a sparsity.
     """
     finals = final_sparsity(config, num_concepts)
     if config.schedule == "oneshot":
@@ -56,7 +56,7 @@ def final_sparsity(config: SparsityConfig, num_concepts: int) -> tuple[float, ..
     """The pruned fraction that each concept ends with.
 
     Raises:
-      ValueError: if `config.per_concept` names more or fewer than there are concepts.
+        ValueError: if `config.per_concept` names more or fewer than there are concepts.
     """
     if config.per_concept:
         if len(config.per_concept) != num_concepts:

@@ -17,8 +17,8 @@ class StoredScores:
         """Keeps scores in `checkpoints`.
 
         Args:
-          about: JSON that says what the scores are of.
-          discards_others: scores of something else are deleted; else asking for them is an error.
+            about: JSON that says what the scores are of.
+            discards_others: scores of something else are deleted; else asking for them is an error.
         """
         self._checkpoints, self._num_concepts = checkpoints, num_concepts
         self._about = json.loads(json.dumps(about))
@@ -39,8 +39,8 @@ class StoredScores:
         """See `ScoreStore`.
 
         Raises:
-          ValueError: if the scores there are of something else.
-          CheckpointError: if they are damaged.
+            ValueError: if the scores there are of something else.
+            CheckpointError: if they are damaged.
         """
         step = self._step(cut, concept)
         if step not in self._checkpoints.steps():

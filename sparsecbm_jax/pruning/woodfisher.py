@@ -80,8 +80,9 @@ def _tiles(
     """Cuts matrices of one shape into tiles of one block of inputs and some units, small enough to stay in a cache.
 
     Returns:
-      How many tiles there are, of how many units T, and a function that gives of a tile the number of its first block,
-      how many of its first units belong to the tile before it (since T need not divide them), and it of every leaf.
+        How many tiles there are, of how many units T, and a function that gives of a tile the number of its first
+            block,
+        how many of its first units belong to the tile before it (since T need not divide them), and it of every leaf.
     """
     inputs, units = leaves[0].shape
     width = min(_TILE if cholesky.is_for_cpu() else cholesky.WIDE_SLICE, units)
@@ -137,14 +138,14 @@ def saliency(
     """ρ_Q of every weight, straight from the summed outer products; inverses live for one slice only.
 
     Args:
-      weights: θ_k in blocks.
-      grams: Σ_i g_i g_iᵀ in blocks.
-      num_grads: m, the gradients really seen.
-      damping: ζ, absolute; see `relative_damping`.
-      score: what is made of weights and inverse; `single_scores` by default.
+        weights: θ_k in blocks.
+        grams: Σ_i g_i g_iᵀ in blocks.
+        num_grads: m, the gradients really seen.
+        damping: ζ, absolute; see `relative_damping`.
+        score: what is made of weights and inverse; `single_scores` by default.
 
     Returns:
-      The scores, and an estimate of the relative error of each block's diag F⁻¹, from max_i F_ii [F⁻¹]_ii.
+        The scores, and an estimate of the relative error of each block's diag F⁻¹, from max_i F_ii [F⁻¹]_ii.
     """
 
     def scored(weight_slice: Float[Array, "S b"], gram_slice: Float[Array, "S b b"]) -> Float[Array, "S b+1"]:
@@ -326,7 +327,7 @@ def relative_damping(
     Relative damping keeps every form of the inverse well conditioned and prunes better than a fixed small ζ.
 
     Args:
-      sum_of_squares: Σ_i ‖g_i‖² of the kernel, the trace of its summed outer products.
+        sum_of_squares: Σ_i ‖g_i‖² of the kernel, the trace of its summed outer products.
     """
     mean_square = sum_of_squares / float(num_grads * num_weights)  # may not fit 32 bits
     return jnp.maximum(factor * mean_square, jnp.finfo(mean_square.dtype).tiny * 1e8)
@@ -368,7 +369,7 @@ def joint_update(
     With P the weights that stay, Eq. 10 is δ_P = F_PP⁻¹ F_PQ w_Q, which takes one inverse a block whatever Q is.
 
     Returns:
-      The blocks, and an estimate of each inverse's relative error, as in `saliency`.
+        The blocks, and an estimate of each inverse's relative error, as in `saliency`.
     """
 
     def moved(weight: Float[Array, "S b"], stays: Bool[Array, "S b"], gram_slice: Float[Array, "S b b"]) -> Array:

@@ -145,16 +145,16 @@ def woodfisher_scores(
     what is left by QR, for which sums of outer products take one more pass.
 
     Args:
-      kernels: θ_k on the maskable kernels.
-      gradients: ∇L_k, in the same order each time; how many there really are is the m that divides.
-      config: block size, damping, pattern and memory.
-      report: gets 'form', 'num_grads', 'passes', 'gram_blocks' and 'qr_blocks' (how many of which kernel were done
-        again so) and 'mean_square_over_damping' of every kernel.
+        kernels: θ_k on the maskable kernels.
+        gradients: ∇L_k, in the same order each time; how many there really are is the m that divides.
+        config: block size, damping, pattern and memory.
+        report: gets 'form', 'num_grads', 'passes', 'gram_blocks' and 'qr_blocks' (how many of which kernel were done
+            again so) and 'mean_square_over_damping' of every kernel.
 
     Raises:
-      FloatingPointError: naming the kernel and the gradient, if a gradient is NaN or Inf.
-      ValueError: if there are no gradients, a kernel's inputs do not divide into the pattern's groups, or
-        `config.fisher_memory` is too little for one output unit.
+        FloatingPointError: naming the kernel and the gradient, if a gradient is NaN or Inf.
+        ValueError: if there are no gradients, a kernel's inputs do not divide into the pattern's groups, or
+            `config.fisher_memory` is too little for one output unit.
     """
     size, pattern = config.block_size, config.pattern
     for path, kernel in kernels.items():
@@ -242,11 +242,11 @@ def updated_kernels(
     What is kept of a block that float32 does not invert well stays as it is; how many there are is logged.
 
     Args:
-      kernels, gradients, config: as in `woodfisher_scores`; before the cut.
-      kept: the mask after it.
+        kernels, gradients, config: as in `woodfisher_scores`; before the cut.
+        kept: the mask after it.
 
     Raises:
-      FloatingPointError: if a gradient is NaN or Inf.
+        FloatingPointError: if a gradient is NaN or Inf.
     """
     # The sums of outer products, also where there are fewer gradients than a block has weights.
     as_gram = dataclasses.replace(config, num_grads=max(config.num_grads, config.block_size))
@@ -343,7 +343,7 @@ def _assemble(
     """The scores of a leaf, placed as it is, from those of its pieces: in the order of layers and output units.
 
     Returns:
-      The scores, and whether one of them is NaN.
+        The scores, and whether one of them is NaN.
     """
     layers: dict[int | None, list[tuple[Array, int]]] = {}
     for piece, blocks in scores.items():

@@ -14,11 +14,11 @@ class Accelerator(NamedTuple):
     """One device as the compiler sees it.
 
     Attributes:
-      memory_bytes: that a program may take.
-      flops: bfloat16 products, a second.
-      memory_bandwidth: bytes a second.
-      link_bandwidth: bytes a second that it can send to other chips, all its links together.
-      is_compiled_for: whether programs are compiled for the chip itself; else for virtual CPU devices in its place.
+        memory_bytes: that a program may take.
+        flops: bfloat16 products, a second.
+        memory_bandwidth: bytes a second.
+        link_bandwidth: bytes a second that it can send to other chips, all its links together.
+        is_compiled_for: whether programs are compiled for the chip itself; else for virtual CPU devices in its place.
     """
 
     memory_bytes: float
@@ -104,7 +104,7 @@ def parse_topology(name: str) -> Topology:
     """Reads `family:XxY` or `family:XxYxZ` (TPUs, in chips), or `family:N`.
 
     Raises:
-      ValueError: if the family is unknown or the dimensions are not those of such a family.
+        ValueError: if the family is unknown or the dimensions are not those of such a family.
 
     >>> parse_topology("v5p:4x4x4").num_devices
     64

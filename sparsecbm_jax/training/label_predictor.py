@@ -59,19 +59,19 @@ def fit_predictor(
     """Trains φ alone on fixed activations (the second stage of 'independent' and 'sequential').
 
     Args:
-      heads: heads whose predictor is trained; the projector is returned untouched.
-      activations: gold one-hot concepts ('independent') or predicted σ(u) ('sequential').
-      labels: task labels; rows with a negative one are left out.
-      learning_rate: Adam's, constant.
-      num_epochs: passes over the rows.
-      batch_size: rows a step; the last few rows that do not fill a batch wait for the next epoch's order.
-      seed: decides the order.
+        heads: heads whose predictor is trained; the projector is returned untouched.
+        activations: gold one-hot concepts ('independent') or predicted σ(u) ('sequential').
+        labels: task labels; rows with a negative one are left out.
+        learning_rate: Adam's, constant.
+        num_epochs: passes over the rows.
+        batch_size: rows a step; the last few rows that do not fill a batch wait for the next epoch's order.
+        seed: decides the order.
 
     Returns:
-      New heads.
+        New heads.
 
     Raises:
-      ValueError: if no row has a label.
+        ValueError: if no row has a label.
     """
     known = np.flatnonzero(labels >= 0)
     if not known.size:

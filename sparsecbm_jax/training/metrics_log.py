@@ -15,10 +15,10 @@ class MetricsLog:
     """Appends records to `metrics.jsonl`, and to TensorBoard where tensorboardX is installed.
 
     Args:
-      workdir: the run's directory.
-      step: the step that the run goes on from; records after it, from a continuation that was lost, are dropped.
-      redone: kinds of records of that very step that are dropped, too, since they will be written again.
-      is_writer: False on all processes but one, which then write nothing.
+        workdir: the run's directory.
+        step: the step that the run goes on from; records after it, from a continuation that was lost, are dropped.
+        redone: kinds of records of that very step that are dropped, too, since they will be written again.
+        is_writer: False on all processes but one, which then write nothing.
     """
 
     def __init__(self, workdir: Path, *, step: int = 0, redone: Collection[str] = (), is_writer: bool = True) -> None:

@@ -137,7 +137,7 @@ class StepTrace:
     """Traces a few steps with JAX's profiler, once the first ones have been compiled.
 
     Args:
-      folder: where the trace goes, for TensorBoard or xprof; None traces nothing.
+        folder: where the trace goes, for TensorBoard or xprof; None traces nothing.
     """
 
     FIRST, COUNT = 3, 3
@@ -150,7 +150,7 @@ class StepTrace:
         """Starts or ends the trace where it is time; to be called before each step.
 
         Args:
-          wait: returns when the step before is done.
+            wait: returns when the step before is done.
         """
         self._num_begun += 1
         if self._folder is not None and self._num_begun == self.FIRST:

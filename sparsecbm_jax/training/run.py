@@ -56,21 +56,21 @@ def train(
     """Runs a config to its end, or goes on with what an earlier call left in `workdir`.
 
     Args:
-      run: the run.
-      workdir: written to: run.json, metrics.jsonl, checkpoints/, best/, and at the end model/ and metrics.json.
-      loss_fn: a loss of one's own, of the shape of `cbm.joint_loss`.
-      criterion: a pruning score of one's own, of the shape of `blockwise.woodfisher_scores`.
-      start: a model of the same backbone and schema whose parameters and heads to start from, in place of the
-        pretrained backbone and fresh heads.
-      profile: whether a few of the steps are traced by JAX's profiler, to workdir/profile.
+        run: the run.
+        workdir: written to: run.json, metrics.jsonl, checkpoints/, best/, and at the end model/ and metrics.json.
+        loss_fn: a loss of one's own, of the shape of `cbm.joint_loss`.
+        criterion: a pruning score of one's own, of the shape of `blockwise.woodfisher_scores`.
+        start: a model of the same backbone and schema whose parameters and heads to start from, in place of the
+            pretrained backbone and fresh heads.
+        profile: whether a few of the steps are traced by JAX's profiler, to workdir/profile.
 
     Returns:
-      The model of the kept epoch and its metrics.
+        The model of the kept epoch and its metrics.
 
     Raises:
-      NonFiniteError: if a loss or gradient is NaN or Inf; names the step, the rows and the last good checkpoint.
-      Preempted: SIGTERM came. The step under way was finished and a checkpoint saved.
-      RunMismatchError: if `workdir` holds a run with another config, loss or criterion.
+        NonFiniteError: if a loss or gradient is NaN or Inf; names the step, the rows and the last good checkpoint.
+        Preempted: SIGTERM came. The step under way was finished and a checkpoint saved.
+        RunMismatchError: if `workdir` holds a run with another config, loss or criterion.
     """
     workdir = Path(workdir)
     own = {"loss_fn": loss_fn, "criterion": criterion}

@@ -28,7 +28,7 @@ class Prepared(NamedTuple):
     """What a run starts from.
 
     Attributes:
-      buckets: widths of training batches; few where the run is too short to pay for compiling many programs.
+        buckets: widths of training batches; few where the run is too short to pay for compiling many programs.
     """
 
     dataset: Dataset
@@ -43,11 +43,11 @@ def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
     """Reads data, tokeniser and pretrained backbone; texts are cut where the backbone's positions end.
 
     Args:
-      run: the run.
-      mesh: each tensor of a pretrained backbone is read straight to its shards there; by default to the first device.
+        run: the run.
+        mesh: each tensor of a pretrained backbone is read straight to its shards there; by default to the first device.
 
     Raises:
-      FileNotFoundError: if `backbone.name` is 'minilm' and its package is not installed.
+        FileNotFoundError: if `backbone.name` is 'minilm' and its package is not installed.
     """
     dataset = load_dataset(run.data)
     name: str | Path = run.backbone.name

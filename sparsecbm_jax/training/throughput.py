@@ -18,8 +18,8 @@ def forward_flops(backbone: BackboneConfig, length: int, rows: int) -> float:
     """Flops of the matrix products of one forward pass, two for each multiply-add.
 
     Args:
-      length: tokens of a row, padding included.
-      rows: of the batch.
+        length: tokens of a row, padding included.
+        rows: of the batch.
     """
     width, inner = backbone.hidden_size, backbone.intermediate_size
     weights = backbone.num_layers * (4 * width**2 + 2 * width * inner)
@@ -40,8 +40,8 @@ class Meter:
     compiles it, counts.
 
     Args:
-      config: the model.
-      devices: that the run uses; where their peak is not known, there is no MFU.
+        config: the model.
+        devices: that the run uses; where their peak is not known, there is no MFU.
     """
 
     def __init__(self, config: CBMConfig, devices: Sequence[jax.Device]) -> None:

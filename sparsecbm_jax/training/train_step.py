@@ -25,11 +25,11 @@ class TrainState(NamedTuple):
     """Everything that training changes; arrays only.
 
     Attributes:
-      step: optimiser steps done.
-      params: the backbone θ, float32.
-      heads: ψ and φ, float32.
-      opt_state: optax state of {'backbone': params, 'heads': heads}.
-      packed: bits of the K masks, or None while the model is dense.
+        step: optimiser steps done.
+        params: the backbone θ, float32.
+        heads: ψ and φ, float32.
+        opt_state: optax state of {'backbone': params, 'heads': heads}.
+        packed: bits of the K masks, or None while the model is dense.
     """
 
     step: Int[Array, ""]
@@ -44,8 +44,8 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     """Adam with one learning rate for the backbone and one for the heads, warm-up, decay and norm clipping.
 
     Args:
-      config: rates and shape of the schedule; weight decay applies to kernels and embeddings only.
-      num_steps: steps of the whole run.
+        config: rates and shape of the schedule; weight decay applies to kernels and embeddings only.
+        num_steps: steps of the whole run.
     """
     warmup = max(1, round(config.warmup_fraction * num_steps))
 
@@ -106,16 +106,16 @@ def make_train_step(
     """A jitted function (state, batch, rng) → (state, metrics) whose state is donated; the same for equal arguments.
 
     Args:
-      config: the model.
-      tx: the optimiser from `make_optimizer`.
-      mesh: where the state lies.
-      loss_fn: the loss; `cbm.joint_loss` by default.
-      backbone: another backbone's three functions.
-      dropout: False trains without noise.
+        config: the model.
+        tx: the optimiser from `make_optimizer`.
+        mesh: where the state lies.
+        loss_fn: the loss; `cbm.joint_loss` by default.
+        backbone: another backbone's three functions.
+        dropout: False trains without noise.
 
     Returns:
-      The function. `rng` is the run's key; the step number is folded into it. Metrics: the loss, its parts and the
-      global norm of the gradients before clipping.
+        The function. `rng` is the run's key; the step number is folded into it. Metrics: the loss, its parts and the
+        global norm of the gradients before clipping.
     """
     loss = make_loss(config, mesh, loss_fn, backbone)
 

@@ -26,11 +26,11 @@ class Restricted(NamedTuple):
     """A model and splits in which token n is the n-th of those in use.
 
     Attributes:
-      config: the model's, with R for `vocab_size`.
-      params: the model's, with a token table of R rows.
-      splits: the same texts, renumbered.
-      ids: the tokens in use, ascending; those up to the padding token's are among them and keep their numbers, since
-        RoBERTa counts positions by that token.
+        config: the model's, with R for `vocab_size`.
+        params: the model's, with a token table of R rows.
+        splits: the same texts, renumbered.
+        ids: the tokens in use, ascending; those up to the padding token's are among them and keep their numbers, since
+            RoBERTa counts positions by that token.
     """
 
     config: CBMConfig
@@ -43,7 +43,7 @@ def restrict(config: CBMConfig, params: Params, splits: Mapping[str, Tokenized])
     """Leaves out the rows of tokens that no split contains; `put_back` undoes it.
 
     Raises:
-      ValueError: if a split has a token that the table does not.
+        ValueError: if a split has a token that the table does not.
     """
     table = leaf_at(params, PATH)
     kept = [np.arange(max(config.backbone.pad_token_id, *(split.pad_token_id for split in splits.values())) + 1)]

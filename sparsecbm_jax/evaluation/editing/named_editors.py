@@ -23,8 +23,8 @@ class EditorContext:
     """What arms are made of.
 
     Attributes:
-      config, state: the model before any correction.
-      batches: training texts with their gold concepts.
+        config, state: the model before any correction.
+        batches: training texts with their gold concepts.
     """
 
     config: CBMConfig

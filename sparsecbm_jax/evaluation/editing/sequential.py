@@ -31,8 +31,8 @@ class SplitPredictions(NamedTuple):
     """What a model makes of some rows.
 
     Attributes:
-      concepts: the class of each concept.
-      labels: the label.
+        concepts: the class of each concept.
+        labels: the label.
     """
 
     concepts: Int[np.ndarray, "N K"]
@@ -51,16 +51,17 @@ class SequentialReport:
     """What a stream of corrections did; shares are of 1, and NaN where there is nothing to count.
 
     Attributes:
-      num_reviews, num_edits: reviews that came, and concepts that were corrected.
-      repaired: share of the corrections after which the concept was read as asked.
-      retained: share of the corrected cells that are read rightly at the end of the stream.
-      prequential: accuracy on concepts before each reveal; `without` is the same model's without any correction.
-      held_out_before, held_out_after: accuracy on concepts of the held-out rows; `label_…` on the task.
-      generality_before, generality_after: on siblings of corrected cells with the same gold class, share read rightly.
-      locality: of siblings with another gold class that were read rightly, the share that still is.
-      others_changed: share of readings of *other* concepts of corrected reviews that the corrections changed.
-      changed: median of the changed numbers of the model, an edit.
-      seconds: median, an edit, without the first of each shape, which compiles.
+        num_reviews, num_edits: reviews that came, and concepts that were corrected.
+        repaired: share of the corrections after which the concept was read as asked.
+        retained: share of the corrected cells that are read rightly at the end of the stream.
+        prequential: accuracy on concepts before each reveal; `without` is the same model's without any correction.
+        held_out_before, held_out_after: accuracy on concepts of the held-out rows; `label_…` on the task.
+        generality_before, generality_after: on siblings of corrected cells with the same gold class, share read
+            rightly.
+        locality: of siblings with another gold class that were read rightly, the share that still is.
+        others_changed: share of readings of *other* concepts of corrected reviews that the corrections changed.
+        changed: median of the changed numbers of the model, an edit.
+        seconds: median, an edit, without the first of each shape, which compiles.
     """
 
     num_reviews: int
@@ -132,19 +133,19 @@ def run_sequence(
     """Corrects a stream of reviews by one arm; see `StreamReport`.
 
     Args:
-      split: rows with gold concepts; missing cells are neither scored nor corrected.
-      groups: of each row, the original that it is an edit of.
-      max_edits: the stream ends with the review in which so many corrections have been made.
-      split_seed: of the halves, stream and held-out.
-      order_seed: of the order in which reviews come.
-      before: how `state` reads all rows, where that is known.
-      on_edit: called after each correction.
+        split: rows with gold concepts; missing cells are neither scored nor corrected.
+        groups: of each row, the original that it is an edit of.
+        max_edits: the stream ends with the review in which so many corrections have been made.
+        split_seed: of the halves, stream and held-out.
+        order_seed: of the order in which reviews come.
+        before: how `state` reads all rows, where that is known.
+        on_edit: called after each correction.
 
     Returns:
-      The model at the end and the report.
+        The model at the end and the report.
 
     Raises:
-      ValueError: if there are not as many groups as rows, or fewer than two groups.
+        ValueError: if there are not as many groups as rows, or fewer than two groups.
     """
     if len(groups) != split.num_examples:
         raise ValueError(f"there are {len(groups)} groups, but {split.num_examples} rows; expected one for each")

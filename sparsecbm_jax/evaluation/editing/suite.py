@@ -35,9 +35,9 @@ class Subject:
     """A model and the rows that it is corrected on.
 
     Attributes:
-      config, state: the model before any correction.
-      split: rows with gold concepts.
-      groups: of each row, the original that it is an edit of.
+        config, state: the model before any correction.
+        split: rows with gold concepts.
+        groups: of each row, the original that it is an edit of.
     """
 
     config: CBMConfig
@@ -65,7 +65,7 @@ class Subject:
         One row at least; all of them where `max_cells` is 0.
 
         Raises:
-          ValueError: if no cell is wrong.
+            ValueError: if no cell is wrong.
         """
         counts = self.wrong.sum(axis=1)
         rows = np.random.default_rng(seed).permutation(np.flatnonzero(counts))
@@ -94,16 +94,18 @@ def single_edits(
     """Corrects every wrong cell of some rows from the original masks; each row's edits are undone before the next.
 
     Args:
-      rows: rows with wrong cells, as `Subject.draw` gives them.
-      held_out: rows that share no original with the first `num_side_edits` of `rows`; may be none.
-      num_side_edits: of so many rows the first edit is tried on the held-out rows, too.
-      on_edit: called after each correction.
+        rows: rows with wrong cells, as `Subject.draw` gives them.
+        held_out: rows that share no original with the first `num_side_edits` of `rows`; may be none.
+        num_side_edits: of so many rows the first edit is tried on the held-out rows, too.
+        on_edit: called after each correction.
 
     Returns:
-      `repaired`, of `num_cells`; `concept` and `task`, accuracies on the whole split where all wrong cells were treated
-      as these; `changed` and `seconds`, medians of an edit, without the first of a width, which compiles; `side`, of
-      each tried edit the accuracies of the edited concept and of the task on the held-out rows, before and after. None
-      where there is nothing to count.
+        `repaired`, of `num_cells`; `concept` and `task`, accuracies on the whole split where all wrong cells were
+            treated
+        as these; `changed` and `seconds`, medians of an edit, without the first of a width, which compiles; `side`, of
+        each tried edit the accuracies of the edited concept and of the task on the held-out rows, before and after.
+            None
+        where there is nothing to count.
     """
     config, split = subject.config, subject.split
     repaired: list[bool] = []
@@ -159,8 +161,8 @@ def minimal_edits(subject: Subject, cells: Iterable[Cell], max_pairs: int) -> It
     """The smallest edit of each cell, from the original masks.
 
     Returns:
-      The cells, each with `is_repaired`, `changed` (weights dropped and grown), `margin`, `margin_below` (with a pair
-      less; None where there is none), `num_trials` and `seconds` (None for the first of a width, which compiles).
+        The cells, each with `is_repaired`, `changed` (weights dropped and grown), `margin`, `margin_below` (with a pair
+        less; None where there is none), `num_trials` and `seconds` (None for the first of a width, which compiles).
     """
     widths: set[int] = set()
     for cell in cells:
@@ -188,8 +190,8 @@ def summarise_minimal(found: Sequence[Mapping[str, Any]], num_weights: int) -> d
     """Of smallest edits, what share repairs, and quantiles of changed weights among those that do.
 
     Args:
-      found: results of `minimal_edits`.
-      num_weights: of the backbone, maskable.
+        found: results of `minimal_edits`.
+        num_weights: of the backbone, maskable.
     """
     changed = [one["changed"] for one in found if one["is_repaired"]]
     seconds = [one["seconds"] for one in found if one["seconds"] is not None]
@@ -228,7 +230,7 @@ def _task(subject: Subject, is_right: Mapping[int, bool]) -> float | None:
     without an edit nothing is to change.
 
     Args:
-      is_right: of the drawn rows, whether the label is right now.
+        is_right: of the drawn rows, whether the label is right now.
     """
     labels, before = subject.split.labels, subject.readings.labels == subject.split.labels
     is_labelled = labels >= 0
