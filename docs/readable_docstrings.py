@@ -1,0 +1,32 @@
+"""Griffe extension for the API reference: docstrings as Markdown shows them best.
+
+Doctests stand between paragraphs of text, where Markdown would read them as quotations: they become code blocks.
+'Reference:' and 'Deviation:' start a paragraph. Fields that the class's docstring documents are not listed again.
+"""
+
+import re
+
+import griffe
+
+_DOCTEST = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?P=indent) *\S.*)*", re.MULTILINE)
+_LABEL = re.compile(r"^(Reference|Deviation|Chance)([:.])(?= )", re.MULTILINE)
+
+
+def readable(docstring: str) -> str:
+    """Returns the docstring with fenced doctests and with its labelled remarks as paragraphs."""
+    fenced = _DOCTEST.sub(lambda found: f"{found['indent']}```pycon\n{found[0]}\n{found['indent']}```", docstring)
+    return _LABEL.sub(r"\n**\1\2**", fenced)
+
+
+class ReadableDocstrings(griffe.Extension):
+    """Changes what mkdocstrings collects from the package."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        if obj.docstring:
+            obj.docstring.value = readable(obj.docstring.value)
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: object) -> None:
+        if cls.docstring and re.search(r"^(Attributes|Args):$", cls.docstring.value, re.MULTILINE):
+            for member in cls.members.values():
+                if isinstance(member, griffe.Attribute) and not member.docstring and not member.has_labels("property"):
+                    member.public = False
