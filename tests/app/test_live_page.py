@@ -58,7 +58,7 @@ def page(visit: Callable[[str], Any], address: str) -> Any:
 
 
 def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> None:
-    assert "None: the model reads as it was saved." in page.text_content(".in-force")
+    assert "None: the model reads as it was saved." in page.text_content(".active-edits")
     page.fill("#text", TEXTS[0])
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".decided")
@@ -77,7 +77,7 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
     assert "What it does to 4 held-out texts" in page.text_content(".preview")
     assert not desk.edits
     page.click("button:text('Apply')")
-    page.wait_for_selector(".in-force table")
+    page.wait_for_selector(".active-edits table")
     (edit,) = desk.edits
     page.wait_for_selector(f"text=Applied: edit {edit.id}")
     corrected = page.locator(".concept[data-concept='2'] .class.predicted .name")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+from sparsecbm_jax.correction.corrector import ContinualCorrector
 
 from sparsecbm_jax.app import Desk, Limits, create_app, is_loopback, security
 from sparsecbm_jax.app import schemas as schemas_lib
@@ -19,7 +20,6 @@ from sparsecbm_jax.app import session as desk_lib
 from sparsecbm_jax.app.session import ContinualSetup
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.correction.corrections import correct_minimally
-from sparsecbm_jax.correction.corrector import ContinualCorrector
 from sparsecbm_jax.correction.request_file import RequestFile
 from sparsecbm_jax.explanation.pathways import DecisionPathway, explain
 from sparsecbm_jax.intervention.stored_edit import StoredEdit, apply_stored

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import chex
 import pytest
+from sparsecbm_jax.correction.corrector import ContinualCorrector
 
 from sparsecbm_jax.core import masks
-from sparsecbm_jax.correction.corrector import ContinualCorrector
 from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
 from sparsecbm_jax.evaluation.editing.named_editors import EDITORS, EditorContext
 from sparsecbm_jax.intervention.edit_log import EditLog
