@@ -169,12 +169,12 @@ def _sequential(report: SuiteReport) -> Section:
     orders = len(next(iter(found.values()))["orders"])
     over = "one order" if orders == 1 else f"mean ± standard deviation over {orders} orders"
     words = (
-        f"All corrections are kept; {over} of the reviews, in percent or, "
-        "with a sign, in points. Retained: corrected cells that are correct at the end. Before reveal: accuracy of each review "
-        "before it is corrected; gain: over the same reviews without corrections. Same siblings: of a corrected "
-        "cell's siblings with the same gold class, points gained; other siblings kept: of those with another class, "
-        "the share still correct. The oracle sets an activation of the text itself: correct by definition, and the "
-        "model learns nothing. A wrong label counts as repaired where the text got the wrong class that was asked."
+        f"All corrections are kept; {over} of the reviews, in percent or, with a sign, in points. Retained: corrected "
+        "cells that are correct at the end. Before reveal: accuracy of each review before it is corrected; gain: over "
+        "the same reviews without corrections. Same siblings: of a corrected cell's siblings with the same gold class, "
+        "points gained; other siblings kept: of those with another class, the share still correct. The oracle sets an "
+        "activation of the text itself: correct by definition, and the model learns nothing. A wrong label counts as "
+        "repaired where the text got the wrong class that was asked."
     )
     caption = "What each editor gains and costs by the end of a sequence of reviews: mean, and range over orders."
     table = Table("Sequential editing, by editor", heads, rows)
