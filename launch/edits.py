@@ -5,8 +5,8 @@ python launch/edits.py --model=runs/quickstart/model --log=runs/quickstart/edits
 python launch/edits.py --model=runs/quickstart/model --log=runs/quickstart/edits.log --merge=colleague/edits.log
 python launch/edits.py --model=runs/quickstart/model --log=runs/quickstart/edits.log --save=runs/quickstart/corrected
 
-Without another flag the edits in force are listed. --export writes one edit to a file, --add takes one from there.
---save writes the model with all edits in force made. Takes seconds on a CPU.
+Without another flag the active edits are listed. --export writes one edit to a file, --add takes one from there.
+--save writes the model with all active edits made. Takes seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ flags.DEFINE_string("merge", None, "Another log of the same model, whose edits a
 flags.DEFINE_string("add", None, "File of one edit to make and add.")
 flags.DEFINE_string("export", None, "Id of an edit to write to the file of --to.")
 flags.DEFINE_string("to", None, "File that --export writes.")
-flags.DEFINE_string("save", None, "Folder to save the model to, with all edits in force made.")
+flags.DEFINE_string("save", None, "Folder to save the model to, with all active edits made.")
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
             print(f"written: {log.get(FLAGS.export).save(FLAGS.to)}")
         for edit in log.edits:
             print(_line(edit))
-        print(f"{len(log)} {'edit' if len(log) == 1 else 'edits'} in force in {FLAGS.log}")
+        print(f"{len(log)} active {'edit' if len(log) == 1 else 'edits'} in {FLAGS.log}")
     if FLAGS.save:
         metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
         print(f"saved: {saved_model.save(dataclasses.replace(model, masks=masks, metadata=metadata), FLAGS.save)}")

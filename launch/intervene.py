@@ -3,18 +3,22 @@
 python launch/intervene.py --model=runs/quickstart/model --text="The waiter was rude." --concept=service \
     --target=Negative
 python launch/intervene.py --model=runs/quickstart/model --find --log=runs/quickstart/edits.log
-python launch/intervene.py --model=runs/quickstart/model --find --minimal --html=correction.html
-python launch/intervene.py --model=runs/quickstart/model --find --drop_fraction=0.001 --save=runs/quickstart/corrected
+python launch/intervene.py --model=runs/quickstart/model --find --editor=minimal --html=correction.html
+python launch/intervene.py --model=runs/quickstart/model --find --editor=fixed_size --drop_fraction=0.001
 
 --find takes the first test review of the model's own data set with a mispredicted concept (of --concept, where that is
-given) and corrects it towards its gold class. The edit keeps earlier corrections in force, and holds texts that the
-model was trained on where they were. Corrections stand in --lasting, a JSON object with text, concept and target on
-each line, which gets this one, too; with --log, that is corrections.jsonl beside it unless another is named, and
-corrections that the log says were undone are left out. --minimal, or --lasting= as for `launch/serve.py`, changes as
-few weights as repair this one text; --drop_fraction, --saliency, --num_steps and --label ask for an edit of a share
-given beforehand, as in the paper, whose ranking is 'magnitude'. --log keeps the edit in a file, to be made again,
-undone, merged or passed on (`launch/edits.py`); --save writes the corrected model; --html writes a page with the
-decision pathway before and after (extra `report`). Takes a minute or two on a CPU, the other ways seconds.
+given) and corrects it towards its gold class. There are three editors:
+
+  continual   (the default) keeps earlier corrections, and texts that the model was trained on are predicted as before;
+              takes a minute or two on a CPU. Corrections are kept in --requests, a JSON object with text, concept and
+              target on each line, which gets this one, too; with --log, that is corrections.jsonl next to it unless
+              another is named, and corrections that the log says were undone are left out.
+  minimal     changes as few weights as repair this one text (--margin); takes seconds
+  fixed_size  changes a share of the weights given beforehand (--drop_fraction, --saliency, --num_steps, --label), as in
+              the paper, whose saliency is 'magnitude'; takes seconds
+
+--log keeps the edit in a file, to be made again, undone, merged or passed on (`launch/edits.py`); --save writes the
+corrected model; --html writes a page with the decision pathway before and after (extra `report`).
 """
 
 from __future__ import annotations
@@ -34,11 +38,9 @@ from absl import flags
 from sparsecbm_jax.cli import command_line, saved_runs
 
 if typing.TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from sparsecbm_jax.correction.report import CorrectionReport
-    from sparsecbm_jax.correction.request_file import CorrectionRequest
-    from sparsecbm_jax.data.batches import Batch
+    from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
+    from sparsecbm_jax.intervention.editors import Editor
     from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 FLAGS = flags.FLAGS
@@ -48,22 +50,24 @@ flags.DEFINE_string("text", None, "The text that the model misreads.")
 flags.DEFINE_string("concept", None, "Concept to correct.")
 flags.DEFINE_string("target", None, "Class that the concept should have.")
 flags.DEFINE_bool("find", False, "Take a mispredicted test review of the model's own data set and its gold class.")
-flags.DEFINE_float(
-    "drop_fraction", 0.0001, "Give this, or --saliency, --num_steps or --label, for an edit of this share."
-)
-flags.DEFINE_string("saliency", "signed", "How weights are ranked: 'signed', or 'magnitude' as the paper prints it.")
-flags.DEFINE_integer("num_steps", 1, "Times to differentiate and edit.")
-flags.DEFINE_string("label", None, "Task label to pull towards as well.")
-flags.DEFINE_bool("minimal", False, "Change as few weights as give the concept the asked class.")
-flags.DEFINE_string("lasting", None, "JSONL file of corrections to keep in force; empty for a smallest edit.")
-flags.DEFINE_float(
-    "margin", 0.0, "With --minimal or --lasting=: how far the asked class's logit is to be above the others."
-)
-flags.DEFINE_string("log", None, "File of edits: those in force there are made first, and this one is added.")
+flags.DEFINE_enum("editor", None, ["continual", "minimal", "fixed_size"], "How the mask is edited; see above.")
+flags.DEFINE_string("requests", None, "continual: JSONL file of corrections to keep.")
+flags.DEFINE_float("margin", 0.0, "minimal: logits by which the asked class is to lead.")
+flags.DEFINE_float("drop_fraction", 0.0001, "fixed_size: share of the weights that each step drops, and grows.")
+flags.DEFINE_string("saliency", "signed", "fixed_size: 'signed', or 'magnitude' as the paper prints it.")
+flags.DEFINE_integer("num_steps", 1, "fixed_size: times to differentiate and edit.")
+flags.DEFINE_string("label", None, "fixed_size: task label to pull towards as well.")
+flags.DEFINE_string("log", None, "File of edits: the active ones are made first, and this one is added.")
 flags.DEFINE_string("save", None, "Folder to save the corrected model to.")
 flags.DEFINE_string("html", None, "Page to write, with the decision pathway before and after.")
 flags.DEFINE_bool("json", False, "Print JSON.")
 
+# Flags that one editor reads.
+_SETTINGS = {
+    "continual": ("requests",),
+    "minimal": ("margin",),
+    "fixed_size": ("drop_fraction", "saliency", "num_steps", "label"),
+}
 _FIND_CHUNK = 64
 
 
@@ -80,7 +84,7 @@ def main() -> None:
         absent = " and ".join(f"--{name}" for name in wanted if name not in given)
         raise ValueError(f"{absent} missing; expected --text, --concept and --target, or --find")
 
-    way = _way()
+    _check_settings()
     if FLAGS.save and Path(FLAGS.save).resolve() == Path(FLAGS.model).resolve():
         raise ValueError(f"--save={FLAGS.save} is the model itself, which would be lost; expected another folder")
 
@@ -90,49 +94,32 @@ def main() -> None:
         Path(FLAGS.html).parent.mkdir(parents=True, exist_ok=True)
         Path(FLAGS.html).touch()
 
-    from sparsecbm_jax.correction.corrections import correct, correct_minimally
+    from sparsecbm_jax.correction.corrections import correct
     from sparsecbm_jax.correction.report import render_correction
-    from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
     from sparsecbm_jax.intervention.edit_log import EditLog
     from sparsecbm_jax.model.saved_model import load, save
 
-    path = FLAGS.lasting or (Path(FLAGS.log).with_name("corrections.jsonl") if FLAGS.log else None)
-    kept = RequestFile(path) if path and way == "lasting" else None
     loaded = load(FLAGS.model)
     if loaded.masks is None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
     # Written-out layers would cost more to compile than a few passes can win back.
     model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
+    original = model
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(EditLog(FLAGS.log, loaded.masks, loaded.schema.concepts)) if FLAGS.log else None
         if log is not None:
             model = dataclasses.replace(model, masks=log.replay(loaded.masks))
-        case = _find(model, FLAGS.concept) if FLAGS.find else CorrectionRequest(FLAGS.text, FLAGS.concept, FLAGS.target)
-        if case is None:
+        request = _find(model, FLAGS.concept) if FLAGS.find else _request()
+        if request is None:
             print("null" if FLAGS.json else "no test review has a mispredicted concept; nothing to correct")
             return
-        anchors = None
-        if way == "lasting":
-            anchors = saved_runs.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
-        if anchors is not None:
-            earlier = [] if kept is None else kept.cases if log is None else kept.standing(log)
-            original = dataclasses.replace(model, masks=loaded.masks)
-            corrected, report = _correct_lastingly(model, original, anchors, case, earlier)
-        elif way != "share":
-            corrected, report = correct_minimally(model, *case, margin=FLAGS.margin)
-        else:
-            corrected, report = correct(
-                model,
-                *case,
-                FLAGS.drop_fraction,
-                label=FLAGS.label,
-                saliency=FLAGS.saliency,
-                num_steps=FLAGS.num_steps,
-            )
+        editor, requests = _editor(original, stack)
+        earlier = [] if requests is None else requests.requests if log is None else requests.standing(log)
+        corrected, report = correct(model, request, editor=editor, earlier=earlier)
         print(json.dumps(report.to_dict(), indent=2) if FLAGS.json else render_correction(report))
         aside = sys.stderr if FLAGS.json else sys.stdout
-        if kept is not None and anchors is not None:
-            kept.add(case)
+        if requests is not None:
+            requests.add(request)
         if log is not None and report.num_dropped:
             print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
         if FLAGS.html:
@@ -143,21 +130,32 @@ def main() -> None:
             print(f"saved: {directory}", file=aside)
 
 
-def _correct_lastingly(
-    model: SparseCBM,
-    original: SparseCBM,
-    anchors: Sequence[Batch],
-    case: CorrectionRequest,
-    earlier: Iterable[CorrectionRequest],
-) -> tuple[SparseCBM, CorrectionReport]:
-    """One edit for this correction and earlier ones, with training texts held where they were."""
-    from sparsecbm_jax.correction.corrector import ContinualCorrector
+def _request() -> CorrectionRequest:
+    from sparsecbm_jax.correction.request_file import CorrectionRequest
+
+    return CorrectionRequest(FLAGS.text, FLAGS.concept, FLAGS.target, FLAGS.label)
+
+
+def _editor(original: SparseCBM, stack: contextlib.ExitStack) -> tuple[Editor, RequestFile | None]:
+    """The editor that the flags ask for, and the file of earlier corrections, for one that keeps them."""
+    from sparsecbm_jax.correction.request_file import RequestFile
+    from sparsecbm_jax.intervention import editors
     from sparsecbm_jax.runtime.progress import progress
 
-    with contextlib.closing(progress(description="what weights cost", total=len(anchors), unit="gradient")) as bar:
-        return ContinualCorrector(original, anchors, on_gradient=functools.partial(bar.update, 1)).correct(
-            model, case, earlier
-        )
+    if FLAGS.editor == "fixed_size":
+        return editors.fixed_size(FLAGS.drop_fraction, FLAGS.saliency, FLAGS.num_steps), None
+    anchors = None
+    if FLAGS.editor != "minimal":
+        anchors = saved_runs.anchors(original, FLAGS.model, is_asked=FLAGS.editor == "continual")
+    if anchors is None:
+        return editors.minimal(margin=FLAGS.margin), None
+    bar = stack.enter_context(
+        contextlib.closing(progress(description="costs of changes", total=len(anchors), unit="gradient"))
+    )
+    move = functools.partial(bar.update, 1)
+    path = FLAGS.requests or (Path(FLAGS.log).with_name("corrections.jsonl") if FLAGS.log else None)
+    editor = editors.continual(anchors, original=original.arrays, on_gradient=move)
+    return editor, RequestFile(path) if path else None
 
 
 def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport) -> None:
@@ -166,26 +164,22 @@ def _write_page(model: SparseCBM, corrected: SparseCBM, report: CorrectionReport
     from sparsecbm_jax.explanation.pathways import explain
     from sparsecbm_jax.report import Comparison, predictor_weights, write_page
 
-    target = {report.concept: report.target}
-    before, after = (explain(one, [report.text], target)[0] for one in (model, corrected))
+    request = report.request
+    target = {request.concept: request.target}
+    before, after = (explain(one, [request.text], target)[0] for one in (model, corrected))
     change = view_edit(report.edit, model.config.backbone, model.schema.concepts)
     comparison = Comparison(report, before, after, change)
     title = "A correction, before and after"
     write_page(FLAGS.html, [], [comparison], predictor=predictor_weights(model), title=title)
 
 
-def _way() -> str:
-    """How the correction is made: 'lasting', 'minimal', or 'share' for one given beforehand."""
-    if FLAGS.minimal and FLAGS.lasting:
-        raise ValueError("--minimal and --lasting do not go together: one changes few weights, the other what it takes")
-    shares = [name for name in ("drop_fraction", "saliency", "num_steps", "label") if FLAGS[name].present]
-    for way in ("minimal", "lasting"):
-        if FLAGS[way].value and shares:
-            raise ValueError(f"--{shares[0]} does not go with --{way}")
-    is_minimal = FLAGS.minimal or FLAGS.lasting == ""
-    if FLAGS["margin"].present and not is_minimal:
-        raise ValueError("--margin does not go without --minimal or --lasting=")
-    return "share" if shares else "minimal" if is_minimal else "lasting"
+def _check_settings() -> None:
+    """Raises ValueError where a flag is given that the editor does not read."""
+    editor = FLAGS.editor or "continual"
+    for other, names in _SETTINGS.items():
+        for name in names:
+            if other != editor and FLAGS[name].present:
+                raise ValueError(f"--{name} is read with --editor={other} only; the editor is {editor}")
 
 
 def _find(model: SparseCBM, concept: str | None) -> CorrectionRequest | None:

@@ -5,10 +5,11 @@ python launch/serve.py --model=runs/quickstart/model --port=8080 --edits=runs/qu
 SPARSECBM_TOKEN=... python launch/serve.py --model=runs/quickstart/model --host=0.0.0.0
 
 Wants the extra `app`. Corrections are kept in --edits, a log that `launch/edits.py` and `launch/intervene.py --log`
-read, too; each is on disk before it is acknowledged, and made again when the server starts. Each keeps those before it
-in force, whose texts stand in --lasting, which `launch/intervene.py` reads, too; on two CPU cores it takes some ten
-seconds. With --lasting= each is as small as repairs its concept, looks at no other, and takes about a second.
-Only this machine reaches the server, unless --host says otherwise: then a token is wanted, that of the variable
+read, too; each is on disk before it is acknowledged, and made again when the server starts. By default each keeps those
+before it, whose texts are in --requests, which `launch/intervene.py` reads, too; on two CPU cores it takes some ten
+seconds. With --editor=minimal each changes as few weights as repair its concept, looks at no other text, and takes
+about a second.
+Only this machine reaches the server, unless --host says otherwise: then a token is needed, that of the variable
 SPARSECBM_TOKEN or one that is made and printed. It travels in the clear: put a proxy that speaks TLS before the server,
 or use an SSH tunnel.
 Programs are compiled before the first request; with JAX_COMPILATION_CACHE_DIR=FOLDER, they are kept for the next start.
@@ -17,7 +18,6 @@ Programs are compiled before the first request; with JAX_COMPILATION_CACHE_DIR=F
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import socket
@@ -29,20 +29,20 @@ from absl import flags
 from sparsecbm_jax.cli import command_line, saved_runs
 
 if typing.TYPE_CHECKING:
-    from sparsecbm_jax.app.session import ContinualSetup
+    from sparsecbm_jax.correction.request_file import RequestFile
     from sparsecbm_jax.data.schema import Examples
+    from sparsecbm_jax.intervention.editors import Editor
     from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/quickstart/model.")
-flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; beyond loopback, a token is wanted.")
+flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; beyond loopback, a token is needed.")
 flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.", lower_bound=0, upper_bound=65535)
 flags.DEFINE_string("edits", None, "File of edits; by default edits.log beside the model's folder.")
+flags.DEFINE_enum("editor", None, ["continual", "minimal"], "How masks are edited; by default continual.")
 flags.DEFINE_string(
-    "lasting",
-    None,
-    "JSONL file of corrections to keep in force; by default corrections.jsonl beside the edits; empty for none.",
+    "requests", None, "continual: JSONL file of corrections to keep; by default corrections.jsonl next to the edits."
 )
 flags.DEFINE_integer(
     "sample", 64, "Held-out texts of the model's own data that previews read; 0 for none.", lower_bound=0
@@ -76,14 +76,16 @@ def main() -> None:
             )
         path = Path(FLAGS.edits or Path(FLAGS.model).resolve().parent / "edits.log")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lasting = _lasting(model, path)
-        desk = stack.enter_context(contextlib.closing(Session(model, path, _sample(model), lasting=lasting)))
-        print(f"{_counted(len(desk.edits), 'edit')} in force in {path}", flush=True)
-        if lasting is not None:
-            print(f"{_counted(desk.num_kept, 'correction')} of {lasting.cases.path} kept in force", flush=True)
-        for length in progress(desk.warm_up(), description="compiling", total=desk.num_lengths, unit="length"):
+        editor, requests = _editor(model, path)
+        session = stack.enter_context(
+            contextlib.closing(Session(model, path, _sample(model), editor=editor, requests=requests))
+        )
+        print(f"{_counted(len(session.edits), 'active edit')} in {path}", flush=True)
+        if requests is not None:
+            print(f"{_counted(session.num_kept, 'earlier correction')} of {requests.path} kept", flush=True)
+        for length in progress(session.warm_up(), description="compiling", total=session.num_lengths, unit="length"):
             print(f"compiled for texts of up to {length} tokens", flush=True)
-        app = create_app(desk, token=token, host_names=[FLAGS.host, socket.gethostname(), *FLAGS.allowed_hosts])
+        app = create_app(session, token=token, host_names=[FLAGS.host, socket.gethostname(), *FLAGS.allowed_hosts])
         # Who reads this may ask at once: requests are kept until the loop runs.
         bound.listen(256)
         print(f"serving at {_address(bound, token)} (Ctrl+C ends it)", flush=True)
@@ -128,21 +130,18 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what if number == 1 else what + 's'}"
 
 
-def _lasting(model: SparseCBM, edits: Path) -> ContinualSetup | None:
-    """What keeps corrections in force; None where it is not wanted, or cannot be had and was not asked for."""
-    from sparsecbm_jax.app.session import ContinualSetup
-    from sparsecbm_jax.correction.corrector import ContinualCorrector
+def _editor(model: SparseCBM, edits: Path) -> tuple[Editor, RequestFile | None]:
+    """The editor of `--editor`, and the file of earlier corrections for one that keeps them."""
     from sparsecbm_jax.correction.request_file import RequestFile
+    from sparsecbm_jax.intervention import editors
 
-    if FLAGS.lasting == "":
-        return None
-    cases = RequestFile(FLAGS.lasting or edits.with_name("corrections.jsonl"))
-    anchors = saved_runs.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
+    if FLAGS.editor == "minimal":
+        return editors.minimal(), None
+    anchors = saved_runs.anchors(model, FLAGS.model, is_asked=FLAGS.editor == "continual")
     if anchors is None:
-        return None
-    # Written-out layers would cost more to compile than single texts can win back.
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
-    return ContinualSetup(ContinualCorrector(model, anchors), cases)
+        return editors.minimal(), None
+    editor = editors.continual(anchors, original=model.arrays)
+    return editor, RequestFile(FLAGS.requests or edits.with_name("corrections.jsonl"))
 
 
 def _sample(model: SparseCBM) -> Examples | None:

@@ -20,11 +20,13 @@ from sparsecbm_jax.core.masks import Packed
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention.fixed_size_edit import _intervene, intervene
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
 from sparsecbm_jax.intervention.minimal_edit import _minimal_edit, minimal_edit
 from sparsecbm_jax.intervention.ranking import signed
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.planning import programs
 from sparsecbm_jax.training import train_step
 
@@ -70,11 +72,11 @@ def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rou
         path: jax.ShapeDtypeStruct((config.num_concepts, *leaf_at(params, path).shape), jnp.bool_)
         for path in backbones.maskable_paths(config.backbone)
     }
-    packed = jax.eval_shape(masks_lib.pack, masks)
+    arrays = ModelArrays(params, jax.eval_shape(masks_lib.pack, masks), heads)
     programs_of: dict[str, Callable[[], Any]] = {
-        "forward": lambda: make_forward(config).lower(params, packed, heads, batch),  # type: ignore[attr-defined]
-        "intervene": lambda: _lower_intervene(config, params, packed, heads, batch),
-        "minimal_edit": lambda: _lower_minimal_edit(config, params, packed, heads, batch),
+        "forward": lambda: make_forward(config).lower(arrays, batch),  # type: ignore[attr-defined]
+        "intervene": lambda: _lower_intervene(config, arrays, batch),
+        "minimal_edit": lambda: _lower_minimal_edit(config, arrays, batch),
     }
     found: dict[str, Any] = {name: {"wanted_bytes": None} for name in programs_of}
     for name, lower in programs_of.items():
@@ -95,11 +97,12 @@ def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rou
     if "error" in found["model"]:
         return {**about_device(), **found}
     say(f"intervention: {masks_lib.num_weights(model['masks'])} maskable weights, peak so far {in_gb(peak_bytes())}")
-    arguments = (config, model["params"], model["masks"], heads, batch, 0, 1)
+    made = ModelArrays(model["params"], model["masks"], heads)
+    correction = ConceptCorrection(batch, 0, 1)
     calls: dict[str, Callable[[], Any]] = {
-        "forward": lambda: make_forward(config)(model["params"], model["masks"], heads, batch),
-        "intervene": lambda: intervene(*arguments, drop_fraction),
-        "minimal_edit": lambda: minimal_edit(*arguments),
+        "forward": lambda: make_forward(config)(made, batch),
+        "intervene": lambda: intervene(config, made, correction, drop_fraction),
+        "minimal_edit": lambda: minimal_edit(config, made, correction),
     }
     for name, call in calls.items():
         found[name] |= attempt(name, functools.partial(_times_of, name, call, num_rounds))
@@ -129,18 +132,19 @@ def _times_of(name: str, call: Callable[[], Any], num_rounds: int) -> dict[str, 
     return {"median_ms": statistics.median(times), "ms": times, "peak_bytes": peak_bytes()}
 
 
-def _lower_intervene(config: CBMConfig, params: Any, masks: Any, heads: Any, batch: Batch) -> jax.stages.Lowered:
+def _lower_intervene(config: CBMConfig, arrays: ModelArrays, batch: Batch) -> jax.stages.Lowered:
     index, row = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     count = jax.ShapeDtypeStruct((), jnp.uint32)
-    arguments = (config, params, masks, heads, batch, index, row, count, row, index, None)
-    return _intervene.lower(*arguments, saliency_fn=signed)
+    correction = ConceptCorrection(batch, index, row, row)  # type: ignore[arg-type]
+    return _intervene.lower(config, arrays, correction, count, index, None, saliency_fn=signed)
 
 
-def _lower_minimal_edit(config: CBMConfig, params: Any, masks: Any, heads: Any, batch: Batch) -> jax.stages.Lowered:
+def _lower_minimal_edit(config: CBMConfig, arrays: ModelArrays, batch: Batch) -> jax.stages.Lowered:
     index, row = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     margin = jax.ShapeDtypeStruct((), jnp.float32)
-    most = min(4096, masks_lib.num_weights(masks))
-    return _minimal_edit.lower(config, params, masks, heads, batch, index, row, margin, None, max_pairs=most)
+    most = min(4096, masks_lib.num_weights(arrays.concept_masks))
+    correction = ConceptCorrection(batch, index, row, row)  # type: ignore[arg-type]
+    return _minimal_edit.lower(config, arrays, correction, margin, None, max_pairs=most)
 
 
 def time_train_step(

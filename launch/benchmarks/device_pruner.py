@@ -19,6 +19,7 @@ from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.planning import programs
 from sparsecbm_jax.pruning import fisher
 from sparsecbm_jax.pruning.gradients import Kernels, SubnetworkGradients, subnetwork_gradient
@@ -135,16 +136,16 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
     plan = fisher.plan_passes(shared, run.pruner)
     say(f"pruner: {fisher.describe_plan(shared, run.pruner)}")
 
-    forward, packed = make_forward(config), jax.jit(masks_lib.pack)(before)
+    forward, arrays = make_forward(config), ModelArrays(params, jax.jit(masks_lib.pack)(before), heads)
     batches = [
         random_batch(config, run.pruner.grad_batch_size, run.data.max_length, seed)
         for seed in range(run.pruner.num_grads)
     ]
-    jax.block_until_ready(forward(params, packed, heads, batches[0]))
+    jax.block_until_ready(forward(arrays, batches[0]))
     start = time.perf_counter()
-    pairs = jax.block_until_ready([(batch, forward(params, packed, heads, batch).activations) for batch in batches])
+    pairs = jax.block_until_ready([(batch, forward(arrays, batch).activations) for batch in batches])
     activation_seconds = time.perf_counter() - start
-    del packed
+    del arrays
 
     def timed(k: int, num_grads: int, masks: Masks) -> tuple[dict[str, Any], Masks]:
         """Scores and cuts a concept as `pruning.prune` does."""

@@ -84,18 +84,18 @@ def ours(model: SparseCBM, batch: Batch) -> dict[str, Callable[[], Any]]:
     import jax
 
     from sparsecbm_jax.intervention.fixed_size_edit import intervene
+    from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
     from sparsecbm_jax.intervention.minimal_edit import minimal_edit
 
-    assert model.masks is not None
-    arrays = (model.config, model.params, model.masks, model.heads, batch, FLAGS.concept, _target(model, batch))
+    asked = (model.config, model.arrays, ConceptCorrection(batch, FLAGS.concept, _target(model, batch)))
 
     def at_share(saliency: str) -> Callable[[], Any]:
-        return lambda: jax.block_until_ready(intervene(*arrays, FLAGS.drop_fraction, saliency=saliency))
+        return lambda: jax.block_until_ready(intervene(*asked, FLAGS.drop_fraction, saliency=saliency))
 
     return {
         "signed": at_share("signed"),
         "magnitude": at_share("magnitude"),
-        "minimal": lambda: jax.block_until_ready(minimal_edit(*arrays)),
+        "minimal": lambda: jax.block_until_ready(minimal_edit(*asked)),
     }
 
 
@@ -105,7 +105,7 @@ def _target(model: SparseCBM, batch: Batch) -> int:
 
     from sparsecbm_jax.model.forward import make_forward
 
-    output = make_forward(model.config)(model.params, model.masks, model.heads, batch)
+    output = make_forward(model.config)(model.arrays, batch)
     return int(np.argsort(np.asarray(output.concept_logits)[0, FLAGS.concept])[-2])
 
 

@@ -124,10 +124,10 @@ def kill_one(path: Path, seed: int) -> list[str]:
 
 
 def check(path: Path, before: list[str], said: list[str]) -> list[str]:
-    """The ids in force in a log that a writer left, oldest first.
+    """The active ids in a log that a writer left, oldest first.
 
     Args:
-        before: those in force when it came.
+        before: those active when it came.
         said: what it said.
 
     Raises:
@@ -142,7 +142,7 @@ def check(path: Path, before: list[str], said: list[str]) -> list[str]:
     with EditLog(path, masks(), CONCEPTS) as log:
         mended = [edit.id for edit in log.edits]
     if found != mended or not follows(found, acknowledged):
-        raise ValueError(f"{path}: in force are {found}, {mended} once mended; acknowledged were {acknowledged}")
+        raise ValueError(f"{path}: active are {found}, {mended} once mended; acknowledged were {acknowledged}")
     return found
 
 

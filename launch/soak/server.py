@@ -7,7 +7,7 @@ Each client explains, previews, applies and undoes corrections of synthetic revi
 large, as fast as it gets answers; after a 429 it waits for up to the time that it was told. Every answer has to be a
 result, a 429 with Retry-After, a 413 where the body is too large, or a 409 that names the later edits which an edit
 cannot be undone without. Then the server gets SIGKILL with requests on their way, and another is started on its log:
-exactly the edits that were acknowledged and not undone have to be in force, but for those whose answer was on its way.
+exactly the edits that were acknowledged and not undone have to be active, but for those whose answer was on its way.
 Prints answers by status, time and memory, or says what was wrong and ends with status 2. Linux or macOS; wants the
 extra `app`.
 """
@@ -209,7 +209,7 @@ def soak(folder: Path, model: str, num_clients: int, seconds: float, seed: int =
 
 
 def in_force(port: int) -> set[str]:
-    """Ids of the edits that a server has in force."""
+    """Ids of the edits that are active in a server."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request("GET", "/api/edits")
     found = {edit["id"] for edit in json.loads(connection.getresponse().read())["edits"]}
@@ -218,12 +218,12 @@ def in_force(port: int) -> set[str]:
 
 
 def check(before: set[str], clients: list[Client], found: set[str]) -> tuple[int, int]:
-    """How many edits are in force after a restart, and how many requests were on their way before.
+    """How many edits are active after a restart, and how many requests were on their way before.
 
     Args:
-        before: ids in force when the clients came.
+        before: ids active when the clients came.
         clients: what they saw.
-        found: ids in force after the restart.
+        found: ids active after the restart.
 
     Raises:
         ValueError: if an acknowledged edit is lost, or there are more than can have been on their way.
@@ -237,7 +237,7 @@ def check(before: set[str], clients: list[Client], found: set[str]) -> tuple[int
     if lost := expected - found - {word[1:] for word in unknown}:
         raise ValueError(f"acknowledged edits are lost: {sorted(lost)}")
     if len(more := found - expected) > unknown.count("+"):
-        raise ValueError(f"in force, though undone or never asked for: {sorted(more)}; {unknown} were on their way")
+        raise ValueError(f"active, though undone or never asked for: {sorted(more)}; {unknown} were on their way")
     return len(found), len(unknown)
 
 
@@ -261,7 +261,7 @@ def _lines(
         yield f"results took {half:.2f} s (median), {most:.2f} s (95th percentile), {took[-1]:.2f} s (most)"
     yield (
         f"edits: {acknowledged.count('+')} applied and {acknowledged.count('-')} undone, as acknowledged; "
-        f"{num_edits} in force after the kill and restart, none lost ({num_unknown} changes were on their way)"
+        f"{num_edits} active after the kill and restart, none lost ({num_unknown} changes were on their way)"
     )
     stated = ", ".join(f"{value:.0f} {moment}" for moment, value in zip(MOMENTS, memory, strict=True))
     yield f"the server's memory in MB: {stated}"

@@ -32,11 +32,11 @@ class Operation(NamedTuple):
     is_slow: bool
 
 
-def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
-    """What the API does, and how."""
+def operations(session: Session, worker: Worker) -> tuple[Operation, ...]:
+    """Returns the operations of the API on a session."""
 
     def health() -> schemas.Health:
-        return schemas.Health("ok", worker.num_waiting, desk.num_edits)
+        return schemas.Health("ok", worker.num_waiting, session.num_edits)
 
     return (
         Operation("GET", "/healthz", "Says that the server answers.", None, schemas.Health, (), health, False),
@@ -47,7 +47,7 @@ def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
             schemas.Text,
             DecisionPathway,
             (400,),
-            lambda form: desk.explain(form.text),
+            lambda form: session.explain(form.text),
             True,
         ),
         Operation(
@@ -57,7 +57,7 @@ def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
             schemas.Question,
             schemas.Preview,
             (400,),
-            desk.preview,
+            session.preview,
             True,
         ),
         Operation(
@@ -67,7 +67,7 @@ def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
             schemas.Order,
             schemas.Applied,
             (400, 409, 503),
-            desk.apply,
+            session.apply,
             True,
         ),
         Operation(
@@ -77,17 +77,17 @@ def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
             schemas.EditId,
             schemas.Edits,
             (400, 404, 409, 503),
-            lambda form: desk.undo(form.edit),
+            lambda form: session.undo(form.edit),
             True,
         ),
         Operation(
             "GET",
             "/api/edits",
-            "Lists the edits in force.",
+            "Lists the active edits.",
             None,
             schemas.Edits,
             (),
-            lambda: schemas.Edits(desk.edits),
+            lambda: schemas.Edits(session.edits),
             False,
         ),
         Operation(
@@ -97,7 +97,7 @@ def operations(desk: Session, worker: Worker) -> tuple[Operation, ...]:
             None,
             None,
             (404,),
-            desk.get,
+            session.get,
             False,
         ),
     )

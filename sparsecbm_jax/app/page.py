@@ -9,11 +9,11 @@ from sparsecbm_jax.report.page import TEMPLATES, fill, predictor_weights
 _BOTH = jinja2.ChoiceLoader([jinja2.PackageLoader(__package__), TEMPLATES])
 
 
-def live_page(model: SparseCBM, title: str, limits: Limits, *, is_lasting: bool) -> tuple[str, str]:
+def live_page(model: SparseCBM, title: str, limits: Limits, *, keeps_earlier: bool) -> tuple[str, str]:
     """The page, which corrections do not change, and its content-security policy: it may ask this server alone.
 
     Args:
-        is_lasting: each correction keeps those before it in force.
+        keeps_earlier: each correction is made together with those before it.
     """
     schema = model.schema
     content = {
@@ -23,7 +23,7 @@ def live_page(model: SparseCBM, title: str, limits: Limits, *, is_lasting: bool)
         "concepts": schema.concepts,
         "classes": schema.classes,
         "max_text": limits.max_text,
-        "is_lasting": is_lasting,
+        "keeps_earlier": keeps_earlier,
     }
     page, policy = fill(
         _BOTH,
@@ -34,7 +34,7 @@ def live_page(model: SparseCBM, title: str, limits: Limits, *, is_lasting: bool)
         scripts=("page.js", "live.js"),
         allowed="connect-src 'self'; ",
         num_omitted=0,
-        is_lasting=is_lasting,
+        keeps_earlier=keeps_earlier,
     )
     # What browsers take from a header alone.
     return page, f"{policy}; frame-ancestors 'none'"

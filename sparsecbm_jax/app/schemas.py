@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsecbm_jax.config.names import did_you_mean
-from sparsecbm_jax.correction.report import CorrectionReport, TextPrediction
+from sparsecbm_jax.correction.report import CorrectionReport, EditorDescription, TextPrediction
 from sparsecbm_jax.explanation.pathways import DecisionPathway
 from sparsecbm_jax.intervention.stored_edit import StoredEdit
 
@@ -78,7 +78,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class EditId:
-    """An edit in force.
+    """An active edit.
 
     Attributes:
         edit: its id.
@@ -93,7 +93,7 @@ class Correction:
 
     Attributes:
         text, concept, target, label: what was asked; label is null: the task label does not enter.
-        saliency, drop_fraction, num_steps: how weights were chosen, and which share of the backbone was dropped.
+        editor: how the model was changed.
         num_dropped, num_grown: changed weights.
         num_weights: maskable weights of the backbone.
         is_repaired: whether the concept has the asked class with it.
@@ -105,9 +105,7 @@ class Correction:
     concept: str
     target: str
     label: str | None
-    saliency: str
-    drop_fraction: float
-    num_steps: int
+    editor: EditorDescription
     num_dropped: int
     num_grown: int
     num_weights: int
@@ -119,20 +117,21 @@ class Correction:
     @classmethod
     def of(cls, report: CorrectionReport) -> "Correction":
         """The same without the positions."""
-        return cls(**(report.to_dict() | {"before": report.before, "after": report.after}))
+        kept_as_they_are = {name: getattr(report, name) for name in ("editor", "before", "after")}
+        return cls(**(report.to_dict() | kept_as_they_are))
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleImpact:
-    """What an edit does to held-out texts. Concepts but its own are read as before: their subnetworks stay.
+class SampleEffect:
+    """What an edit does to held-out texts. Other concepts are predicted as before: their subnetworks stay.
 
     Attributes:
         num_texts: texts in the sample.
-        num_changed: those in which the concept is read as another class.
-        num_repaired, num_broken: of the texts with a gold class, those read rightly only after, and only before.
+        num_changed: those whose concept is predicted as another class.
+        num_repaired, num_broken: of the texts with a gold class, those predicted correctly only after, and only before.
         num_labels_changed: texts that get another label.
         shift: mean total variation distance of the concept's probabilities before and after, from 0 to 1.
-        flips: by class before and class after, how many texts are read as another class.
+        flips: by class before and class after, how many texts are predicted as another class.
         changed_texts: the first of those texts.
     """
 
@@ -161,12 +160,12 @@ class Preview:
     report: Correction
     before: DecisionPathway
     after: DecisionPathway
-    sample: SampleImpact | None
+    sample: SampleEffect | None
 
 
 @dataclasses.dataclass(frozen=True)
 class EditSummary:
-    """An edit in force.
+    """An active edit.
 
     Attributes:
         id: twelve hexadecimal digits.
@@ -192,7 +191,7 @@ class EditSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Edits:
-    """All edits in force.
+    """All active edits.
 
     Attributes:
         edits: oldest first.
@@ -206,9 +205,9 @@ class Applied:
     """What was made of an order.
 
     Attributes:
-        edit: id of the edit that is in force now; null where nothing had to change, or no edit was found.
+        edit: id of the edit that is active now; null where nothing had to change, or no edit was found.
         is_repaired: whether the concept has the asked class on the text now.
-        edits: all in force, oldest first.
+        edits: all active ones, oldest first.
     """
 
     edit: str | None
@@ -223,7 +222,7 @@ class Health:
     Attributes:
         status: 'ok'.
         num_waiting: requests for the model at work or in wait.
-        num_edits: edits in force.
+        num_edits: active edits.
     """
 
     status: str

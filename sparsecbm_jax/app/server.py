@@ -27,17 +27,17 @@ _DRAINED = 16
 
 
 def create_app(
-    desk: Session,
+    session: Session,
     *,
     token: str | None = None,
     host_names: Collection[str] = (),
     limits: Limits | None = None,
     title: str = "Decision pathways, live",
 ) -> Starlette:
-    """The live page and its API around a desk, to be served by any ASGI server in one process.
+    """Builds the live page and its API around a session, to be served by any ASGI server in one process.
 
     Args:
-        desk: what is asked; it is the caller's to close, once the app has shut down.
+        session: what is asked; it is the caller's to close, once the app has shut down.
         token: what has to be shown with every request but for `/healthz`; wanted where others reach the server.
         host_names: by which the server may be called, beside 'localhost' and any IP address.
         limits: what it takes on; None for the defaults.
@@ -45,8 +45,8 @@ def create_app(
     """
     limits = limits or Limits()
     worker = Worker(limits.max_waiting)
-    known = operations(desk, worker)
-    content, policy = live_page(desk.model, title, limits, is_lasting=desk.is_lasting)
+    known = operations(session, worker)
+    content, policy = live_page(session.model, title, limits, keeps_earlier=session.keeps_earlier)
     api = document(known, limits, is_token_wanted=token is not None)
 
     async def page(request: Request) -> Response:
@@ -100,7 +100,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     """The body of a request.
 
     Raises:
-        Refusal: 413, if it is too large; 408, if it takes too long to come.
+        ApiError: 413, if it is too large; 408, if it takes too long to come.
     """
     too_large = ApiError(413, f"the request is too large; at most {limits.max_body:,} bytes are allowed")
     size, parts = 0, []

@@ -17,19 +17,20 @@ from sparsecbm_jax.app.schemas import (
     Order,
     Preview,
     Question,
-    SampleImpact,
+    SampleEffect,
 )
 from sparsecbm_jax.config.names import name_index
 from sparsecbm_jax.core.masks import check_masks
-from sparsecbm_jax.correction.corrections import correct_minimally
-from sparsecbm_jax.correction.corrector import ContinualCorrector
-from sparsecbm_jax.correction.preview import preview, readings
+from sparsecbm_jax.correction.corrections import correct
+from sparsecbm_jax.correction.preview import outputs_of, preview
 from sparsecbm_jax.correction.report import CorrectionReport
 from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
 from sparsecbm_jax.data.batches import Batch, eval_batches, tokenize
 from sparsecbm_jax.data.schema import Examples
 from sparsecbm_jax.explanation.pathways import DecisionPathway, explain
+from sparsecbm_jax.intervention import editors
 from sparsecbm_jax.intervention.edit_log import EditLog
+from sparsecbm_jax.intervention.editors import Editor
 from sparsecbm_jax.intervention.stored_edit import (
     Positions,
     StoredEdit,
@@ -50,33 +51,24 @@ MAX_REMEMBERED = 64
 
 
 class Found(NamedTuple):
-    """The edit that answers a question, None where nothing would change; and whether the concept is read so then."""
+    """The edit that answers a question, None where nothing would change; and whether the concept is repaired then."""
 
     edit: StoredEdit | None
     is_repaired: bool
 
 
 class SessionState(NamedTuple):
-    """The model with all edits in force made."""
+    """The model with all active edits made."""
 
     model: SparseCBM
     edits: tuple[StoredEdit, ...]
 
 
-class ContinualSetup(NamedTuple):
-    """What lasting corrections take: what makes them, and the file that their texts are kept in."""
-
-    keeper: ContinualCorrector
-    cases: RequestFile
-
-
 class Session:
     """A model that takes corrections, one after another.
 
-    Each is as small as repairs its concept, or, where a `Lasting` is given, keeps those before it in force.
-
-    What it is asked it does at once, in the caller's thread, and one thing at a time. `edits`, `num_edits` and `get`
-    alone may be called from another thread meanwhile: they read a state that is replaced as a whole.
+    It does what it is asked at once, in the caller's thread, and one thing at a time. Only `edits`, `num_edits` and
+    `get` may be called from another thread meanwhile: they read a state that is replaced as a whole.
     """
 
     def __init__(
@@ -85,15 +77,18 @@ class Session:
         log: str | Path,
         sample: Examples | None = None,
         *,
-        lasting: ContinualSetup | None = None,
+        editor: Editor | None = None,
+        requests: RequestFile | None = None,
     ) -> None:
-        """Opens the log, or makes it, and makes the edits that are in force there.
+        """Opens the log, or creates it, and makes the edits that are active there.
 
         Args:
             model: with masks, and without any of the log's edits.
             log: file of edits; see `EditLog`.
             sample: held-out texts that previews read; None or no texts for none.
-            lasting: of the same model; None for corrections that look at one text only.
+            editor: how corrections change the model; None for the minimal edit.
+            requests: file that the texts of corrections are written to, so that the editor is given the earlier ones;
+                None for an editor that looks at one text only.
 
         Raises:
             ValueError: if the model has no masks, or the log is damaged or another model's.
@@ -106,15 +101,16 @@ class Session:
         model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
         self._log = EditLog(log, masks, model.schema.concepts)
         self._state = SessionState(dataclasses.replace(model, masks=self._log.replay(masks)), self._log.edits)
-        self._lasting = lasting
+        self._editor = editors.minimal() if editor is None else editor
+        self._requests = requests
         self._sample: list[Batch] = []
         self._sample_texts: dict[int, str] = {}
         if sample is not None and sample.texts:
             tokens = tokenize(sample, model.tokenizer, model.max_length)
             self._sample = list(eval_batches(tokens, batch_size=SAMPLE_BATCH, buckets=WIDTHS))
             self._sample_texts = dict(zip(sample.row_ids.tolist(), sample.texts, strict=True))
-        # What the sample was read as, with which edits; and the edits that questions led to lately.
-        self._readings: tuple[tuple[StoredEdit, ...] | None, list[tuple[Batch, CBMOutput]]] = (None, [])
+        # The outputs on the sample, with which edits; and the edits that questions led to lately.
+        self._outputs: tuple[tuple[StoredEdit, ...] | None, list[tuple[Batch, CBMOutput]]] = (None, [])
         self._found: dict[tuple[tuple[str, ...], Question], Found] = {}
 
     def close(self) -> None:
@@ -123,45 +119,45 @@ class Session:
 
     @property
     def model(self) -> SparseCBM:
-        """The model as it reads now."""
+        """The model as it is now."""
         return self._state.model
 
     @property
     def edits(self) -> tuple[EditSummary, ...]:
-        """The edits in force, oldest first."""
+        """The active edits, oldest first."""
         return tuple(map(EditSummary.of, self._state.edits))
 
     @property
     def num_edits(self) -> int:
-        """How many edits are in force."""
+        """How many edits are active."""
         return len(self._state.edits)
 
     @property
-    def is_lasting(self) -> bool:
-        """Whether each correction keeps those before it in force."""
-        return self._lasting is not None
+    def keeps_earlier(self) -> bool:
+        """Whether each correction is made together with those before it."""
+        return self._requests is not None
 
     @property
     def num_kept(self) -> int:
-        """How many edits in force later lasting corrections answer for: those whose texts are in the file."""
-        return 0 if self._lasting is None else len(self._lasting.cases.of_edits(self._state.edits))
+        """How many active edits later corrections are made together with: those whose texts are in the file."""
+        return 0 if self._requests is None else len(self._requests.of_edits(self._state.edits))
 
     def get(self, edit_id: str) -> StoredEdit:
-        """An edit in force.
+        """Returns an active edit.
 
         Raises:
-            Refusal: 404, if there is none of that id.
+            ApiError: 404, if there is none of that id.
         """
         for edit in self._state.edits:
             if edit.id == edit_id:
                 return edit
-        raise ApiError(404, f"no edit {edit_id!r} is in force", field="edit")
+        raise ApiError(404, f"there is no active edit {edit_id!r}", field="edit")
 
     def explain(self, text: str) -> DecisionPathway:
         """The pathway of a text.
 
         Raises:
-            Refusal: 400, if there is nothing in it to read.
+            ApiError: 400, if there is nothing in it to read.
         """
         self._check_text(text)
         return explain(self.model, [text])[0]
@@ -170,7 +166,7 @@ class Session:
         """What a correction would do to its text and to held-out ones.
 
         Raises:
-            Refusal: 400, if there is no such concept or class, or nothing in the text to read.
+            ApiError: 400, if there is no such concept or class, or nothing in the text to read.
         """
         found, corrected, report = self._correct(question)
         target = {question.concept: question.target}
@@ -180,14 +176,14 @@ class Session:
             report=Correction.of(report),
             before=before,
             after=after,
-            sample=self._impact(corrected, question.concept) if found.edit and self._sample else None,
+            sample=self._effect(corrected, question.concept) if found.edit and self._sample else None,
         )
 
     def apply(self, order: Order) -> Applied:
         """Makes a correction, which is on disk then.
 
         Raises:
-            Refusal: as `preview`; 409, if the edit would be another than the one that was previewed; 503, if it cannot
+            ApiError: as `preview`; 409, if the edit would be another than the one that was previewed; 503, if it cannot
                 be written, and then it is not made.
         """
         question = Question(order.text, order.concept, order.target)
@@ -198,9 +194,9 @@ class Session:
             concepts = self.model.schema.concepts
             masks = apply_stored(self._masks(), found.edit, concepts)
             with _writing():
-                if self._lasting is not None:
-                    # First: what is in force has its text then.
-                    self._lasting.cases.add(CorrectionRequest(order.text, order.concept, order.target))
+                if self._requests is not None:
+                    # First: an active edit has its text then.
+                    self._requests.add(CorrectionRequest(order.text, order.concept, order.target))
                 self._log.append(found.edit)
             self._state = SessionState(dataclasses.replace(self.model, masks=masks), self._log.edits)
         return Applied(found.edit.id if found.edit else None, found.is_repaired, self.edits)
@@ -209,7 +205,7 @@ class Session:
         """Undoes an edit, whichever its place; the undoing is on disk then.
 
         Raises:
-            Refusal: 404, if it is not in force; 409, if later edits changed the same weights; 503, as `apply`.
+            ApiError: 404, if it is not active; 409, if later edits changed the same weights; 503, as `apply`.
         """
         edit = self.get(edit_id)
         later = self._state.edits[self._state.edits.index(edit) + 1 :]
@@ -233,13 +229,13 @@ class Session:
         schema = self.model.schema
         self._flip_and_back()
         if self._sample:
-            self._impact(self.model, schema.concepts[0])
+            self._effect(self.model, schema.concepts[0])
         for length in self._lengths():
             text = " ".join(["a"] * (length - self.model.tokenizer.num_special_tokens_to_add()))
             reading = self.explain(text).concepts[0]
             target = next(name for name in schema.classes if name != reading.predicted_class)
-            # Lasting edits are as wide as their widest text: the program for wide ones is left for who brings them.
-            if self._lasting is None or length == self._lengths()[0]:
+            # Edits for several texts are as wide as their widest: the program for wide ones waits for the first.
+            if self._requests is None or length == self._lengths()[0]:
                 self._correct(Question(text, schema.concepts[0], target))
             yield length
 
@@ -263,7 +259,7 @@ class Session:
         return dict(masks)
 
     def _key(self, question: Question) -> tuple[tuple[str, ...], Question]:
-        """What an edit hangs on: the question, and the masks, which the edits in force tell."""
+        """What an edit depends on: the question, and the masks, which the active edits tell."""
         return tuple(edit.id for edit in self._state.edits), question
 
     def _correct(self, question: Question) -> tuple[Found, SparseCBM, CorrectionReport]:
@@ -277,12 +273,9 @@ class Session:
             except ValueError as error:
                 raise ApiError(400, str(error), field=field) from None
         self._check_text(question.text)
-        case = CorrectionRequest(question.text, question.concept, question.target)
-        if self._lasting is None:
-            corrected, report = correct_minimally(self.model, *case)
-        else:
-            earlier = self._lasting.cases.of_edits(self._state.edits)
-            corrected, report = self._lasting.keeper.correct(self.model, case, earlier)
+        request = CorrectionRequest(question.text, question.concept, question.target)
+        earlier = [] if self._requests is None else self._requests.of_edits(self._state.edits)
+        corrected, report = correct(self.model, request, editor=self._editor, earlier=earlier)
         found = Found(report.stored() if report.num_dropped or report.num_grown else None, report.is_repaired)
         while len(self._found) >= MAX_REMEMBERED:
             self._found.pop(next(iter(self._found)))
@@ -295,16 +288,13 @@ class Session:
         except ValueError as error:
             raise ApiError(400, str(error).replace("texts[0]", "'text'", 1), field="text") from None
 
-    def _impact(self, corrected: SparseCBM, concept: str) -> SampleImpact:
+    def _effect(self, corrected: SparseCBM, concept: str) -> SampleEffect:
         model = self.model
-        arrays = (model.config, model.params)
-        if self._readings[0] is not self._state.edits:
-            assert model.masks is not None
-            self._readings = self._state.edits, readings(*arrays, model.masks, model.heads, self._sample)
-        assert corrected.masks is not None
+        if self._outputs[0] is not self._state.edits:
+            self._outputs = self._state.edits, outputs_of(model.config, model.arrays, self._sample)
         k, classes = model.schema.concepts.index(concept), model.schema.classes
-        found = preview(*arrays, corrected.masks, model.heads, self._readings[1], k)
-        return SampleImpact(
+        found = preview(model.config, corrected.arrays, self._outputs[1], k)
+        return SampleEffect(
             num_texts=found.num_texts,
             num_changed=found.num_changed,
             num_repaired=found.num_repaired,

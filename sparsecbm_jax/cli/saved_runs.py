@@ -7,12 +7,19 @@ import sys
 import typing
 from pathlib import Path
 
+from absl import flags
+
+from sparsecbm_jax.cli import command_line
+
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import RunConfig
     from sparsecbm_jax.core.masks import Masks
     from sparsecbm_jax.data.batches import Batch, Tokenized
     from sparsecbm_jax.data.schema import Dataset
     from sparsecbm_jax.model.sparse_cbm import SparseCBM
+
+
+FLAGS = flags.FLAGS
 
 
 class Saved(typing.NamedTuple):
@@ -29,7 +36,7 @@ class Saved(typing.NamedTuple):
 
         batches = eval_batches(self.splits[split], batch_size=run.training.eval_batch_size)
         model = self.model
-        return scores.evaluate(model.config, model.params, masks, model.heads, batches, self.dataset.schema)
+        return scores.evaluate(model.config, model.arrays._replace(masks=masks), batches, self.dataset.schema)
 
 
 def read(folder: str, run: RunConfig) -> Saved:
@@ -77,11 +84,31 @@ def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
     return from_config_dict(model.metadata["run_config"])
 
 
+def read_with_data() -> tuple[RunConfig, Saved]:
+    """Reads the model of `--model` with the data of `--config`, or those that it was trained on.
+
+    Raises:
+        ValueError: `--model` is missing, the model does not say what it was trained on, or there is no such `--split`.
+    """
+    from sparsecbm_jax.model.saved_model import load
+
+    if not FLAGS.model:
+        raise ValueError("--model is missing; expected the folder of a saved model, such as runs/quickstart/model")
+    is_given = "config" in FLAGS and FLAGS["config"].value is not None
+    run = command_line.run_config() if is_given else own_run(load(FLAGS.model), FLAGS.model, "--config")
+    found = read(FLAGS.model, run)
+    if FLAGS.split not in found.splits:
+        raise ValueError(f"--split={FLAGS.split}: expected one of {', '.join(found.splits)}")
+    return run, found
+
+
 def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | None:
-    """Training texts that lasting corrections leave as they are; None, and why, where they cannot be had.
+    """Returns training texts that continual edits leave as they are; None, and says why, where there are none.
 
     Args:
-        is_asked: somebody asked for lasting corrections: then that is an error.
+        model: the model.
+        folder: of the model, for messages.
+        is_asked: whether somebody asked for continual edits: then it is an error that there are none.
 
     Raises:
         ValueError: If the model does not say what it was trained on, or has other names than that has.
@@ -90,12 +117,12 @@ def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | N
     from sparsecbm_jax.data.batches import fisher_batches
 
     try:
-        run = own_run(model, folder, "a model that was trained here, whose training texts are to stay as they are")
+        run = own_run(model, folder, "--editor=minimal, which needs no training texts")
         return fisher_batches(read(folder, run).splits["train"], run.pruner, seed=run.seed)
     except (ValueError, OSError, ImportError) as error:
         if is_asked:
             raise
-        print(f"the correction looks at its text alone, and not at those before it: {error}", file=sys.stderr)
+        print(f"the minimal edit is made, which looks at no other text: {error}", file=sys.stderr)
         return None
 
 

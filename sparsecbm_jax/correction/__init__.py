@@ -2,10 +2,9 @@
 
 from sparsecbm_jax.config import moved_names
 from sparsecbm_jax.correction.corrections import correct
-from sparsecbm_jax.correction.corrector import ContinualCorrector
 from sparsecbm_jax.correction.report import CorrectionReport, TextPrediction
 from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
 
-__all__ = ["ContinualCorrector", "CorrectionReport", "CorrectionRequest", "RequestFile", "TextPrediction", "correct"]
+__all__ = ["CorrectionReport", "CorrectionRequest", "RequestFile", "TextPrediction", "correct"]
 
 __getattr__ = moved_names.raise_for(__name__)

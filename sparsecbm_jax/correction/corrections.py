@@ -1,10 +1,10 @@
 """Corrections by name, for people: a text, a concept, the class that it should have; and what came of it.
 
-`intervention` and `minimal` have the functions of arrays that do the work.
+`intervention.editors` has the functions on arrays that do the work.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,198 +12,75 @@ from jaxtyping import Array, Float
 
 from sparsecbm_jax.config.names import name_index
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import Masks, check_masks
-from sparsecbm_jax.correction.report import CorrectionReport, TextPrediction
-from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.correction.report import CorrectionReport, EditorDescription, TextPrediction
+from sparsecbm_jax.correction.request_file import CorrectionRequest
 from sparsecbm_jax.data.schema import Schema
-from sparsecbm_jax.intervention.continual_edit import MARGIN, STRENGTH, continual_edit
-from sparsecbm_jax.intervention.fixed_size_edit import intervene
-from sparsecbm_jax.intervention.mask_edit import MaskEdit, edit_of, num_changed
-from sparsecbm_jax.intervention.minimal_edit import minimal_edit
-from sparsecbm_jax.intervention.ranking import EditCosts, SaliencyFn
-from sparsecbm_jax.intervention.replay import Replay
-from sparsecbm_jax.model.forward import concept_logits
+from sparsecbm_jax.intervention import editors
+from sparsecbm_jax.intervention.editors import Editor
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, num_changed
 from sparsecbm_jax.model.predictions import Predictions, text_batches
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 
 def correct(
     model: SparseCBM,
-    text: str,
-    concept: str,
-    target: str,
-    drop_fraction: float = 0.0001,
+    request: CorrectionRequest,
     *,
-    label: str | None = None,
-    saliency: str | SaliencyFn = "signed",
-    num_steps: int = 1,
+    editor: Editor | None = None,
+    earlier: Sequence[CorrectionRequest] = (),
 ) -> tuple[SparseCBM, CorrectionReport]:
-    """Corrects one concept of one text, by name; see `intervene`.
+    """Corrects one concept of one text.
 
     Args:
-        model: a model with masks.
-        text: the text that the model misreads.
-        concept: name of the concept.
-        target: name of the class that it should have.
-        drop_fraction: share of the backbone's maskable weights that each step drops, and as many that it grows.
-        label: name of the task label to pull towards as well.
-        saliency: as in `intervene`.
-        num_steps: as in `intervene`.
+        model: a model with masks; it stays as it is.
+        request: the text that the model misreads, the concept, and the class that it should have.
+        editor: how the model is changed, one of `intervention.editors` or your own; by default the minimal edit, which
+            changes as few weights as repair this text and looks at no other.
+        earlier: corrections made before, oldest first, for editors that keep them, such as `editors.continual`.
 
     Returns:
-        The model with the new masks, without the metrics of the old ones, and what changed. The concept may still
-        have another class than asked: `CorrectionReport.is_repaired` says so.
+        The corrected model, without the scores of the old one, and what changed. The concept may still have another
+        class than asked: `CorrectionReport.is_repaired` says so.
 
     Raises:
-        ValueError: as `intervene`; a name is not in the schema (the nearest one is given); the text holds nothing that
-            the tokeniser reads; the model's output is not finite.
+        TypeError: if the request is no `CorrectionRequest`.
+        ValueError: if a name is not in the schema (the nearest one is given), the model has no masks, the text holds
+            nothing that the tokeniser reads, the model's output is not finite, or the editor refuses.
     """
-    old, batch, index, wanted = _asked(model, text, concept, target)
-    masks, edit = intervene(
-        model.config,
-        model.params,
-        old,
-        model.heads,
-        batch,
-        index,
-        wanted,
-        drop_fraction,
-        None if label is None else name_index("label", label, model.schema.labels),
-        saliency=saliency,
-        num_steps=num_steps,
-    )
-    name = saliency if isinstance(saliency, str) else getattr(saliency, "__name__", repr(saliency))
-    asked = {"concept": concept, "target": target, "label": label, "saliency": name, "drop_fraction": drop_fraction}
-    return _corrected(model, masks, edit, text=text, num_steps=num_steps, **asked)
-
-
-def correct_minimally(
-    model: SparseCBM,
-    text: str,
-    concept: str,
-    target: str,
-    *,
-    margin: float = 0.0,
-    guard: EditCosts | None = None,
-    max_pairs: int = 4096,
-) -> tuple[SparseCBM, CorrectionReport]:
-    """Corrects one concept of one text with as few weights as do, by name; see `minimal.minimal_edit`.
-
-    Args:
-        model, text, concept, target: as for `correct`.
-        margin, guard, max_pairs: as for `minimal_edit`.
-
-    Returns:
-        As `correct`; `drop_fraction` says how small the edit is. Where `max_pairs` pairs do not repair the concept,
-        the model keeps its masks and `CorrectionReport.is_repaired` is False.
-
-    Raises:
-        ValueError: as `correct` and `minimal_edit`.
-    """
-    old, batch, index, wanted = _asked(model, text, concept, target)
-    masks, found = minimal_edit(
-        model.config,
-        model.params,
-        old,
-        model.heads,
-        batch,
-        index,
-        wanted,
-        margin=margin,
-        guard=guard,
-        max_pairs=max_pairs,
-    )
-    asked = {"concept": concept, "target": target, "label": None, "saliency": "signed" if guard is None else "guarded"}
-    fraction = int(found.num_pairs) / masks_lib.num_weights(masks)
-    return _corrected(model, masks, found.edit, text=text, drop_fraction=fraction, num_steps=1, **asked)
-
-
-def remember(model: SparseCBM, text: str, concept: str, target: str, replay: Replay) -> None:
-    """Adds an earlier correction to those that `correct_lastingly` keeps in force, by name.
-
-    Raises:
-        ValueError: a name is not in the schema, or the text holds nothing that the tokeniser reads.
-    """
-    _, batch, index, wanted = _asked(model, text, concept, target)
-    replay.add(index, batch, wanted)
-
-
-def correct_lastingly(
-    model: SparseCBM,
-    text: str,
-    concept: str,
-    target: str,
-    replay: Replay,
-    *,
-    original: SparseCBM | None = None,
-    guard: EditCosts | None = None,
-    margin: float = MARGIN,
-    strength: float = STRENGTH,
-) -> tuple[SparseCBM, CorrectionReport]:
-    """Corrects one concept of one text so that earlier corrections hold and other texts stay; see `lasting`.
-
-    Args:
-        model, text, concept, target: as for `correct`.
-        replay: earlier corrections and anchors; remembers this one.
-        original: the model that anchors are to be read as by, before any correction; `model` where there was none.
-        guard, margin, strength: as for `lasting_edit`. `guards.steep` of a `guards.fisher_guard` did best.
-
-    Returns:
-        As `correct`; `drop_fraction` says how many weights of the concept were dropped.
-        `CorrectionReport.is_repaired` is False where the earlier corrections and the anchors outweigh this one.
-
-    Raises:
-        ValueError: as `correct` and `lasting_edit`.
-    """
-    old, batch, index, wanted = _asked(model, text, concept, target)
-    before = original or model
-    check_masks(before.masks)
-    assert before.masks is not None
-    arrays = (before.config, before.params, before.masks, before.heads)
-    replay.hold(index, lambda texts: concept_logits(*arrays, texts, index))
-    replay.add(index, batch, wanted)
-    rows, targets, logits = replay.batch(index)
-    masks, _ = continual_edit(
-        model.config,
-        model.params,
-        old,
-        model.heads,
-        rows,
-        index,
-        targets,
-        logits,
-        guard=guard,
-        margin=margin,
-        strength=strength,
-    )
-    edit = edit_of(model.config, model.params, old, masks, model.heads, batch, index, wanted)
-    asked = {"concept": concept, "target": target, "label": None, "saliency": "lasting"}
-    fraction = num_changed(edit)[0] / masks_lib.num_weights(masks)
-    return _corrected(model, masks, edit, text=text, drop_fraction=fraction, num_steps=1, **asked)
-
-
-def _asked(model: SparseCBM, text: str, concept: str, target: str) -> tuple[Masks, Batch, int, int]:
-    check_masks(model.masks)
-    assert model.masks is not None
-    index = name_index("concept", concept, model.schema.concepts)
-    wanted = name_index("class", target, model.schema.classes)
-    return model.masks, next(text_batches(model, [text], batch_size=1)), index, wanted
-
-
-def _corrected(model: SparseCBM, masks: Masks, edit: MaskEdit, **asked: Any) -> tuple[SparseCBM, CorrectionReport]:
+    editor = editors.minimal() if editor is None else editor
+    masks_lib.check_masks(model.masks)
+    asked = concept_correction(model, request)
+    asked = asked._replace(earlier=tuple(concept_correction(model, one) for one in earlier))
+    arrays, edit = editor(model.config, model.arrays, asked)
     num_dropped, num_grown = num_changed(edit)
     report = CorrectionReport(
-        **asked,
+        request=request,
+        editor=EditorDescription(*editors.describe(editor)),
         num_dropped=num_dropped,
         num_grown=num_grown,
-        num_weights=masks_lib.num_weights(masks),
+        num_weights=masks_lib.num_weights(arrays.concept_masks),
         before=_predicted(model, edit.concept_logits_before, edit.label_logits_before),
         after=_predicted(model, edit.concept_logits_after, edit.label_logits_after),
         edit=edit,
     )
-    # The scores were those of the masks before.
-    metadata = {key: value for key, value in model.metadata.items() if key != "metrics"}
-    return dataclasses.replace(model, masks=masks, metadata=metadata), report
+    return model.with_arrays(arrays), report
+
+
+def concept_correction(model: SparseCBM, request: CorrectionRequest) -> ConceptCorrection:
+    """Returns a request as arrays: tokens in place of the text, indices in place of names.
+
+    Raises:
+        TypeError, ValueError: as `correct`.
+    """
+    if not isinstance(request, CorrectionRequest):
+        raise TypeError(f"the request is a {type(request).__name__}; expected CorrectionRequest(text, concept, target)")
+    schema = model.schema
+    return ConceptCorrection(
+        next(text_batches(model, [request.text], batch_size=1)),
+        name_index("concept", request.concept, schema.concepts),
+        name_index("class", request.target, schema.classes),
+        None if request.label is None else name_index("label", request.label, schema.labels),
+    )
 
 
 class Proposal(NamedTuple):

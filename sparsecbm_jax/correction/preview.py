@@ -11,25 +11,24 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.core.sharding import in_turn
-from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput
 from sparsecbm_jax.model.forward import make_forward, subnetwork_output
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 
 @dataclasses.dataclass(frozen=True)
-class Impact:
+class SampleEffect:
     """What one concept's edit does to a sample of texts. Other concepts are not touched by it: their masks stay.
 
     Attributes:
         num_texts: texts in the sample.
-        flips: [C, C], how many texts the concept was read as the first class in and is read as the second after.
+        flips: [C, C], texts whose concept was predicted as the first class before and is as the second after.
         label_flips: [Y, Y], the same for the label.
         shift: mean total variation distance between the concept's probabilities before and after, in [0, 1].
-        changed_rows: `row_ids` of the texts whose concept is read otherwise.
-        num_repaired, num_broken: of the texts with a gold class, those read rightly only after, and only before.
+        changed_rows: `row_ids` of texts whose concept is predicted as another class.
+        num_repaired, num_broken: of the texts with a gold class, those predicted correctly only after, and only before.
     """
 
     num_texts: int
@@ -42,12 +41,12 @@ class Impact:
 
     @property
     def num_changed(self) -> int:
-        """Texts whose concept is read otherwise."""
+        """Texts whose concept is predicted as another class."""
         return len(self.changed_rows)
 
     @property
     def num_labels_changed(self) -> int:
-        """Texts whose label is read otherwise."""
+        """Texts whose label is predicted as another."""
         return int(self.label_flips.sum() - np.trace(self.label_flips))
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,28 +55,22 @@ class Impact:
         return {**dataclasses.asdict(self), **plain, "changed_rows": list(self.changed_rows)}
 
 
-def readings(
-    config: CBMConfig, params: Params, masks: Masks, heads: Params, batches: Iterable[Batch]
-) -> list[tuple[Batch, CBMOutput]]:
-    """The model's outputs on a sample: what `preview` compares with, made once for many previews."""
+def outputs_of(config: CBMConfig, arrays: ModelArrays, batches: Iterable[Batch]) -> list[tuple[Batch, CBMOutput]]:
+    """Runs the model on a sample: what `preview` compares with, made once for many previews."""
     forward = make_forward(config)
-    return [(batch, in_turn(forward(params, masks, heads, batch))) for batch in batches]
+    return [(batch, in_turn(forward(arrays, batch))) for batch in batches]
 
 
 def preview(
-    config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Params,
-    sample: Iterable[tuple[Batch, CBMOutput]],
-    concept: int,
-) -> Impact:
-    """Compares a concept's subnetwork under new masks with what the model made of a sample before.
+    config: CBMConfig, arrays: ModelArrays, sample: Iterable[tuple[Batch, CBMOutput]], concept: int
+) -> SampleEffect:
+    """Compares a concept's subnetwork under new masks with the outputs of the model before.
 
     Args:
-        masks: with the edit, which is the only difference to those that `sample` was read with.
-        sample: what `readings` gave; rows with a weight of 0 do not count.
-        concept: the edited one. Its subnetwork alone is run: a K-th of the work of reading the sample anew.
+        config: the model's static description.
+        arrays: with the edited masks, which are the only difference to the model that `sample` is of.
+        sample: what `outputs_of` gave; rows with a weight of 0 do not count.
+        concept: the edited one. Its subnetwork alone is run: a K-th of the work of running the model again.
 
     Raises:
         ValueError: if the sample is empty.
@@ -88,7 +81,7 @@ def preview(
     rows: list[int] = []
     num_repaired = num_broken = 0
     for batch, before in sample:
-        after = _subnetwork(config, params, masks, heads, batch, jnp.int32(concept), before.activations)
+        after = _subnetwork(config, arrays, batch, jnp.int32(concept), before.activations)
         real = np.asarray(batch.example_weight) > 0
         old, new = np.asarray(before.concept_logits)[real, concept], np.asarray(after.concept_logits)[real, 0]
         was, now, gold = old.argmax(-1), new.argmax(-1), np.asarray(batch.concepts)[real, concept]
@@ -102,22 +95,19 @@ def preview(
     if not distances:
         raise ValueError("the sample has no texts; expected at least one batch")
     shifts = np.concatenate(distances)
-    return Impact(len(shifts), flips, label_flips, float(shifts.mean()), tuple(rows), num_repaired, num_broken)
+    return SampleEffect(len(shifts), flips, label_flips, float(shifts.mean()), tuple(rows), num_repaired, num_broken)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _subnetwork(
     config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Params,
+    arrays: ModelArrays,
     batch: Batch,
     concept: Int[Array, ""],
     activations: Float[Array, "B K C"],
 ) -> CBMOutput:
-    mask = masks_lib.concept(masks, concept)
-    kernels = masks_lib.kernels_of(params, mask)
-    return subnetwork_output(config, params, heads, batch, kernels, concept, activations)
+    kernels = masks_lib.kernels_of(arrays.params, masks_lib.concept(arrays.concept_masks, concept))
+    return subnetwork_output(config, arrays.params, arrays.heads, batch, kernels, concept, activations)
 
 
 def _softmax(logits: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sparsecbm_jax.correction.request_file import CorrectionRequest
 from sparsecbm_jax.data.words import printable
 from sparsecbm_jax.intervention.mask_edit import MaskEdit
 from sparsecbm_jax.intervention.stored_edit import StoredEdit, positions_of, text_hash
@@ -20,25 +21,37 @@ class TextPrediction:
 
 
 @dataclasses.dataclass(frozen=True)
+class EditorDescription:
+    """An editor as data.
+
+    Attributes:
+        name: what reports call it.
+        settings: its settings by name.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if value is not None)
+        return f"{self.name}: {settings}" if settings else self.name
+
+
+@dataclasses.dataclass(frozen=True)
 class CorrectionReport:
     """One correction in plain numbers, with the edit itself for `apply` and `undo`.
 
     Attributes:
-        text, concept, target, label: what was asked; label is None where the task label was left out.
-        saliency, drop_fraction, num_steps: how.
-        num_dropped, num_grown: changed weights over all steps.
+        request: what was asked.
+        editor: how the model was changed.
+        num_dropped, num_grown: changed weights of the concept's mask.
         num_weights: maskable weights of the backbone.
         before, after: the predictions on the text.
         edit: the positions; not part of `to_dict`.
     """
 
-    text: str
-    concept: str
-    target: str
-    label: str | None
-    saliency: str
-    drop_fraction: float
-    num_steps: int
+    request: CorrectionRequest
+    editor: EditorDescription
     num_dropped: int
     num_grown: int
     num_weights: int
@@ -49,7 +62,7 @@ class CorrectionReport:
     @property
     def is_repaired(self) -> bool:
         """Whether the concept has the asked class now."""
-        return self.after.concepts[self.concept] == self.target
+        return self.after.concepts[self.request.concept] == self.request.target
 
     @property
     def changed_share(self) -> float:
@@ -57,49 +70,54 @@ class CorrectionReport:
         return (self.num_dropped + self.num_grown) / self.num_weights
 
     def stored(self) -> StoredEdit:
-        """The edit for a file or a log: what changed, what was asked, and what came of it, without the text."""
+        """Returns the edit for a file or a log: what changed, what was asked, and what came of it, without the text."""
+        settings = self.editor.settings
         return StoredEdit(
-            concept=self.concept,
-            target=self.target,
-            label=self.label,
-            text_sha256=text_hash(self.text),
-            saliency=self.saliency,
-            num_steps=self.num_steps,
+            concept=self.request.concept,
+            target=self.request.target,
+            label=self.request.label,
+            text_sha256=text_hash(self.request.text),
+            saliency=str(settings.get("saliency", self.editor.name)),
+            num_steps=int(settings.get("num_steps", 1)),
             positions=positions_of(self.edit),
             before=dataclasses.asdict(self.before),
             after=dataclasses.asdict(self.after),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data for JSON, without the positions."""
-        skipped = {"edit", "before", "after"}
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
-        readings = {"before": dataclasses.asdict(self.before), "after": dataclasses.asdict(self.after)}
-        return {**fields, "is_repaired": self.is_repaired, "changed_share": self.changed_share, **readings}
+        """Returns the report as plain data for JSON, without the positions."""
+        return {
+            **self.request._asdict(),
+            "editor": dataclasses.asdict(self.editor),
+            "num_dropped": self.num_dropped,
+            "num_grown": self.num_grown,
+            "num_weights": self.num_weights,
+            "is_repaired": self.is_repaired,
+            "changed_share": self.changed_share,
+            "before": dataclasses.asdict(self.before),
+            "after": dataclasses.asdict(self.after),
+        }
 
 
 def render_correction(report: CorrectionReport) -> str:
-    """A correction for a terminal: what changed, and every concept and the label before and after."""
-    asked = f"{report.concept} = {report.target}" + (f", label = {report.label}" if report.label else "")
+    """Renders a correction for a terminal: what changed, and every concept and the label before and after."""
+    request = report.request
+    asked = f"{request.concept} = {request.target}" + (f", label = {request.label}" if request.label else "")
     outcome = "repaired" if report.is_repaired else "not repaired"
-    if report.before.concepts[report.concept] == report.target:
+    if report.before.concepts[request.concept] == request.target:
         outcome = "was so before" if report.is_repaired else "lost"
-    steps = f"{report.num_steps} step" + ("s" if report.num_steps > 1 else "")
-    how = f"{report.saliency}, drop_fraction {report.drop_fraction:g}, {steps}"
-    if report.saliency == "lasting":
-        how = "lasting, as many as it took"
     lines = [
-        f'"{printable(report.text, 240)}"',
+        f'"{printable(request.text, 240)}"',
         f"asked: {asked}; {outcome}",
         f"changed: {report.num_dropped} weights dropped, {report.num_grown} grown, {report.changed_share:.4%} of the "
-        f"backbone's {report.num_weights:,} ({how})",
+        f"backbone's {report.num_weights:,} ({report.editor})",
     ]
     names = [*report.before.concepts, "label"]
     before, after = _rows(report.before), _rows(report.after)
     widths = [max(map(len, column)) for column in ([*names, "concept"], before, after)]
     lines.append(f"  {'':{widths[0]}}  {'before':{widths[1]}}  after")
     for name, old, new in zip(names, before, after, strict=True):
-        mark = "*" if name == report.concept else " "
+        mark = "*" if name == request.concept else " "
         lines.append(f"{mark} {name:{widths[0]}}  {old:{widths[1]}}  {new}")
     return "\n".join(lines)
 

@@ -11,11 +11,19 @@ from sparsecbm_jax.intervention.stored_edit import StoredEdit, text_hash
 
 
 class CorrectionRequest(NamedTuple):
-    """A correction by name: a text, a concept, and the class that it should have there."""
+    """A correction by name.
+
+    Attributes:
+        text: the text.
+        concept: name of the concept.
+        target: name of the class that the concept should have there.
+        label: name of the task label that the text should have as well, for editors that read it; None for none.
+    """
 
     text: str
     concept: str
     target: str
+    label: str | None = None
 
 
 class RequestFile:
@@ -23,7 +31,7 @@ class RequestFile:
 
     Attributes:
         path: of the file, which need not be there yet.
-        cases: what stands in it.
+        requests: what stands in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,27 +41,28 @@ class RequestFile:
             ValueError: if another line is not an object with the three fields, all strings.
         """
         self.path = Path(path)
-        self.cases: list[CorrectionRequest] = []
+        self.requests: list[CorrectionRequest] = []
         data = self.path.read_bytes() if self.path.exists() else b""
         *lines, last = data.split(b"\n")
         is_whole = _is_json(last)
         for number, line in enumerate([*lines, last] if is_whole else lines, 1):
-            case = _case(line)
-            if case is None:
+            request = _request(line)
+            if request is None:
                 raise ValueError(
                     f"{self.path}, line {number}: expected a JSON object with the strings text, concept and target"
                 )
-            self.cases.append(case)
+            self.requests.append(request)
         # A last line may lack its end since someone wrote it so, or since it is torn.
         self._end, self._prefix = (len(data), b"\n") if is_whole else (len(data) - len(last), b"")
 
-    def add(self, case: CorrectionRequest) -> None:
+    def add(self, request: CorrectionRequest) -> None:
         """Writes a correction, which is on disk then.
 
         Raises:
             OSError: if it cannot be written.
         """
-        line = self._prefix + json.dumps(case._asdict()).encode() + b"\n"
+        written = {key: value for key, value in request._asdict().items() if value is not None}
+        line = self._prefix + json.dumps(written).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "r+b" if self.path.exists() else "xb") as file:
             file.truncate(self._end)
@@ -62,21 +71,21 @@ class RequestFile:
             file.flush()
             os.fsync(file.fileno())
         self._end, self._prefix = self._end + len(line), b""
-        self.cases.append(case)
+        self.requests.append(request)
 
     def of_edits(self, edits: Iterable[StoredEdit]) -> list[CorrectionRequest]:
-        """The corrections that edits were made for, in the order of the edits; those of which no text is here lack."""
-        known = {_key(case): case for case in self.cases}
+        """Returns the corrections that edits were made for, in their order, where the file has the text."""
+        known = {_key(request): request for request in self.requests}
         return [known[key] for key in map(_asked, edits) if key in known]
 
     def standing(self, log: EditLog) -> list[CorrectionRequest]:
         """The corrections but for those that a log has undone."""
         undone = set(map(_asked, log.undone)) - set(map(_asked, log.edits))
-        return [case for case in self.cases if _key(case) not in undone]
+        return [request for request in self.requests if _key(request) not in undone]
 
 
-def _key(case: CorrectionRequest) -> tuple[str, str, str]:
-    return text_hash(case.text), case.concept, case.target
+def _key(request: CorrectionRequest) -> tuple[str, str, str]:
+    return text_hash(request.text), request.concept, request.target
 
 
 def _asked(edit: StoredEdit) -> tuple[str, str, str]:
@@ -91,9 +100,10 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _case(line: bytes) -> CorrectionRequest | None:
+def _request(line: bytes) -> CorrectionRequest | None:
     try:
-        case = CorrectionRequest(**json.loads(line))
+        request = CorrectionRequest(**json.loads(line))
     except (ValueError, TypeError):
         return None
-    return case if all(isinstance(value, str) for value in case) else None
+    is_text = all(isinstance(value, str) for value in request[:3])
+    return request if is_text and isinstance(request.label, str | None) else None

@@ -20,8 +20,9 @@ from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.evaluation import metrics
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput
 from sparsecbm_jax.model.forward import make_forward
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
-ForwardFn = Callable[[Any, Any, Any, Batch], CBMOutput]
+ForwardFn = Callable[[ModelArrays, Batch], CBMOutput]
 
 
 _pack = jax.jit(masks_lib.pack)
@@ -82,9 +83,7 @@ def batch_sums(output: CBMOutput, batch: Batch) -> EvaluationSums:
 
 def evaluate(
     config: CBMConfig,
-    params: Any,
-    masks: Any,
-    heads: Any,
+    arrays: ModelArrays,
     batches: Iterable[Batch],
     schema: Schema,
     *,
@@ -99,12 +98,11 @@ def evaluate(
 
     Args:
         config: the model's static configuration.
-        params: the backbone's parameters.
-        masks: masks or packed masks of the K subnetworks, or None for a dense model.
-        heads: the heads' parameters; those of the strategy 'standard' have no concepts.
+        arrays: parameters, masks (packed or not; None for a dense model) and heads; those of the strategy 'standard'
+            have no concepts.
         batches: every row once. Several hosts: global arrays, so that the sums are those of all hosts.
         schema: names of the concepts.
-        forward_fn: forward pass to use in place of `cbm.make_forward(config)`, say one made for a mesh.
+        forward_fn: forward pass to use in place of `make_forward(config)`, say one made for a mesh.
 
     Returns:
         Report: `num_examples`; `task` with `accuracy`, `macro_f1`, `paper_macro_f1`, `ece`, `log_loss`,
@@ -116,11 +114,11 @@ def evaluate(
         ValueError: no batches, or a model whose number of concepts is not the schema's.
     """
     forward = forward_fn or make_forward(config)
-    if masks is not None and any(mask.dtype == jnp.bool_ for mask in masks.values()):
-        masks = _pack(masks)
+    if arrays.masks is not None and any(mask.dtype == jnp.bool_ for mask in arrays.masks.values()):
+        arrays = arrays._replace(masks=_pack(arrays.masks))
     # Collected without waiting, then added in float64: the device never idles for the host, and many batches lose no
     # digits.
-    collected = [sharding.in_turn(batch_sums(forward(params, masks, heads, batch), batch)) for batch in batches]
+    collected = [sharding.in_turn(batch_sums(forward(arrays, batch), batch)) for batch in batches]
     if not collected:
         raise ValueError("evaluate: expected at least one batch, got none (is the split empty?)")
     sums = EvaluationSums(

@@ -25,11 +25,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.config.names import did_you_mean
-from sparsecbm_jax.core.masks import AnyMasks
-from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
+from sparsecbm_jax.model.config import CBMConfig, CBMOutput
 from sparsecbm_jax.model.forward import forward
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 Method = Literal["gradient_norm", "gradient_x_input", "integrated_gradients"]
 Baseline = Literal["zero", "pad"]
@@ -100,9 +99,7 @@ class TokenScores(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "attribution"))
 def score_tokens(
     config: CBMConfig,
-    params: Params,
-    masks: AnyMasks | None,
-    heads: Heads,
+    arrays: ModelArrays,
     batch: Batch,
     classes: Int[Array, " K"],
     is_word: Bool[Array, "B T"],
@@ -115,42 +112,40 @@ def score_tokens(
 
     Args:
         config: the model's static description.
-        params: the backbone θ.
-        masks: K masks, boolean or packed; None for a dense model.
-        heads: projector ψ and predictor φ.
+        arrays: parameters, masks (packed or not; None for a dense model) and heads.
         batch: the texts.
         classes: class of each concept to differentiate; −1 for the predicted one.
         is_word: tokens that belong to a word of the text: neither special nor padding.
         attribution: the method, with its baseline and steps.
     """
-    table = params["embed"]["word"]["embedding"]
+    table = arrays.params["embed"]["word"]["embedding"]
     words = table[batch.input_ids]
     baseline_logits = None
     if attribution.is_integrated:
-        output = forward(config, params, masks, heads, batch)
+        output = forward(config, arrays, batch)
         explained = _explained(output, classes)
         start = table[config.backbone.pad_token_id] if attribution.baseline == "pad" else 0.0
         path = jnp.where(is_word[..., None], words - start, 0)
 
         def step(total: Float[Array, "K B T"], point: tuple[Array, Array]) -> tuple[Float[Array, "K B T"], None]:
             to_go, weight = point
-            _, grads = _gradients(config, params, masks, heads, batch, words - to_go * path, explained)
+            _, grads = _gradients(config, arrays, batch, words - to_go * path, explained)
             return total + weight * jnp.sum(path * grads, axis=-1), None
 
         nodes, weights = np.polynomial.legendre.leggauss(attribution.num_steps)
         points = (jnp.asarray((1 - nodes) / 2, words.dtype), jnp.asarray(weights / 2, words.dtype))
         scores, _ = jax.lax.scan(step, jnp.zeros((config.num_concepts, *batch.input_ids.shape)), points)
-        at_baseline = forward(config, params, masks, heads, batch, word_embeddings=words - path)
+        at_baseline = forward(config, arrays, batch, word_embeddings=words - path)
         baseline_logits = jnp.take_along_axis(at_baseline.concept_logits, explained[..., None], axis=-1)[..., 0]
     else:
-        output, grads = _gradients(config, params, masks, heads, batch, words, classes)
+        output, grads = _gradients(config, arrays, batch, words, classes)
         explained = _explained(output, classes)
         if attribution.is_signed:
             scores = jnp.sum(words * grads, axis=-1)
         else:
             scores = jnp.sqrt(jnp.sum(jnp.square(grads), axis=-1))
     scores = jnp.where(is_word[:, None], jnp.moveaxis(scores, 0, 1), 0)
-    contributions = jnp.einsum("bkc,kcy->bky", output.activations, heads["predictor"]["kernel"])
+    contributions = jnp.einsum("bkc,kcy->bky", output.activations, arrays.heads["predictor"]["kernel"])
     return TokenScores(output, explained, scores, contributions, baseline_logits)
 
 
@@ -160,9 +155,7 @@ def _explained(output: CBMOutput, classes: Int[Array, "*B K"]) -> Int[Array, "B 
 
 def _gradients(
     config: CBMConfig,
-    params: Params,
-    masks: AnyMasks | None,
-    heads: Heads,
+    arrays: ModelArrays,
     batch: Batch,
     words: Float[Array, "B T E"],
     classes: Int[Array, "*B K"],
@@ -170,10 +163,10 @@ def _gradients(
     """∂u_{k,c}/∂e at the given word embeddings, for the given class of each concept (−1: the predicted one)."""
 
     def logits_fn(embeddings: Float[Array, "... B T E"]) -> tuple[Float[Array, "B K C"], CBMOutput]:
-        output = forward(config, params, masks, heads, batch, word_embeddings=embeddings)
+        output = forward(config, arrays, batch, word_embeddings=embeddings)
         return output.concept_logits, output
 
-    is_dense = masks is None
+    is_dense = arrays.masks is None
     copies: Any = words if is_dense else jnp.broadcast_to(words, (config.num_concepts, *words.shape))
     logits, pull_back, output = jax.vjp(logits_fn, copies, has_aux=True)
     cotangent = jax.nn.one_hot(_explained(output, classes), config.num_classes, dtype=logits.dtype)

@@ -207,9 +207,8 @@ def _explain_windows(
         pathways: dict[int, DecisionPathway] = {}
         for batch in batches:
             is_word = _word_tokens(batch, readings)
-            scores = score_tokens(
-                model.config, model.params, masks, model.heads, batch, asked.classes, is_word, attribution
-            )
+            arrays = model.arrays._replace(masks=masks)
+            scores = score_tokens(model.config, arrays, batch, asked.classes, is_word, attribution)
             scores = jax.device_get(scores)
             for row in np.flatnonzero(batch.example_weight > 0):
                 n = int(batch.row_ids[row])

@@ -1,21 +1,21 @@
-"""Edits that keep earlier corrections in force and leave everything else where it was.
+"""Continual edits: earlier corrections hold, and everything else stays where it was.
 
-A smallest edit (`minimal`) looks at one text. Fifty of them, one after another, undo each other and move what nobody
-asked about. Here one edit answers for all corrected texts of a concept together, and for anchors, texts that are to be
-read as they were before any correction:
+A minimal edit (`minimal_edit`) looks at one text. Fifty of them, one after another, undo each other and change what
+nobody asked about. Here one edit answers for all corrected texts of a concept together, and for anchors, texts that are
+to be predicted as they were before any correction:
 
     J(M_k) = Σ_i max(0, m − margin_i) + (λ / |A|) Σ_{a ∈ A} ‖P (u_a − u_a⁰)‖²
 
 with margin_i = u_target − max_{c ≠ target} u_c of corrected text i, m the margin asked for, and P taking the mean over
-classes away, which a softmax does not see. Round by round weights are ranked by what they gain to first order,
-over what a guard says that they cost, and as many are dropped and grown as lower J most among the numbers tried.
+classes away, which a softmax does not see. In each round weights are ranked by what they gain to first order, divided
+by what a change costs everything else, and as many are dropped and grown as lower J most among the numbers tried.
 
 Reference: replay of what was learnt before, Robins 1995, 'Catastrophic forgetting, rehearsal and pseudorehearsal';
 outputs held at those of the old model, Li & Hoiem 2016, 'Learning without Forgetting'.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -24,22 +24,52 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import Masks, check_masks
-from sparsecbm_jax.core.trees import Params, leaf_at
+from sparsecbm_jax.core.masks import AnyMasks
+from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention.mask_edit import check_index
 from sparsecbm_jax.intervention.ranking import EditCosts, ranked_swaps, swapped, swapped_mask
-from sparsecbm_jax.model.config import CBMConfig, Heads
+from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import concept_output
 from sparsecbm_jax.model.losses import margins
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 ANCHOR = -1  # in place of a target
-# m, λ and the most rounds, unless others are asked for: see RESULTS.md, Intervention.
-MARGIN, STRENGTH, MAX_ROUNDS = 0.5, 2.0, 8
 # Pairs that the first round tries first.
 _FIRST_PAIRS = 128
 # Of the margin asked for, what every corrected text has to have for the rounds to end.
 _ENOUGH = 0.5
+
+
+class ReplayedTexts(NamedTuple):
+    """Corrected texts of a concept and anchors, a row each; padding rows of the batch do not count.
+
+    Attributes:
+        batch: the texts.
+        targets: class of each corrected row, `ANCHOR` for an anchor.
+        logits: u_k of the anchors before any correction; other rows of it are not looked at.
+    """
+
+    batch: Batch
+    targets: Int[Array, " B"] | Int[np.ndarray, " B"]
+    logits: Float[Array, "B C"] | Float[np.ndarray, "B C"]
+
+
+class ContinualSettings(NamedTuple):
+    """What a continual edit aims at. The defaults were chosen on validation: docs/results/intervention.md.
+
+    Attributes:
+        margin: m, above 0, in logits.
+        strength: λ, at least 0.
+        max_rounds: the most rounds, at least 1.
+    """
+
+    margin: float | Float[Array, ""] = 0.5
+    strength: float | Float[Array, ""] = 2.0
+    max_rounds: int | Int[Array, ""] = 8
+
+
+DEFAULTS = ContinualSettings()
 
 
 class ContinualEdit(NamedTuple):
@@ -60,83 +90,96 @@ class ContinualEdit(NamedTuple):
 
 def continual_edit(
     config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Heads,
-    batch: Batch,
+    arrays: ModelArrays,
     concept: int | Int[Array, ""],
-    targets: Int[Array, " B"] | Int[np.ndarray, " B"],
-    logits: Float[Array, "B C"] | Float[np.ndarray, "B C"],
+    texts: ReplayedTexts,
     *,
-    guard: EditCosts | None = None,
-    margin: float | Float[Array, ""] = MARGIN,
-    strength: float | Float[Array, ""] = STRENGTH,
-    max_rounds: int | Int[Array, ""] = MAX_ROUNDS,
+    costs: EditCosts | None = None,
+    settings: ContinualSettings = DEFAULTS,
     max_pairs: int = 2048,
-) -> tuple[Masks, ContinualEdit]:
+) -> tuple[AnyMasks, ContinualEdit]:
     """Edits concept k's mask so that every corrected row has its target, and anchors keep their logits.
 
-    Pure, and compiled once for all concepts, targets, margins and strengths of a batch shape. As many weights are
-    grown as dropped. Rounds end when every corrected row has half the margin, when no trial lowers J, or at the most.
+    Pure, and compiled once for all concepts, targets and settings of a batch shape. As many weights are grown as
+    dropped. Rounds end when every corrected row has half the margin, when no trial lowers J, or at the most.
 
     Args:
-        config, params, masks, heads: as for `intervention.intervene`.
-        batch: all corrected texts of the concept and the anchors; padding rows do not count.
+        config: the model's static description.
+        arrays: parameters, masks and heads.
         concept: k.
-        targets: class of each corrected row, `ANCHOR` for an anchor.
-        logits: u_k of the anchors before any correction; other rows of it are not looked at.
-        guard: what a change costs everything else, by which gains are divided; None counts every weight alike.
-        margin: m, above 0.
-        strength: λ.
-        max_rounds: the most rounds.
+        texts: all corrected texts of the concept, and the anchors.
+        costs: what a change costs everything else, by which gains are divided; None counts every weight alike.
+        settings: margin, strength of the anchors, most rounds.
         max_pairs: the most pairs of weights that one round changes.
 
     Returns:
-        The new masks and what the rounds came to. A row whose margin is not above zero is still not read as asked.
+        The new masks and what the rounds came to. A row whose margin is not above zero is still not predicted as asked.
 
     Raises:
-        ValueError: as `intervene`; or `targets` or `logits` do not fit the batch, or `max_pairs` is not positive.
+        ValueError: as `intervene`; or targets or logits do not fit the batch, or `max_pairs` is not positive.
     """
-    check_masks(masks)
+    masks_lib.check_masks(arrays.masks)
     check_index("concept", concept, 0, config.num_concepts)
-    check_index("targets", targets, ANCHOR, config.num_classes)
-    check_index("max_rounds", max_rounds, 1, np.iinfo(np.int32).max)
-    rows = batch.input_ids.shape[0]
-    if jnp.shape(targets) != (rows,) or jnp.shape(logits) != (rows, config.num_classes):
+    check_index("targets", texts.targets, ANCHOR, config.num_classes)
+    check_index("max_rounds", settings.max_rounds, 1, np.iinfo(np.int32).max)
+    rows = texts.batch.input_ids.shape[0]
+    if jnp.shape(texts.targets) != (rows,) or jnp.shape(texts.logits) != (rows, config.num_classes):
         raise ValueError(
-            f"targets and logits have shapes {jnp.shape(targets)} and {jnp.shape(logits)}; expected ({rows},) and "
-            f"({rows}, {config.num_classes}) for a batch of {rows} rows and {config.num_classes} classes"
+            f"targets and logits have shapes {jnp.shape(texts.targets)} and {jnp.shape(texts.logits)}; expected "
+            f"({rows},) and ({rows}, {config.num_classes}) for a batch of {rows} rows and {config.num_classes} classes"
         )
     if max_pairs < 1:
         raise ValueError(f"max_pairs is {max_pairs}; expected at least 1")
-    return _continual_edit(
-        config,
-        params,
-        masks,
-        heads,
-        batch,
-        jnp.asarray(concept, jnp.int32),
-        jnp.asarray(targets, jnp.int32),
-        jnp.asarray(logits, jnp.float32),
-        guard,
-        jnp.asarray(margin, jnp.float32),
-        jnp.asarray(strength, jnp.float32),
-        jnp.asarray(max_rounds, jnp.int32),
-        max_pairs=min(max_pairs, masks_lib.num_weights(masks)),
+    asked = ReplayedTexts(texts.batch, jnp.asarray(texts.targets, jnp.int32), jnp.asarray(texts.logits, jnp.float32))
+    aims = ContinualSettings(
+        jnp.asarray(settings.margin, jnp.float32),
+        jnp.asarray(settings.strength, jnp.float32),
+        jnp.asarray(settings.max_rounds, jnp.int32),
     )
+    most = min(max_pairs, masks_lib.num_weights(arrays.concept_masks))
+    return _continual_edit(config, arrays, jnp.asarray(concept, jnp.int32), asked, costs, aims, max_pairs=most)
 
 
-class _Reading(NamedTuple):
+class _Fit(NamedTuple):
     """What J is made of, at some kernels."""
 
     margins: Float[Array, " B"]
     drift: Float[Array, ""]
 
 
+class _Problem(NamedTuple):
+    """J, as a function of the effective kernels of the subnetwork alone."""
+
+    config: CBMConfig
+    arrays: ModelArrays
+    concept: Int[Array, ""]
+    texts: ReplayedTexts
+    settings: ContinualSettings
+
+    def objective(self, kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], _Fit]:
+        """J, and what it is made of."""
+        batch, targets, logits = self.texts
+        is_real = jnp.asarray(batch.example_weight) > 0
+        is_anchor, is_corrected = is_real & (targets == ANCHOR), is_real & (targets != ANCHOR)
+        output = concept_output(self.config, self.arrays.params, self.arrays.heads, batch, kernels, self.concept)
+        u = output.concept_logits[:, 0]
+        of_rows = jnp.where(is_corrected, margins(u, jnp.asarray(targets)), jnp.inf)
+        moved = u - logits
+        moved -= jnp.mean(moved, axis=-1, keepdims=True)
+        squares = jnp.where(is_anchor, jnp.sum(jnp.square(moved), axis=-1), 0)
+        drift = jnp.sum(squares) / jnp.maximum(jnp.sum(is_anchor), 1)
+        hinge = jnp.sum(jnp.maximum(self.settings.margin - of_rows, 0))
+        return hinge + self.settings.strength * drift, _Fit(of_rows, drift)
+
+    def is_short(self, fit: _Fit) -> Bool[Array, ""]:
+        """Whether a corrected row lacks too much of its margin for the rounds to end."""
+        return jnp.min(fit.margins) <= _ENOUGH * self.settings.margin
+
+
 class _Round(NamedTuple):
     mask: dict[str, Bool[Array, "..."]]
     first_pairs: Int[Array, ""]
-    reading: _Reading
+    fit: _Fit
     num_changed: Int[Array, ""]
     number: Int[Array, ""]
     goes_on: Bool[Array, ""]
@@ -146,88 +189,91 @@ class _Trial(NamedTuple):
     num_pairs: Int[Array, ""]
     is_upward: Bool[Array, ""]
     best_pairs: Int[Array, ""]
-    best: tuple[Float[Array, ""], _Reading]
+    best: tuple[Float[Array, ""], _Fit]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_pairs"))
 def _continual_edit(
     config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Heads,
-    batch: Batch,
+    arrays: ModelArrays,
     concept: Int[Array, ""],
-    targets: Int[Array, " B"],
-    logits: Float[Array, "B C"],
-    guard: EditCosts | None,
-    margin: Float[Array, ""],
-    strength: Float[Array, ""],
-    max_rounds: Int[Array, ""],
+    texts: ReplayedTexts,
+    costs: EditCosts | None,
+    settings: ContinualSettings,
     *,
     max_pairs: int,
-) -> tuple[Masks, ContinualEdit]:
+) -> tuple[AnyMasks, ContinualEdit]:
+    problem = _Problem(config, arrays, concept, texts, settings)
+    params, masks = arrays.params, arrays.concept_masks
     start = masks_lib.concept(masks, concept)
     weights = {path: leaf_at(params, path) for path in start}
-    is_real = jnp.asarray(batch.example_weight) > 0
-    is_anchor, is_corrected = is_real & (targets == ANCHOR), is_real & (targets != ANCHOR)
-
-    def objective(kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], _Reading]:
-        """J, and what it is made of."""
-        u = concept_output(config, params, heads, batch, kernels, concept).concept_logits[:, 0]
-        of_rows = jnp.where(is_corrected, margins(u, targets), jnp.inf)
-        moved = u - logits
-        moved -= jnp.mean(moved, axis=-1, keepdims=True)
-        squares = jnp.where(is_anchor, jnp.sum(jnp.square(moved), axis=-1), 0)
-        drift = jnp.sum(squares) / jnp.maximum(jnp.sum(is_anchor), 1)
-        return jnp.sum(jnp.maximum(margin - of_rows, 0)) + strength * drift, _Reading(of_rows, drift)
-
-    def is_short(reading: _Reading) -> Bool[Array, ""]:
-        return jnp.min(reading.margins) <= _ENOUGH * margin
 
     def one_round(state: _Round) -> _Round:
         mask = state.mask
         kernels = masks_lib.kernels_of(params, mask)
-        before, grads = jax.value_and_grad(objective, has_aux=True)(kernels)
-        dropped, grown = ranked_swaps(weights, mask, grads, guard, max_pairs)
-        most = jnp.where(is_short(before[1]), jnp.minimum(dropped.num, grown.num), 0)
-        first = jnp.minimum(state.first_pairs, most)
+        before, grads = jax.value_and_grad(problem.objective, has_aux=True)(kernels)
+        dropped, grown = ranked_swaps(weights, mask, grads, costs, max_pairs)
+        most = jnp.where(problem.is_short(before[1]), jnp.minimum(dropped.num, grown.num), 0)
 
-        def trial(state: _Trial) -> _Trial:
-            """Twice as many pairs while J falls; if that never helped, half as many, until J falls and as long as."""
-            n = state.num_pairs
-            found = objective(swapped(kernels, weights, dropped, grown, n))
-            is_better = found[0] < state.best[0]
-            best_pairs, best = jax.tree.map(
-                lambda new, old: jnp.where(is_better, new, old), (n, found), (state.best_pairs, state.best)
-            )
-            # A few flips may do nothing that float32 can tell: they are no reason to turn.
-            goes_up = state.is_upward & (found[0] <= state.best[0])
-            goes_down = (is_better | (best_pairs == 0)) & ~state.is_upward
-            turns = state.is_upward & ~goes_up & (best_pairs <= first)
-            following = jnp.where(goes_up, 2 * n, jnp.where(turns, first // 2, jnp.where(goes_down, n // 2, 0)))
-            return _Trial(following, goes_up, best_pairs, best)
+        def after_swaps(n: Int[Array, ""]) -> tuple[Float[Array, ""], _Fit]:
+            return problem.objective(swapped(kernels, weights, dropped, grown, n))
 
-        def goes_on(state: _Trial) -> Bool[Array, ""]:
-            return (state.num_pairs > 0) & (state.num_pairs <= most)
-
-        end = jax.lax.while_loop(goes_on, trial, _Trial(first, jnp.bool_(True), jnp.int32(0), before))
-        n, reading = end.best_pairs, end.best[1]
+        n, (_, fit) = _best_number(after_swaps, before, jnp.minimum(state.first_pairs, most), most)
         has_moved = n > 0
         return _Round(
             mask=swapped_mask(mask, dropped, grown, n),
             first_pairs=jnp.maximum(n // 2, 1),
-            reading=reading,
+            fit=fit,
             num_changed=state.num_changed + 2 * n,
             number=state.number + has_moved,
-            goes_on=has_moved & is_short(reading),
+            goes_on=has_moved & problem.is_short(fit),
         )
 
-    def is_wanted(state: _Round) -> Bool[Array, ""]:
-        return state.goes_on & (state.number < max_rounds)
+    def goes_on(state: _Round) -> Bool[Array, ""]:
+        return state.goes_on & (state.number < settings.max_rounds)
 
     none = jnp.int32(0)
-    nothing = _Reading(jnp.zeros(is_real.shape), jnp.float32(0))
+    nothing = _Fit(jnp.zeros(texts.batch.input_ids.shape[0]), jnp.float32(0))
     begin = _Round(start, jnp.int32(_FIRST_PAIRS), nothing, none, none, jnp.bool_(True))
-    end = jax.lax.while_loop(is_wanted, one_round, begin)
-    found = ContinualEdit(end.num_changed, end.number, end.reading.margins, end.reading.drift)
+    end = jax.lax.while_loop(goes_on, one_round, begin)
+    found = ContinualEdit(end.num_changed, end.number, end.fit.margins, end.fit.drift)
     return masks_lib.replace_concept(masks, concept, end.mask), found
+
+
+def _best_number(
+    after_swaps: Callable[[Int[Array, ""]], tuple[Float[Array, ""], _Fit]],
+    before: tuple[Float[Array, ""], _Fit],
+    first: Int[Array, ""],
+    most: Int[Array, ""],
+) -> tuple[Int[Array, ""], tuple[Float[Array, ""], _Fit]]:
+    """Finds how many pairs of the ranking to swap: twice as many while J falls; if that never helped, half as many.
+
+    Args:
+        after_swaps: J after the first n pairs are swapped.
+        before: J as it is.
+        first: the number that is tried first.
+        most: the largest number.
+
+    Returns:
+        The number with the lowest J among those tried, 0 where none is lower than before, and J there.
+    """
+
+    def trial(state: _Trial) -> _Trial:
+        n = state.num_pairs
+        found = after_swaps(n)
+        is_better = found[0] < state.best[0]
+        best_pairs, best = jax.tree.map(
+            lambda new, old: jnp.where(is_better, new, old), (n, found), (state.best_pairs, state.best)
+        )
+        # A few flips may do nothing that float32 can tell: they are no reason to turn.
+        goes_up = state.is_upward & (found[0] <= state.best[0])
+        goes_down = (is_better | (best_pairs == 0)) & ~state.is_upward
+        turns = state.is_upward & ~goes_up & (best_pairs <= first)
+        following = jnp.where(goes_up, 2 * n, jnp.where(turns, first // 2, jnp.where(goes_down, n // 2, 0)))
+        return _Trial(following, goes_up, best_pairs, best)
+
+    def goes_on(state: _Trial) -> Bool[Array, ""]:
+        return (state.num_pairs > 0) & (state.num_pairs <= most)
+
+    end = jax.lax.while_loop(goes_on, trial, _Trial(first, jnp.bool_(True), jnp.int32(0), before))
+    return end.best_pairs, end.best

@@ -1,4 +1,4 @@
-"""What changing a weight costs everything that a concept already reads rightly: the guards of `minimal`.
+"""Costs of a change of each weight for everything that a concept already predicts correctly; see `ranking.EditCosts`.
 
 The Fisher says by how much a concept's loss over training texts rises where a weight of its subnetwork moves. The
 pruner asks that of the kept weights; an edit also grows pruned ones, so here the gradients are those of the loss
@@ -11,52 +11,50 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import Masks
-from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention.ranking import EditCosts
-from sparsecbm_jax.model.config import CBMConfig, Heads
+from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import concept_output
 from sparsecbm_jax.model.losses import concept_loss
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 
 def fisher_costs(
     config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Heads,
+    arrays: ModelArrays,
     batches: Sequence[Batch],
     concept: int,
     *,
     floor: float = 0.01,
     on_gradient: Callable[[], object] = lambda: None,
 ) -> EditCosts:
-    r"""The diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
+    r"""Computes the diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
 
     $F = (1/m) \sum_i g_i^2 + floor \cdot mean$, with g_i the gradient of CE(u_k, c_k), averaged over minibatch i, by
     the effective kernels θ_k. Where a weight is pruned its gradient is that of growing it.
 
     Args:
-        masks: booleans of all K concepts.
+        config: the model's static description.
+        arrays: parameters, masks and heads.
         batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
         concept: k.
         floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
         on_gradient: called after each minibatch.
 
     Returns:
-        A guard without directions.
+        Costs without directions.
 
     Raises:
         ValueError: if there are no batches, or the concept has no gradient in any of them.
     """
-    mask = masks_lib.concept(masks, concept)
+    mask = masks_lib.concept(arrays.concept_masks, concept)
     total = {path: jnp.zeros(kept.shape, jnp.float32) for path, kept in mask.items()}
     for batch in batches:
-        total = _add_squares(config, total, params, mask, heads, batch, jnp.int32(concept))
-        # A stream's programs would otherwise pile up, each with a gradient of the whole backbone.
+        total = _add_squares(config, total, arrays, batch, jnp.int32(concept))
+        # Programs of a stream would otherwise pile up, each with a gradient of the whole backbone.
         jax.block_until_ready(total)
         on_gradient()
     mean = float(_sum(total)) / sum(leaf.size for leaf in total.values())
@@ -68,43 +66,41 @@ def fisher_costs(
     return EditCosts({path: (leaf + floor * mean) / len(batches) for path, leaf in total.items()})
 
 
-def sharpen(guard: EditCosts) -> EditCosts:
-    """A guard whose costs are raised to 3/2: gains are divided by F^0.75 in place of its root.
+def sharpen(costs: EditCosts) -> EditCosts:
+    """Raises costs to the power 3/2: gains are divided by F^0.75 in place of its root.
 
     Were the effects of single changes on other texts all of one sign, F^0.5 would cost least for a gain; were they
     independent, F would.
     """
-    return guard._replace(costs={path: cost**1.5 for path, cost in guard.costs.items()})
+    return costs._replace(costs={path: cost**1.5 for path, cost in costs.costs.items()})
 
 
 def logit_directions(
     config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Heads,
+    arrays: ModelArrays,
     batches: Sequence[Batch],
     concept: int,
     *,
     on_gradient: Callable[[], object] = lambda: None,
 ) -> dict[str, Float[Array, "P ..."]]:
-    """Mean gradients of a concept's logits over training texts, by gold class: what an edit of one text is to spare.
+    """Averages gradients of a concept's logits over training texts, by gold class: what an edit is to project out.
 
     Args:
-        config, params, masks, heads, batches, concept: as for `fisher_guard`.
+        config, arrays, batches, concept: as for `fisher_costs`.
         on_gradient: called after each minibatch, once for every gold class.
 
     Returns:
         {path: P gradients by the effective kernels}, P = C · C: each class's logit over the texts of each gold class.
         Those of a gold class that no text has are zero.
     """
-    mask, found = masks_lib.concept(masks, concept), []
+    mask, found = masks_lib.concept(arrays.concept_masks, concept), list[dict[str, Float[Array, "P ..."]]]()
     for gold in range(config.num_classes):
         total = {path: jnp.zeros((config.num_classes, *kept.shape), jnp.float32) for path, kept in mask.items()}
         num_texts = 0.0
         for batch in batches:
             weights = (np.asarray(batch.concepts)[:, concept] == gold) * np.asarray(batch.example_weight, np.float32)
             if weights.any():
-                total = _add_logits(config, total, params, mask, heads, batch, jnp.int32(concept), weights)
+                total = _add_logits(config, total, arrays, batch, jnp.int32(concept), weights)
                 num_texts += float(weights.sum())
                 jax.block_until_ready(total)
             on_gradient()
@@ -116,17 +112,16 @@ def logit_directions(
 def _add_logits(
     config: CBMConfig,
     total: dict[str, Float[Array, "C ..."]],
-    params: Params,
-    mask: Mapping[str, Bool[Array, "..."]],
-    heads: Heads,
+    arrays: ModelArrays,
     batch: Batch,
     concept: Int[Array, ""],
     weights: Float[Array, " B"],
 ) -> dict[str, Float[Array, "C ..."]]:
     def logits(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, " C"]:
-        return weights @ concept_output(config, params, heads, batch, kernels, concept).concept_logits[:, 0]
+        output = concept_output(config, arrays.params, arrays.heads, batch, kernels, concept)
+        return weights @ output.concept_logits[:, 0]
 
-    _, pull_back = jax.vjp(logits, masks_lib.kernels_of(params, mask))
+    _, pull_back = jax.vjp(logits, _kernels(arrays, concept))
     # One class after another: side by side they would take as much more memory.
     grads = jax.lax.map(lambda one: pull_back(one)[0], jnp.eye(config.num_classes))
     return {path: total[path] + grad for path, grad in grads.items()}
@@ -136,20 +131,22 @@ def _add_logits(
 def _add_squares(
     config: CBMConfig,
     total: dict[str, Float[Array, "..."]],
-    params: Params,
-    mask: Mapping[str, Bool[Array, "..."]],
-    heads: Heads,
+    arrays: ModelArrays,
     batch: Batch,
     concept: Int[Array, ""],
 ) -> dict[str, Float[Array, "..."]]:
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
 
     def loss(kernels: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
-        output = concept_output(config, params, heads, batch, kernels, concept)
+        output = concept_output(config, arrays.params, arrays.heads, batch, kernels, concept)
         return concept_loss(config, output, batch._replace(concepts=cells))[0]
 
-    grads = jax.grad(loss)(masks_lib.kernels_of(params, mask))
+    grads = jax.grad(loss)(_kernels(arrays, concept))
     return {path: total[path] + jnp.square(grad.astype(jnp.float32)) for path, grad in grads.items()}
+
+
+def _kernels(arrays: ModelArrays, concept: Int[Array, ""]) -> dict[str, Float[Array, "..."]]:
+    return masks_lib.kernels_of(arrays.params, masks_lib.concept(arrays.concept_masks, concept))
 
 
 @jax.jit

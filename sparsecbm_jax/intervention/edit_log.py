@@ -104,28 +104,28 @@ class EditLog:
 
     @property
     def edits(self) -> tuple[StoredEdit, ...]:
-        """The edits in force, oldest first."""
+        """The active edits, oldest first."""
         return tuple(self._active.values())
 
     @property
     def undone(self) -> tuple[StoredEdit, ...]:
-        """The edits that were made and are not in force, in the order in which they were first made."""
+        """The edits that were made and are no longer active, in the order in which they were first made."""
         made = {edit.id: edit for _, edit in self._entries}
         return tuple(edit for name, edit in made.items() if name not in self._active)
 
     def get(self, edit_id: str) -> StoredEdit:
-        """An edit in force.
+        """Returns an active edit.
 
         Raises:
             ValueError: if there is none of that id; those there are are listed.
         """
         if edit_id not in self._active:
             known = ", ".join(self._active) or "none"
-            raise ValueError(f"{self.path}: no edit {edit_id!r} is in force; there are: {known}")
+            raise ValueError(f"{self.path}: there is no active edit {edit_id!r}; there are: {known}")
         return self._active[edit_id]
 
     def replay(self, masks: Masks) -> Masks:
-        """The masks with all edits in force made, in order: the same bits on any mesh.
+        """The masks with all active edits made, in order: the same bits on any mesh.
 
         Args:
             masks: as given when the log was opened.
@@ -138,12 +138,12 @@ class EditLog:
         """Writes an edit to disk and gives its id.
 
         Raises:
-            ValueError: if it is in force already, or the model has no such concept.
+            ValueError: if it is active already, or the model has no such concept.
         """
         if edit.concept not in self._concepts:
             raise ValueError(f"{self.path}: there is no concept {edit.concept!r}; expected one of {self._concepts}")
         if edit.id in self._active:
-            raise ValueError(f"{self.path}: edit {edit.id} is in force already")
+            raise ValueError(f"{self.path}: edit {edit.id} is active already")
         self._write("edit", edit, edit.to_dict())
         return edit.id
 
@@ -151,10 +151,10 @@ class EditLog:
         """The masks without one edit, whichever its place, and an entry that says so.
 
         Args:
-            masks: with all edits in force made.
+            masks: with all active edits made.
 
         Raises:
-            ValueError: if no such edit is in force, or later edits changed the same weights; they are named, and want
+            ValueError: if no such edit is active, or later edits changed the same weights; they are named, and want
                 undoing first.
         """
         edit = self.get(edit_id)
@@ -264,10 +264,10 @@ class EditLog:
         if kind == "edit":
             edit = StoredEdit.from_dict(body["edit"], source)
             if edit.id in self._active:
-                raise EditLogError(f"{source}: edit {edit.id} is in force already")
+                raise EditLogError(f"{source}: edit {edit.id} is active already")
         elif kind == "undo":
             if body["undo"]["id"] not in self._active:
-                raise EditLogError(f"{source}: undoes {body['undo']['id']!r}, which is not in force")
+                raise EditLogError(f"{source}: undoes {body['undo']['id']!r}, which is not active")
             edit = self._active[body["undo"]["id"]]
         else:
             raise EditLogError(f"{source}: an entry of kind {kind!r}; expected 'edit' or 'undo'")

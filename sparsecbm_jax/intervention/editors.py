@@ -1,164 +1,241 @@
-"""Ways to take in one correction, behind one type, so that they can be compared at equal numbers of corrections.
+"""Editors: ways to take in one correction, behind one type, so that each is used, served and measured like the others.
 
-Each is a function of the model's arrays, one text, a concept and the class that it should have. Some edit the concept's
-mask, some train what is left; all are to make the model read the text as asked, and what else they do is what
-`streams` measures.
+An editor is a function of the model's arrays and a correction; it returns the new arrays and the edit. Those here
+change the corrected concept's mask, by as much as was fixed beforehand, by as little as repairs, or so that earlier
+corrections hold. One of your own is a function of the same shape; a frozen dataclass with fields for its settings also
+says in every report what it is.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.continual_edit import MARGIN, MAX_ROUNDS, STRENGTH, continual_edit
+from sparsecbm_jax.intervention.continual_edit import DEFAULTS, ContinualSettings, continual_edit
+from sparsecbm_jax.intervention.edit_costs import fisher_costs, sharpen
 from sparsecbm_jax.intervention.fixed_size_edit import intervene
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, edit_of
 from sparsecbm_jax.intervention.minimal_edit import minimal_edit
-from sparsecbm_jax.intervention.ranking import EditCosts
+from sparsecbm_jax.intervention.ranking import EditCosts, SaliencyFn
 from sparsecbm_jax.intervention.replay import Replay
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import concept_logits
 from sparsecbm_jax.model.losses import least_margin
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
+Editor = Callable[[CBMConfig, ModelArrays, ConceptCorrection], tuple[ModelArrays, MaskEdit]]
+"""(config, arrays, correction) → (the new arrays, the edit with the outputs before and after)."""
 
-class Outcome(NamedTuple):
-    """What one correction did.
+
+@dataclasses.dataclass(frozen=True)
+class FixedSize:
+    """Drops and grows a share of the backbone's weights that is given beforehand, as the paper does.
 
     Attributes:
-        state: the model's arrays now.
-        num_changed: numbers of the model that changed: booleans of the masks, or trained weights.
-        is_repaired: whether the text has the asked class now.
+        drop_fraction: share of the maskable weights that each step drops, and as many that it grows, in [0, 1].
+        saliency: 'signed', 'magnitude' (the paper's) or a function; see `ranking.SaliencyFn`.
+        num_steps: how often to differentiate and edit, at least 1.
+
+    Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
 
-    state: ModelArrays
-    num_changed: int
-    is_repaired: bool
+    drop_fraction: float = 1e-4
+    saliency: str | SaliencyFn = "signed"
+    num_steps: int = 1
+
+    def __call__(
+        self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        """Edits the mask; see `fixed_size_edit.intervene`."""
+        masks, edit = intervene(
+            config, arrays, correction, self.drop_fraction, saliency=self.saliency, num_steps=self.num_steps
+        )
+        return arrays._replace(masks=masks), edit
 
 
-Editor = Callable[[CBMConfig, ModelArrays, Batch, int, int], Outcome]
-"""(config, state, batch of the one text, concept, class that it should have) → what came of it."""
+@dataclasses.dataclass(frozen=True)
+class Minimal:
+    """Drops and grows as few weights as repair the concept; leaves the mask as it is where `max_pairs` do not.
 
+    Attributes:
+        margin: logits by which the asked class is to lead, at least 0.
+        costs: of each concept, what a change costs everything else; None counts every weight alike.
+        max_pairs: the most pairs of weights that are tried.
+    """
 
-def minimal(guards: Mapping[int, EditCosts] | None = None, *, margin: float = 0.0, max_pairs: int = 4096) -> Editor:
-    """The smallest edit of the mask that repairs, with a guard for each concept or none; see `minimal.minimal_edit`."""
+    margin: float = 0.0
+    costs: Mapping[int, EditCosts] | None = dataclasses.field(default=None, repr=False)
+    max_pairs: int = 4096
 
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
+    def __call__(
+        self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        """Edits the mask; see `minimal_edit.minimal_edit`."""
         masks, found = minimal_edit(
             config,
-            state.params,
-            state.masks,
-            state.heads,
-            batch,
-            concept,
-            target,
-            margin=margin,
-            guard=None if guards is None else guards[concept],
-            max_pairs=max_pairs,
+            arrays,
+            correction,
+            margin=self.margin,
+            costs=None if self.costs is None else self.costs[int(correction.concept)],
+            max_pairs=self.max_pairs,
         )
-        return Outcome(state._replace(masks=masks), 2 * int(found.num_pairs), bool(found.is_repaired))
-
-    return correct
+        return arrays._replace(masks=masks), found.edit
 
 
-def rehearsed(
-    guards: Mapping[int, EditCosts] | None = None, *, margin: float = 0.0, max_rounds: int = 8, max_pairs: int = 4096
-) -> Editor:
-    """`minimal`, and then again for the corrected text that is read worst, until all are read as they were asked to be.
+@dataclasses.dataclass(frozen=True)
+class Continual:
+    """Makes one edit for the correction, those before it, and anchors, which stay as they were before any correction.
 
-    An arm remembers the texts that it has corrected: it is for one stream. Where `max_rounds` edits do not do, the one
-    that is worst then stays wrong.
+    Corrections before it are those that `ConceptCorrection.earlier` names. What weights cost, and the logits of the
+    anchors, are computed when a concept is first corrected, and kept.
+
+    Attributes:
+        anchors: training texts with their gold concepts.
+        original: the model before any correction, whose logits the anchors keep; None for the first that is seen.
+        costs: of each concept, what a change costs everything else; 'fisher' computes it from the anchors, None counts
+            every weight alike.
+        margin, strength, max_rounds: see `ContinualSettings`.
+        num_rows: texts that one edit answers for, at least 4; at most half of them are corrections.
+        seed: of the draw of texts.
+        on_gradient: called for each of the anchors' batches, once for each concept that is corrected.
+
+    Raises:
+        ValueError: if there are no anchors, or `num_rows` is too small.
     """
-    correct_one = minimal(guards, margin=margin, max_pairs=max_pairs)
-    remembered: dict[int, list[tuple[Batch, int]]] = {}
 
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        cells = remembered.setdefault(concept, [])
-        cells.append((batch, target))
-        num_changed, worst = 0, len(cells) - 1
-        for _ in range(max_rounds):
-            outcome = correct_one(config, state, cells[worst][0], concept, cells[worst][1])
-            state, num_changed = outcome.state, num_changed + outcome.num_changed
-            margins = [_margin(config, state, text, concept, asked) for text, asked in cells]
-            worst = min(range(len(cells)), key=margins.__getitem__)
+    anchors: Sequence[Batch] = dataclasses.field(repr=False)
+    original: ModelArrays | None = dataclasses.field(default=None, repr=False)
+    costs: Mapping[int, EditCosts] | Literal["fisher"] | None = dataclasses.field(default="fisher", repr=False)
+    margin: float = float(DEFAULTS.margin)
+    strength: float = float(DEFAULTS.strength)
+    max_rounds: int = int(DEFAULTS.max_rounds)
+    num_rows: int = 64
+    seed: int = 0
+    on_gradient: Callable[[], object] = dataclasses.field(default=lambda: None, repr=False)
+
+    def __post_init__(self) -> None:
+        # What is computed once for each concept; no part of what the editor is.
+        object.__setattr__(self, "_replay", Replay(self.anchors, num_rows=self.num_rows, seed=self.seed))
+        object.__setattr__(self, "_fisher", dict[int, EditCosts]())
+
+    def __call__(
+        self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        """Edits the mask; see `continual_edit.continual_edit`."""
+        concept = int(correction.concept)
+        original = arrays if self.original is None else self.original
+        replay: Replay = self._replay.emptied()  # type: ignore[attr-defined]
+        replay.hold(concept, lambda texts: concept_logits(config, original, texts, concept))
+        for one in (*correction.earlier, correction):
+            replay.add(int(one.concept), one.batch, int(one.target))
+        masks, _ = continual_edit(
+            config,
+            arrays,
+            concept,
+            replay.texts(concept),
+            costs=self._costs_of(config, original, concept),
+            settings=ContinualSettings(self.margin, self.strength, self.max_rounds),
+        )
+        new = arrays._replace(masks=masks)
+        return new, edit_of(config, arrays, new, correction._replace(label=None))
+
+    def _costs_of(self, config: CBMConfig, original: ModelArrays, concept: int) -> EditCosts | None:
+        if self.costs != "fisher":
+            return None if self.costs is None else self.costs[concept]  # type: ignore[index]
+        found: dict[int, EditCosts] = self._fisher  # type: ignore[attr-defined]
+        if concept not in found:
+            costs = fisher_costs(config, original, self.anchors, concept, on_gradient=self.on_gradient)
+            found[concept] = sharpen(costs)
+        return found[concept]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsed:
+    """Makes a minimal edit, then others for the corrected text that fares worst, until all are predicted as asked.
+
+    Where `max_rounds` edits do not suffice, the one that is worst then stays wrong.
+
+    Attributes:
+        minimal: the editor that makes each of them.
+        max_rounds: the most edits, at least 1.
+    """
+
+    minimal: Minimal = Minimal()
+    max_rounds: int = 8
+
+    def __call__(
+        self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        """Edits the mask."""
+        same = [one for one in correction.earlier if int(one.concept) == int(correction.concept)]
+        cells = [*same, correction]
+        new, worst = arrays, len(cells) - 1
+        for _ in range(self.max_rounds):
+            new, _ = self.minimal(config, new, cells[worst])
+            margins = [_margin(config, new, one) for one in cells]
+            worst = int(np.argmin(margins))
             if margins[worst] > 0:
                 break
-        return Outcome(state, num_changed, margins[-1] > 0)
-
-    return correct
+        return new, edit_of(config, arrays, new, correction._replace(label=None))
 
 
-def continual(
-    guards: Mapping[int, EditCosts] | None,
-    anchors: Sequence[Batch],
-    *,
-    margin: float = MARGIN,
-    strength: float = STRENGTH,
-    max_rounds: int = MAX_ROUNDS,
-    num_rows: int = 64,
-    seed: int = 0,
-) -> Editor:
-    """One edit for all corrected texts of the concept and for anchors; see `lasting.lasting_edit` and `Replay`.
+def fixed_size(drop_fraction: float = 1e-4, saliency: str | SaliencyFn = "signed", num_steps: int = 1) -> FixedSize:
+    """Returns the editor that changes a share of the weights given beforehand; see `FixedSize`.
 
-    An arm remembers the texts that it has corrected: it is for one stream.
+    >>> fixed_size(0.001)
+    FixedSize(drop_fraction=0.001, saliency='signed', num_steps=1)
     """
-    replay = Replay(anchors, num_rows=num_rows, seed=seed)
-
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        replay.hold(concept, lambda texts: concept_logits(config, *state, texts, concept))
-        replay.add(concept, batch, target)
-        rows, targets, logits = replay.batch(concept)
-        masks, found = continual_edit(
-            config,
-            state.params,
-            state.masks,
-            state.heads,
-            rows,
-            concept,
-            targets,
-            logits,
-            guard=None if guards is None else guards[concept],
-            margin=margin,
-            strength=strength,
-            max_rounds=max_rounds,
-        )
-        return Outcome(state._replace(masks=masks), int(found.num_changed), bool(found.margins[0] > 0))
-
-    return correct
+    return FixedSize(drop_fraction, saliency, num_steps)
 
 
-def fixed_size(saliency: str, drop_fraction: float, num_steps: int = 1) -> Editor:
-    """An edit of a share of the backbone given beforehand, as the paper's; see `intervention.intervene`."""
+def minimal(*, margin: float = 0.0, costs: Mapping[int, EditCosts] | None = None, max_pairs: int = 4096) -> Minimal:
+    """Returns the editor that changes as few weights as repair the concept; see `Minimal`.
 
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        masks, edit = intervene(
-            config,
-            state.params,
-            state.masks,
-            state.heads,
-            batch,
-            concept,
-            target,
-            drop_fraction,
-            saliency=saliency,
-            num_steps=num_steps,
-        )
-        after = edit.concept_logits_after[:, concept]
-        return Outcome(
-            state._replace(masks=masks),
-            2 * int(edit.num_per_step) * num_steps,
-            is_predicted_as(after, target, batch),
-        )
-
-    return correct
+    >>> minimal(margin=0.5)
+    Minimal(margin=0.5, max_pairs=4096)
+    """
+    return Minimal(margin, costs, max_pairs)
 
 
-def _margin(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> float:
-    logits = concept_logits(config, *state, batch, concept)
-    return float(least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight))
+def continual(anchors: Sequence[Batch], **settings: Any) -> Continual:
+    """Returns the editor whose corrections last; see `Continual` for the settings."""
+    return Continual(anchors, **settings)
 
 
-def is_predicted_as(logits: Float[Array, "B C"], target: int, batch: Batch) -> bool:
-    wanted = jnp.full(logits.shape[0], target)
-    return bool(least_margin(logits, wanted, batch.example_weight) > 0)
+def describe(editor: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+    """Returns what reports call an editor, and its settings as plain data.
+
+    The settings are those fields of a dataclass that its `repr` shows; a function has a name alone.
+
+    >>> describe(minimal(margin=0.5))
+    ('minimal', {'margin': 0.5, 'max_pairs': 4096})
+    """
+    if not dataclasses.is_dataclass(editor) or isinstance(editor, type):
+        return getattr(editor, "__name__", type(editor).__name__), {}
+    words = [f"_{char.lower()}" if char.isupper() else char for char in type(editor).__name__]
+    settings = {field.name: _plain(getattr(editor, field.name)) for field in dataclasses.fields(editor) if field.repr}
+    return "".join(words).lstrip("_"), settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bool | int | float | type(None)):
+        return value
+    if dataclasses.is_dataclass(value) and callable(value):
+        name, settings = describe(value)
+        return {"name": name, **settings}
+    return getattr(value, "__name__", repr(value))
+
+
+def is_repaired(edit: MaskEdit, example_weight: Any) -> bool:
+    """Returns whether every corrected row has the asked class after an edit."""
+    logits = edit.concept_logits_after[:, edit.concept]
+    return bool(least_margin(logits, edit.target, jnp.asarray(example_weight)) > 0)
+
+
+def _margin(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> float:
+    batch = correction.batch
+    logits = concept_logits(config, arrays, batch, correction.concept)
+    return float(least_margin(logits, jnp.full(logits.shape[0], correction.target), batch.example_weight))

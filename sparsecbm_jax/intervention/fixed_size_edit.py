@@ -15,15 +15,22 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import AnyMasks, check_masks
+from sparsecbm_jax.core.masks import AnyMasks
 from sparsecbm_jax.core.selection import count_true
-from sparsecbm_jax.core.trees import Params, leaf_at
-from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.mask_edit import MaskEdit, check_index, edit_between, is_traced, total
+from sparsecbm_jax.core.trees import leaf_at
+from sparsecbm_jax.intervention.mask_edit import (
+    ConceptCorrection,
+    MaskEdit,
+    checked,
+    edit_between,
+    is_traced,
+    total,
+)
 from sparsecbm_jax.intervention.ranking import EditCosts, SaliencyFn, cost_aware, find_saliency, project_out
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import forward, subnetwork_output
 from sparsecbm_jax.model.losses import subnetwork_loss
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 # What a step drops, and what it grows, is counted in one unsigned integer.
 _MOST_CHANGED = 2**32 - 1
@@ -31,19 +38,13 @@ _MOST_CHANGED = 2**32 - 1
 
 def intervene(
     config: CBMConfig,
-    params: Params,
-    masks: AnyMasks,
-    heads: Params,
-    batch: Batch,
-    concept: int | Int[Array, ""],
-    target: int | Int[Array, ""] | Int[Array, " B"],
+    arrays: ModelArrays,
+    correction: ConceptCorrection,
     drop_fraction: float | Float[Array, ""],
-    label: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     *,
-    saliency: str | SaliencyFn = "signed",
+    saliency: str | SaliencyFn | EditCosts = "signed",
     num_steps: int | Int[Array, ""] = 1,
     scope: str = "global",
-    guard: EditCosts | None = None,
 ) -> tuple[AnyMasks, MaskEdit]:
     r"""Moves concept k's mask so that it reads the batch as class `target`.
 
@@ -54,21 +55,17 @@ def intervene(
 
     Args:
         config: the model's static description.
-        params: the backbone θ.
-        masks: of all K concepts, booleans or packed: a byte a weight instead of K for K of 8 or less.
-        heads: projector ψ and predictor φ.
-        batch: the texts to be corrected together, usually one row. Their own labels are not read.
-        concept: index k of the corrected concept.
-        target: class the concept should have, for all rows or for each.
+        arrays: parameters, masks and heads; masks as booleans or packed: a byte a weight instead of K for K of 8 or
+            less.
+        correction: the texts, the concept and the class that it should have.
         drop_fraction: r in [0, 1]; each step drops and grows n = r · (maskable weights of the backbone) weights,
             rounded in float64 to the nearest integer, halves to even. A traced fraction is rounded in its own precision
             and cut to what the mask can give, since nothing can be refused then.
-        label: task label to pull towards as well, for all rows or for each; None or −1 for none.
-        saliency: 'signed', 'magnitude', 'guarded', or a function of one's own (see `SaliencyFn`).
+        saliency: 'signed', 'magnitude', a function of one's own (see `SaliencyFn`), or the costs of a change for
+            everything else, by which signed gains are divided (see `EditCosts`).
         num_steps: how often to differentiate and edit, at least 1.
         scope: what weights compete with: all of the backbone ('global'), or those of their kernel and layer
             ('per_kernel'), each of which then drops and grows its own share r, rounded by itself.
-        guard: for saliency 'guarded', what a change costs everything else; see `Guard`.
 
     Returns:
         The new masks, packed if they were, which differ in concept k only and keep exactly as many weights, and the
@@ -76,67 +73,47 @@ def intervene(
 
     Raises:
         ValueError: if concept, target, label or drop_fraction lies out of range, the subnetwork has fewer kept or
-            pruned weights than the fraction asks for, the masks are missing, or saliency 'guarded' and a guard do not
-            go together.
+            pruned weights than the fraction asks for, or the masks are missing.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
-    if (saliency == "guarded") != (guard is not None):
-        raise ValueError(f"saliency is {saliency!r}, but guard is {'' if guard is None else 'not '}None; expected both")
-    saliency_fn = None if guard is not None else find_saliency(saliency)
-    check_masks(masks)
+    costs = saliency if isinstance(saliency, EditCosts) else None
+    saliency_fn = None if isinstance(saliency, EditCosts) else find_saliency(saliency)
+    correction = checked(config, arrays, correction)
     if not is_traced(num_steps) and num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
-    label = -1 if label is None else label
-    check_index("concept", concept, 0, config.num_concepts)
-    check_index("target", target, 0, config.num_classes)
-    check_index("label", label, -1, config.num_labels)
-    num_rows = batch.input_ids.shape[0]
+    count = _change_count(arrays.concept_masks, correction.concept, drop_fraction, scope)
     return _intervene(
-        config,
-        params,
-        masks,
-        heads,
-        batch,
-        jnp.asarray(concept, jnp.int32),
-        jnp.broadcast_to(jnp.asarray(target, jnp.int32), (num_rows,)),
-        _change_count(masks, concept, drop_fraction, scope),
-        jnp.broadcast_to(jnp.asarray(label, jnp.int32), (num_rows,)),
-        jnp.asarray(num_steps, jnp.int32),
-        guard,
-        saliency_fn=saliency_fn,
+        config, arrays, correction, count, jnp.asarray(num_steps, jnp.int32), costs, saliency_fn=saliency_fn
     )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "saliency_fn"))
 def _intervene(
     config: CBMConfig,
-    params: Params,
-    masks: AnyMasks,
-    heads: Params,
-    batch: Batch,
-    concept: Int[Array, ""],
-    target: Int[Array, " B"],
+    arrays: ModelArrays,
+    correction: ConceptCorrection,
     count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"]],
-    label: Int[Array, " B"],
     num_steps: Int[Array, ""],
-    guard: EditCosts | None,
+    costs: EditCosts | None,
     *,
     saliency_fn: SaliencyFn | None,
 ) -> tuple[AnyMasks, MaskEdit]:
-    before = forward(config, params, masks, heads, batch)
+    params, masks, heads = arrays.params, arrays.concept_masks, arrays.heads
+    batch, concept, target = correction.batch, correction.concept, jnp.asarray(correction.target)
+    before = forward(config, arrays, batch)
     weights = {path: leaf_at(params, path) for path in masks}
     wanted = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
-    corrected = batch._replace(concepts=wanted, label=label)  # type: ignore[arg-type]
+    corrected = batch._replace(concepts=wanted, label=correction.label)  # type: ignore[arg-type]
 
     def step(_: Int[Array, ""], mask: dict[str, Bool[Array, "..."]]) -> dict[str, Bool[Array, "..."]]:
         grads = jax.grad(subnetwork_loss, argnums=4)(
             config, params, heads, corrected, masks_lib.kernels_of(params, mask), concept, before.activations
         )
         if saliency_fn is None:
-            assert guard is not None
-            grads = project_out(grads, guard)
-            scores = {path: cost_aware(weights[path], grads[path], guard.costs[path]) for path in mask}
+            assert costs is not None
+            grads = project_out(grads, costs)
+            scores = {path: cost_aware(weights[path], grads[path], costs.costs[path]) for path in mask}
         else:
             scores = {path: saliency_fn(weights[path], grads[path]) for path in mask}
         return masks_lib.drop_and_grow(mask, scores, scores, count).mask
@@ -146,7 +123,7 @@ def _intervene(
     after = subnetwork_output(
         config, params, heads, batch, masks_lib.kernels_of(params, new), concept, before.activations
     )
-    edit = edit_between(old, new, before, after, concept=concept, target=target, label=label, num_per_step=total(count))
+    edit = edit_between(old, new, before, after, correction, total(count))
     return masks_lib.replace_concept(masks, concept, new), edit
 
 
@@ -161,7 +138,7 @@ def _change_count(
         if scope == "global":
             if masks_lib.num_weights(masks) > _MOST_CHANGED:
                 raise ValueError(
-                    f"a backbone of {masks_lib.num_weights(masks)} weights wants a drop_fraction that is no tracer"
+                    f"a backbone of {masks_lib.num_weights(masks)} weights needs a drop_fraction that is no tracer"
                 )
             return _traced_count(drop_fraction, total(mask), masks_lib.num_weights(masks))
         return {path: _traced_count(drop_fraction, *_kept_of_each(path, kept)) for path, kept in mask.items()}

@@ -1,6 +1,5 @@
 """An edit of one mask as arrays: applied, undone, counted."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,10 +11,28 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.masks import AnyMasks
 from sparsecbm_jax.core.selection import count_true
-from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput
-from sparsecbm_jax.model.forward import forward, subnetwork_output
+from sparsecbm_jax.model.forward import make_forward
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
+
+
+class ConceptCorrection(NamedTuple):
+    """A correction on arrays: the texts whose concept is to have another class.
+
+    Attributes:
+        batch: the texts to be corrected together, usually one row. Their own labels are not read.
+        concept: index k of the corrected concept.
+        target: class that the concept should have, for all rows or for each.
+        label: task label to pull towards as well, for all rows or for each; None or −1 for none.
+        earlier: corrections made before, oldest first, for editors that keep them.
+    """
+
+    batch: Batch
+    concept: int | Int[Array, ""]
+    target: int | Int[Array, ""] | Int[Array, " B"]
+    label: int | Int[Array, ""] | Int[Array, " B"] | None = None
+    earlier: "tuple[ConceptCorrection, ...]" = ()
 
 
 class MaskEdit(NamedTuple):
@@ -93,17 +110,23 @@ def edit_between(
     new: Mapping[str, Bool[Array, "..."]],
     before: CBMOutput,
     after: CBMOutput,
-    *,
-    concept: Int[Array, ""],
-    target: Int[Array, " B"],
-    label: Int[Array, " B"],
+    correction: ConceptCorrection,
     num_per_step: Int[Array, ""] | UInt[Array, ""],
 ) -> MaskEdit:
-    """The difference between two masks of a concept, with the model's output before and the subnetwork's after."""
+    """Returns the difference between two masks of a concept.
+
+    Args:
+        old, new: the concept's mask before and after.
+        before: the model's output with the old masks.
+        after: the output of the concept's subnetwork under the new mask, as `subnetwork_output` gives it.
+        correction: what was asked for, as `checked` gives it.
+        num_per_step: weights dropped, and as many grown, in each step.
+    """
+    concept = correction.concept
     return MaskEdit(
-        concept=concept,
-        target=target,
-        label=label,
+        concept=concept,  # type: ignore[arg-type]
+        target=correction.target,  # type: ignore[arg-type]
+        label=correction.label,  # type: ignore[arg-type]
         num_per_step=num_per_step.astype(jnp.uint32),
         dropped={path: old[path] & ~new[path] for path in old},
         grown={path: new[path] & ~old[path] for path in old},
@@ -114,32 +137,55 @@ def edit_between(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def edit_of(
-    config: CBMConfig,
-    params: Params,
-    old: AnyMasks,
-    new: AnyMasks,
-    heads: Params,
-    batch: Batch,
-    concept: int | Int[Array, ""],
-    target: int | Int[Array, ""],
-) -> MaskEdit:
-    """The edit that leads from some masks to others, all but concept k's the same, and what it does to a batch."""
-    before = forward(config, params, old, heads, batch)
-    mask, new_mask = masks_lib.concept(old, concept), masks_lib.concept(new, concept)
-    kernels = masks_lib.kernels_of(params, new_mask)
-    after = subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
-    rows = jnp.shape(batch.input_ids)[:1]
-    return edit_between(
-        mask,
-        new_mask,
-        before,
-        after,
-        concept=jnp.asarray(concept, jnp.int32),
-        target=jnp.full(rows, target, jnp.int32),
-        label=jnp.full(rows, -1, jnp.int32),
-        num_per_step=total({path: mask[path] & ~new_mask[path] for path in mask}),
+def edit_of(config: CBMConfig, old: ModelArrays, new: ModelArrays, correction: ConceptCorrection) -> MaskEdit:
+    """Returns the edit that leads from a model to another, and what both make of the corrected texts.
+
+    Args:
+        config: the model's static description.
+        old: the model before.
+        new: the model after: another mask of the corrected concept, or, of an editor that trains, other weights.
+        correction: what was asked for.
+
+    Raises:
+        ValueError: as `checked`.
+    """
+    forward = make_forward(config)
+    correction = checked(config, old, correction)
+    before, after = (forward(arrays, correction.batch) for arrays in (old, new))
+    mask, new_mask = (masks_lib.concept(arrays.concept_masks, correction.concept) for arrays in (old, new))
+    dropped = {path: mask[path] & ~new_mask[path] for path in mask}
+    return MaskEdit(
+        concept=correction.concept,  # type: ignore[arg-type]
+        target=correction.target,  # type: ignore[arg-type]
+        label=correction.label,  # type: ignore[arg-type]
+        num_per_step=total(dropped),
+        dropped=dropped,
+        grown={path: new_mask[path] & ~mask[path] for path in mask},
+        concept_logits_before=before.concept_logits,
+        concept_logits_after=after.concept_logits,
+        label_logits_before=before.label_logits,
+        label_logits_after=after.label_logits,
+    )
+
+
+def checked(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> ConceptCorrection:
+    """Returns a correction as arrays, a target and a label for each row (label −1 for none), without earlier ones.
+
+    Raises:
+        ValueError: if concept, target or label lies out of range, or the model has no masks. Traced values are not
+            looked at.
+    """
+    masks_lib.check_masks(arrays.masks)
+    label = -1 if correction.label is None else correction.label
+    check_index("concept", correction.concept, 0, config.num_concepts)
+    check_index("target", correction.target, 0, config.num_classes)
+    check_index("label", label, -1, config.num_labels)
+    rows = correction.batch.input_ids.shape[:1]
+    return ConceptCorrection(
+        correction.batch,
+        jnp.asarray(correction.concept, jnp.int32),
+        jnp.broadcast_to(jnp.asarray(correction.target, jnp.int32), rows),
+        jnp.broadcast_to(jnp.asarray(label, jnp.int32), rows),
     )
 
 
@@ -152,4 +198,5 @@ def check_index(name: str, value: Any, low: int, high: int) -> None:
 
 
 def total(count: UInt[Array, ""] | Mapping[str, UInt[Array, "*layers"] | Bool[Array, "..."]]) -> UInt[Array, ""]:
+    """Sums counts or booleans over a tree, modulo 2^32."""
     return sum((jnp.sum(part, dtype=jnp.uint32) for part in jax.tree.leaves(count)), jnp.uint32(0))

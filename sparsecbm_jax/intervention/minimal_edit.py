@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import AnyMasks, check_masks
-from sparsecbm_jax.core.trees import Params, leaf_at
-from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.mask_edit import MaskEdit, check_index, edit_between
+from sparsecbm_jax.core.masks import AnyMasks
+from sparsecbm_jax.core.trees import leaf_at
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, checked, edit_between
 from sparsecbm_jax.intervention.ranking import EditCosts, ranked_swaps, swapped, swapped_mask
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput
 from sparsecbm_jax.model.forward import forward, subnetwork_output
 from sparsecbm_jax.model.losses import least_margin
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 
 class MinimalEdit(NamedTuple):
@@ -46,27 +46,25 @@ class MinimalEdit(NamedTuple):
 
 def minimal_edit(
     config: CBMConfig,
-    params: Params,
-    masks: AnyMasks,
-    heads: Params,
-    batch: Batch,
-    concept: int | Int[Array, ""],
-    target: int | Int[Array, ""] | Int[Array, " B"],
+    arrays: ModelArrays,
+    correction: ConceptCorrection,
     *,
     margin: float | Float[Array, ""] = 0.0,
-    guard: EditCosts | None = None,
+    costs: EditCosts | None = None,
     max_pairs: int = 4096,
 ) -> tuple[AnyMasks, MinimalEdit]:
-    """Drops the n most harmful kept weights of concept k and grows the n most helpful pruned ones, n as small as does.
+    """Drops the n most harmful kept weights of concept k and grows the n most helpful pruned ones, for the smallest n.
 
     Pure, and compiled once for all concepts, targets and margins of a batch shape. First-order gains, by which weights
-    are ranked, are of the least margin; see `intervention.signed`.
+    are ranked, are of the least margin; see `ranking.signed`.
 
     Args:
-        config, params, masks, heads, batch, concept, target: as for `intervention.intervene`; padding rows do not
-            count.
+        config: the model's static description.
+        arrays: parameters, masks and heads.
+        correction: the texts, the concept and the class that it should have; padding rows do not count, a label is not
+            read.
         margin: u_target is to be above the other classes' logits by more than this.
-        guard: what a change costs everything else; see `Guard`. None counts every weight alike.
+        costs: what a change costs everything else; see `EditCosts`. None counts every weight alike.
         max_pairs: the most pairs that are tried.
 
     Returns:
@@ -75,40 +73,26 @@ def minimal_edit(
     Raises:
         ValueError: as `intervene`; or `max_pairs` is not positive.
     """
-    check_masks(masks)
-    check_index("concept", concept, 0, config.num_concepts)
-    check_index("target", target, 0, config.num_classes)
+    correction = checked(config, arrays, correction._replace(label=None))
     if max_pairs < 1:
         raise ValueError(f"max_pairs is {max_pairs}; expected at least 1")
-    return _minimal_edit(
-        config,
-        params,
-        masks,
-        heads,
-        batch,
-        jnp.asarray(concept, jnp.int32),
-        jnp.broadcast_to(jnp.asarray(target, jnp.int32), (batch.input_ids.shape[0],)),
-        jnp.asarray(margin, jnp.float32),
-        guard,
-        max_pairs=min(max_pairs, masks_lib.num_weights(masks)),
-    )
+    most = min(max_pairs, masks_lib.num_weights(arrays.concept_masks))
+    return _minimal_edit(config, arrays, correction, jnp.asarray(margin, jnp.float32), costs, max_pairs=most)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_pairs"))
 def _minimal_edit(
     config: CBMConfig,
-    params: Params,
-    masks: AnyMasks,
-    heads: Params,
-    batch: Batch,
-    concept: Int[Array, ""],
-    target: Int[Array, " B"],
+    arrays: ModelArrays,
+    correction: ConceptCorrection,
     wanted: Float[Array, ""],
-    guard: EditCosts | None,
+    costs: EditCosts | None,
     *,
     max_pairs: int,
 ) -> tuple[AnyMasks, MinimalEdit]:
-    before = forward(config, params, masks, heads, batch)
+    params, masks, heads = arrays.params, arrays.concept_masks, arrays.heads
+    batch, concept, target = correction.batch, correction.concept, jnp.asarray(correction.target)
+    before = forward(config, arrays, batch)
     mask = masks_lib.concept(masks, concept)
     weights = {path: leaf_at(params, path) for path in mask}
     kernels = masks_lib.kernels_of(params, mask)
@@ -119,7 +103,7 @@ def _minimal_edit(
 
     start, grads = jax.value_and_grad(read, has_aux=True)(kernels)
     # Negated: the margin is to rise.
-    dropped, grown = ranked_swaps(weights, mask, {path: -grad for path, grad in grads.items()}, guard, max_pairs)
+    dropped, grown = ranked_swaps(weights, mask, {path: -grad for path, grad in grads.items()}, costs, max_pairs)
     most = jnp.minimum(dropped.num, grown.num)
 
     search = _smallest(lambda n: read(swapped(kernels, weights, dropped, grown, n)), start, wanted, most)
@@ -128,10 +112,7 @@ def _minimal_edit(
         lambda at_high, at_start: jnp.where(count > 0, at_high, at_start), search.at_high, start
     )
     new_mask = swapped_mask(mask, dropped, grown, count)
-    no_label = jnp.full_like(target, -1)
-    edit = edit_between(
-        mask, new_mask, before, after, concept=concept, target=target, label=no_label, num_per_step=count
-    )
+    edit = edit_between(mask, new_mask, before, after, correction, count)
     margin_below = jnp.where(count > 0, search.margin_at_low, jnp.nan)
     found = MinimalEdit(edit, count, search.is_found, margin, margin_below, search.num_trials)
     return masks_lib.replace_concept(masks, concept, new_mask), found

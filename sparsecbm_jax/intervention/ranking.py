@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.core.selection import select_smallest
 
-# Added to the products of a guard's directions with themselves, as a share of their mean square.
+# Added to the products of directions with themselves, as a share of their mean square.
 _RIDGE = 1e-4
 
 
@@ -52,8 +52,8 @@ def cost_aware(
     return -grad * jnp.sign(weight) / jnp.sqrt(cost)
 
 
-def project_out(grads: Mapping[str, Float[Array, "..."]], guard: EditCosts) -> dict[str, Float[Array, "..."]]:
-    r"""The gradient without what would move the guarded quantities.
+def project_out(grads: Mapping[str, Float[Array, "..."]], costs: EditCosts) -> dict[str, Float[Array, "..."]]:
+    r"""Removes from a gradient what would move the quantities that are to stay.
 
     $g - \sum_p \lambda_p h_p$ with λ such that the step that follows it, weight by weight over its cost, is orthogonal
     to every direction h_p. Costs of single changes add up as squares only where their effects do not agree; along
@@ -61,19 +61,19 @@ def project_out(grads: Mapping[str, Float[Array, "..."]], guard: EditCosts) -> d
 
     Reference: after A-GEM (Chaudhry et al. 2019), which projects by one direction and without costs.
     """
-    if guard.directions is None:
+    if costs.directions is None:
         return dict(grads)
     products, against = jnp.float32(0), jnp.float32(0)
-    for path, own in guard.directions.items():
+    for path, own in costs.directions.items():
         axes = tuple(range(1, own.ndim))
-        weighted = own / guard.costs[path]
+        weighted = own / costs.costs[path]
         with jax.default_matmul_precision("highest"):
             products += jnp.tensordot(weighted, own, axes=(axes, axes))
             against += jnp.tensordot(weighted, grads[path], axes=(axes, tuple(range(grads[path].ndim))))
     # Directions may depend on each other; those of a class that no text has are zero.
     ridge = _RIDGE * jnp.trace(products) / products.shape[0] + jnp.finfo(products.dtype).tiny
     amounts = jnp.linalg.solve(products + ridge * jnp.eye(products.shape[0]), against)
-    return {path: grad - jnp.tensordot(amounts, guard.directions[path], axes=1) for path, grad in grads.items()}
+    return {path: grad - jnp.tensordot(amounts, costs.directions[path], axes=1) for path, grad in grads.items()}
 
 
 def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -134,15 +134,15 @@ def ranked_swaps(
     weights: Mapping[str, Float[Array, "..."]],
     mask: Mapping[str, Bool[Array, "..."]],
     grads: Mapping[str, Float[Array, "..."]],
-    guard: EditCosts | None,
+    costs: EditCosts | None,
     size: int,
 ) -> tuple[Ranked, Ranked]:
     """Kept weights to drop and pruned ones to grow, first those by which a loss falls most, from its gradients."""
-    if guard is None:
+    if costs is None:
         gains = {path: signed(weights[path], grads[path]) for path in mask}
     else:
-        spared = project_out(grads, guard)
-        gains = {path: cost_aware(weights[path], spared[path], guard.costs[path]) for path in mask}
+        spared = project_out(grads, costs)
+        gains = {path: cost_aware(weights[path], spared[path], costs.costs[path]) for path in mask}
     pruned = {path: ~kept for path, kept in mask.items()}
     return ranked(gains, mask, size), ranked({path: -gain for path, gain in gains.items()}, pruned, size)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.continual_edit import ANCHOR
+from sparsecbm_jax.intervention.continual_edit import ANCHOR, ReplayedTexts
 
 # Widths of batches are multiples of this, so that few programs do.
 _WIDTH = 32
@@ -30,7 +30,7 @@ class _Draw(NamedTuple):
 
 
 class Replay:
-    """What lasting edits are to answer for: corrections so far, and anchors.
+    """What continual edits answer for: corrections so far, and anchors.
 
     Each correction draws the texts of its edit, by one generator that goes on from correction to correction: the same
     corrections in the same order have the same edits. A batch has always as many rows, so that edits are compiled once
@@ -59,7 +59,7 @@ class Replay:
         self._widest = max(batch.input_ids.shape[1] for batch in anchors)
 
     def emptied(self) -> "Replay":
-        """One of the same anchors, held as they are here, that draws from the beginning and has no corrections."""
+        """Returns one of the same anchors and held logits, without corrections, that draws from the beginning."""
         fresh = copy.copy(self)
         fresh._rng, fresh._corrected, fresh._drawn = np.random.default_rng(self._seed), {}, {}
         return fresh
@@ -87,13 +87,13 @@ class Replay:
         return _Draw(rows, [text.target for text in texts], anchors)
 
     def hold(self, concept: int, logits_of: Callable[[Batch], Float[Array, "B C"]]) -> None:
-        """Asks once how the concept reads the anchors: before its first edit."""
+        """Holds the concept's logits of the anchors, computed once: before its first edit."""
         if concept not in self._logits:
             found = [np.asarray(logits_of(batch))[_is_real(batch)] for batch in self._batches]
             self._logits[concept] = np.concatenate(found)
 
-    def batch(self, concept: int) -> tuple[Batch, Int[np.ndarray, " B"], Float[np.ndarray, "B C"]]:
-        """What the concept's newest correction drew, its own text first: batch, targets, logits for `lasting_edit`."""
+    def texts(self, concept: int) -> ReplayedTexts:
+        """Returns what the concept's newest correction drew, its own text first."""
         rows, asked, anchors = self._drawn[concept]
         held = self._logits[concept]
         shape = (self._num_rows, self._width)
@@ -108,7 +108,8 @@ class Replay:
         logits[len(asked) : len(rows)] = held[anchors]
         nothing = np.full(self._num_rows, -1, np.int32)
         weight = (np.arange(self._num_rows) < len(rows)).astype(np.float32)
-        return Batch(input_ids, attention_mask, nothing[:, None], nothing, weight, nothing), targets, logits
+        batch = Batch(input_ids, attention_mask, nothing[:, None], nothing, weight, nothing)
+        return ReplayedTexts(batch, targets, logits)
 
 
 def _is_real(batch: Batch) -> Bool[np.ndarray, " B"]:

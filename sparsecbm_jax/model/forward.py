@@ -24,13 +24,14 @@ from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
-from sparsecbm_jax.core.masks import AnyMasks, Masks
+from sparsecbm_jax.core.masks import AnyMasks
 from sparsecbm_jax.core.sharding import SINGLE
 from sparsecbm_jax.core.trees import Params, leaf_at
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
 from sparsecbm_jax.model.encode import encode
 from sparsecbm_jax.model.heads import predict_label, project
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 
 def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None = None) -> dict[str, Array]:
@@ -46,14 +47,16 @@ def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None 
     return {path: jnp.where(mask, leaf_at(params, path), 0) for path, mask in masks.items()}
 
 
-def forward(
-    config: CBMConfig, params: Params, masks: AnyMasks | None, heads: Heads, batch: Batch, **encode_args: Any
-) -> CBMOutput:
-    """The whole model, text to label; see `encode` for the keyword arguments.
+def forward(config: CBMConfig, arrays: ModelArrays, batch: Batch, **encode_args: Any) -> CBMOutput:
+    """Runs the whole model, text to label (Eq. 1 and 3).
 
     Args:
-        masks: None runs the dense model, one pass for all concepts.
+        config: the model's static description.
+        arrays: parameters, masks and heads; without masks the dense model runs, one pass for all concepts.
+        batch: texts of any labels, which are not read.
+        **encode_args: as for `encode`.
     """
+    params, masks, heads = arrays
     axes = encode_args.get("axes", SINGLE)
     z = encode(config, params, batch, masks=masks, **encode_args)
     if "classifier" in heads:
@@ -100,30 +103,31 @@ def batch_specs(has_concepts: bool) -> Batch:
 
 @functools.lru_cache(maxsize=32)
 def make_forward(config: CBMConfig, mesh: Mesh | None = None) -> Callable[..., CBMOutput]:
-    """A jitted function (params, masks or packed or None, heads, batch) → CBMOutput in inference mode, on a mesh."""
+    """Returns the jitted function (arrays, batch) → CBMOutput in inference mode, on a mesh."""
     axes = sharding.axes_of(mesh)
 
-    def local(params: Params, packed: Any, heads: Heads, batch: Batch) -> CBMOutput:
-        return forward(config, params, packed, heads, batch, axes=axes)
+    def local(arrays: ModelArrays, batch: Batch) -> CBMOutput:
+        return forward(config, arrays, batch, axes=axes)
 
     if not axes.is_manual:
         return jax.jit(local)
 
-    def sharded(params: Params, masks: Any, heads: Heads, batch: Batch) -> CBMOutput:
-        packed = masks
-        if masks is not None and any(mask.dtype == jnp.bool_ for mask in masks.values()):
-            packed = masks_lib.pack(masks)
+    def sharded(arrays: ModelArrays, batch: Batch) -> CBMOutput:
+        params, packed, heads = arrays
+        if packed is not None and any(mask.dtype == jnp.bool_ for mask in packed.values()):
+            packed = masks_lib.pack(packed)
         rows, by_concept = sharding.BATCH_SPEC, P(sharding.ROW_AXES, "concept")
         is_standard = "classifier" in heads
         concepts = rows if is_standard else by_concept
-        specs = (
+        specs = ModelArrays(
             sharding.param_specs(params),
-            None if packed is None else sharding.packed_specs(packed),
+            None if packed is None else sharding.packed_specs(packed),  # type: ignore[arg-type]
             sharding.param_specs(heads),
-            batch_specs(not is_standard),
         )
+        arrays = ModelArrays(params, packed, heads)
         out = CBMOutput(concepts, concepts, rows, rows if packed is None else by_concept)  # type: ignore[arg-type]
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(params, packed, heads, batch)
+        in_specs = (specs, batch_specs(not is_standard))
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out)(arrays, batch)
 
     return jax.jit(sharded)
 
@@ -143,8 +147,9 @@ def concept_output(
 
 @functools.partial(jax.jit, static_argnums=0)
 def concept_logits(
-    config: CBMConfig, params: Params, masks: Masks, heads: Heads, batch: Batch, concept: int | Int[Array, ""]
+    config: CBMConfig, arrays: ModelArrays, batch: Batch, concept: int | Int[Array, ""]
 ) -> Float[Array, "B C"]:
-    """u_k of a batch, from one pass through subnetwork k."""
-    kernels = masks_lib.kernels_of(params, masks_lib.concept(masks, concept))
-    return concept_output(config, params, heads, batch, kernels, jnp.asarray(concept)).concept_logits[:, 0]
+    """Returns u_k of a batch, from one pass through subnetwork k."""
+    kernels = masks_lib.kernels_of(arrays.params, masks_lib.concept(arrays.concept_masks, concept))
+    output = concept_output(config, arrays.params, arrays.heads, batch, kernels, jnp.asarray(concept))
+    return output.concept_logits[:, 0]

@@ -17,6 +17,7 @@ from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
 from sparsecbm_jax.model.forward import batch_specs, forward, subnetwork_output
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 LossFn = Callable[[CBMConfig, CBMOutput, Batch, Axes], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
@@ -87,7 +88,8 @@ def make_loss(
     axes = sharding.axes_of(mesh)
 
     def local(params: Params, heads: Heads, packed: Any, batch: Batch, dropout_rng: Any) -> Any:
-        output = forward(config, params, packed, heads, batch, dropout_rng=dropout_rng, axes=axes, backbone=backbone)
+        arrays = ModelArrays(params, packed, heads)
+        output = forward(config, arrays, batch, dropout_rng=dropout_rng, axes=axes, backbone=backbone)
         return loss_fn(config, output, batch, axes)
 
     if not axes.is_manual:

@@ -100,9 +100,9 @@ def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mes
     label_probabilities = np.zeros((num_texts, model.config.num_labels), np.float32)
     if num_texts:
         forward = make_forward(model.config, mesh)
-        masks = None if model.masks is None else _pack(model.masks)
+        arrays = model.arrays._replace(masks=None if model.masks is None else _pack(model.masks))
         for batch in text_batches(model, texts, batch_size=_num_rows(num_texts, batch_size, mesh)):
-            parts = _probabilities(forward(model.params, masks, model.heads, batch))
+            parts = _probabilities(forward(arrays, batch))
             concept_part, label_part = (sharding.to_host(part) for part in parts)
             real = batch.example_weight > 0
             concept_probabilities[batch.row_ids[real]] = concept_part[real]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsecbm_jax.backbones import maskable_paths
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.core.masks import Masks
+from sparsecbm_jax.core.masks import AnyMasks, Masks
 from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import BUCKETS
 from sparsecbm_jax.data.schema import Schema
@@ -16,15 +16,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MAX_LENGTH = 512
+
+
 class ModelArrays(NamedTuple):
-    """What a correction may change."""
+    """The arrays of a model: all that training, pruning and corrections may change.
+
+    Attributes:
+        params: the backbone θ, layers stacked.
+        masks: of all K concepts, {path: [K, ...]} booleans or packed bits, True where kept; None for a dense model.
+        heads: projector ψ and label predictor φ, or the classifier of the strategy 'standard'.
+    """
 
     params: Params
-    masks: Masks
+    masks: AnyMasks | None
     heads: Heads
 
+    @property
+    def concept_masks(self) -> AnyMasks:
+        """The masks of a model that has some.
 
-MAX_LENGTH = 512
+        Raises:
+            ValueError: if the model is dense.
+        """
+        masks_lib.check_masks(self.masks)
+        assert self.masks is not None
+        return self.masks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +69,16 @@ class SparseCBM:
     tokenizer: "PreTrainedTokenizerBase"
     strategy: str = "sparse"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def arrays(self) -> ModelArrays:
+        """Parameters, masks and heads, as functions on arrays take them."""
+        return ModelArrays(self.params, self.masks, self.heads)
+
+    def with_arrays(self, arrays: ModelArrays) -> "SparseCBM":
+        """Returns the model with other arrays, without the scores of the former ones."""
+        metadata = {key: value for key, value in self.metadata.items() if key != "metrics"}
+        return dataclasses.replace(self, **arrays._asdict(), metadata=metadata)
 
     @property
     def max_length(self) -> int:

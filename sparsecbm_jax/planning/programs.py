@@ -24,10 +24,12 @@ from sparsecbm_jax.core.trees import leaf_at, path_string
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.presets import configured_schema
 from sparsecbm_jax.intervention import fixed_size_edit
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
 from sparsecbm_jax.intervention.ranking import signed
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.strategies import LOSSES
 from sparsecbm_jax.pruning import fisher, patterns
 from sparsecbm_jax.pruning.gradients import subnetwork_gradient
@@ -162,6 +164,10 @@ class Shapes:
         *of_layers, _, of_units = sharding.spec_for(path, len(layers) + 2)
         return self._placed((*layers, units), jnp.float32, P(*of_layers, of_units))
 
+    def arrays(self, masks: Any) -> ModelArrays:
+        """Returns the model with these masks, booleans or packed."""
+        return ModelArrays(self.params, masks, self.heads)
+
     def units(self, *shape: int) -> jax.ShapeDtypeStruct:
         """An array whose second axis is spread over all devices, as `sharding.spread_units` leaves it."""
         inputs, units, *rest = shape
@@ -224,7 +230,7 @@ def _train_step(shapes: Shapes) -> Part:
 def _eval_step(shapes: Shapes) -> Part:
     forward = make_forward(shapes.config, shapes.mesh)
     batch = shapes.batch(shapes.run.training.eval_batch_size, sharding.BATCH_SPEC)
-    lower = functools.partial(forward.lower, shapes.params, shapes.packed, shapes.heads, batch)  # type: ignore[attr-defined]
+    lower = functools.partial(forward.lower, shapes.arrays(shapes.packed), batch)  # type: ignore[attr-defined]
     return Part("eval_step", lower, beside=bytes_of(shapes.opt_state))
 
 
@@ -248,14 +254,9 @@ def _intervene(shapes: Shapes) -> list[Part]:
     lower = functools.partial(
         fixed_size_edit._intervene.lower,
         config,
-        shapes.params,
-        shapes.masks,
-        shapes.heads,
-        shapes.batch(1, P()),
-        index,
-        row,
+        shapes.arrays(shapes.masks),
+        ConceptCorrection(shapes.batch(1, P()), index, row, row),  # type: ignore[arg-type]
         shapes.scalar(jnp.uint32),
-        row,
         index,
         None,
         saliency_fn=signed,
@@ -304,9 +305,7 @@ def _prune_pass(shapes: Shapes) -> list[Part]:
     )
     forward = functools.partial(
         make_forward(config).lower,  # type: ignore[attr-defined]
-        shapes.params,
-        shapes.packed,
-        shapes.heads,
+        shapes.arrays(shapes.packed),
         batch,
     )
     parts = [

@@ -21,7 +21,7 @@ from sparsecbm_jax.core.trees import Params, leaf_at, with_leaf
 from sparsecbm_jax.data.batches import Batch, Tokenized, fisher_batches
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.forward import make_forward
-from sparsecbm_jax.model.sparse_cbm import SparseCBM, whole_masks
+from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM, whole_masks
 from sparsecbm_jax.pruning import fisher, patterns
 from sparsecbm_jax.pruning.criteria import Criterion, make_criterion
 from sparsecbm_jax.pruning.gradients import Kernels, SubnetworkGradients
@@ -144,8 +144,8 @@ def prune(
 def _with_activations(
     config: CBMConfig, params: Params, masks: Masks, heads: Heads, batches: Sequence[Batch]
 ) -> list[tuple[Batch, Float[Array, "B K C"]]]:
-    forward, packed = make_forward(config), jax.jit(masks_lib.pack)(masks)
-    return [(batch, in_turn(forward(params, packed, heads, batch).activations)) for batch in batches]
+    forward, arrays = make_forward(config), ModelArrays(params, jax.jit(masks_lib.pack)(masks), heads)
+    return [(batch, in_turn(forward(arrays, batch).activations)) for batch in batches]
 
 
 def optimal_update(

@@ -178,7 +178,7 @@ def _edits(found: _Run, path: Path | None) -> _Part:
         raise ValueError(f"{path or own} is of no use without the model it edits; expected {found.workdir / MODEL}/")
     log = EditLog(path or own, model.masks, model.schema.concepts, is_read_only=True)
     if not log.edits:
-        return f"no edit is in force in {log.path.name}"
+        return f"there is no active edit in {log.path.name}"
     changes = [view_edit(edit, model.config.backbone, model.schema.concepts) for edit in log.edits]
     asked = [
         (edit.id, f"{edit.before.get('concepts', {}).get(edit.concept, '?')} → {edit.target}") for edit in log.edits

@@ -49,6 +49,8 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _type(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return {}
     if hint in _SCALARS:
         return {"type": _SCALARS[hint]}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -63,7 +65,7 @@ def _type(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"type": "array", "items": _type(args[0], definitions)}
     if origin is dict and args[0] is str:
         return {"type": "object", "additionalProperties": _type(args[1], definitions)}
-    raise TypeError(f"{hint} has no JSON form known here; expected scalars, Literal, tuple[X, ...], dict[str, X]")
+    raise TypeError(f"{hint} has no JSON form known here; expected scalars, Any, Literal, tuple[X, ...], dict[str, X]")
 
 
 def _attribute_texts(cls: type) -> dict[str, str]:

@@ -10,7 +10,7 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.evaluation import scores
 from sparsecbm_jax.model.forward import make_forward
-from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 from sparsecbm_jax.runtime.preemption import StopSignal
 from sparsecbm_jax.training.label_predictor import with_fitted_predictor
 from sparsecbm_jax.training.setup import Prepared, placed_batches
@@ -29,9 +29,7 @@ def score(
     """Scores a state on one split; see `evaluation.evaluate`. Raises `Preempted` where SIGTERM came."""
     return scores.evaluate(
         prepared.config,
-        state.params,
-        state.packed,
-        state.heads,
+        ModelArrays(state.params, state.packed, state.heads),
         _until(stop, placed_batches(run, prepared.splits[split], mesh)),
         prepared.dataset.schema,
         forward_fn=make_forward(prepared.config, mesh),

@@ -14,6 +14,7 @@ from sparsecbm_jax.config.run_config import RunConfig
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import predict_label
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.training.setup import Prepared, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
 
@@ -27,11 +28,11 @@ def with_fitted_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state:
         activations = np.asarray(jax.nn.one_hot(train_split.concepts, classes))
         labels = train_split.labels
     else:
-        forward = make_forward(prepared.config, mesh)
+        forward, arrays = make_forward(prepared.config, mesh), ModelArrays(state.params, None, state.heads)
         collected, gold = [], []
         for batch in placed_batches(run, train_split, mesh):
             real = sharding.to_host(batch.example_weight) > 0
-            collected.append(sharding.to_host(forward(state.params, None, state.heads, batch).activations)[real])
+            collected.append(sharding.to_host(forward(arrays, batch).activations)[real])
             gold.append(sharding.to_host(batch.label)[real])
         activations, labels = np.concatenate(collected), np.concatenate(gold)
     heads = fit_predictor(

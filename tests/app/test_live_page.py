@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from sparsecbm_jax.app import Desk, create_app
+from sparsecbm_jax.app import Session, create_app
 from sparsecbm_jax.explanation.pathways import explain
 from sparsecbm_jax.intervention.stored_edit import StoredEdit
 from sparsecbm_jax.model import saved_model
@@ -34,15 +34,15 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with contextlib.closing(Desk(model(), tmp_path / "edits.log", sample())) as opened:
+def session(tmp_path: Path) -> Iterator[Session]:
+    with contextlib.closing(Session(model(), tmp_path / "edits.log", sample())) as opened:
         yield opened
 
 
 @pytest.fixture
-def address(desk: Desk) -> Iterator[str]:
+def address(session: Session) -> Iterator[str]:
     """Of a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(create_app(desk), port=0, log_level="warning", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(create_app(session), port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():
@@ -57,8 +57,8 @@ def page(visit: Callable[[str], Any], address: str) -> Any:
     return visit(address)
 
 
-def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> None:
-    assert "None: the model reads as it was saved." in page.text_content(".in-force")
+def test_a_correction_in_the_browser(page: Any, session: Session, tmp_path: Path) -> None:
+    assert "None: the model reads as it was saved." in page.text_content(".active-edits")
     page.fill("#text", TEXTS[0])
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".decided")
@@ -75,10 +75,10 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
     page.wait_for_selector(".preview")
     assert f"Asked: {lane.name} = {target}" in page.text_content(".place")
     assert "What it does to 4 held-out texts" in page.text_content(".preview")
-    assert not desk.edits
+    assert not session.edits
     page.click("button:text('Apply')")
-    page.wait_for_selector(".in-force table")
-    (edit,) = desk.edits
+    page.wait_for_selector(".active-edits table")
+    (edit,) = session.edits
     page.wait_for_selector(f"text=Applied: edit {edit.id}")
     corrected = page.locator(".concept[data-concept='2'] .class.predicted .name")
     assert corrected.text_content() == target
@@ -100,7 +100,7 @@ def test_a_correction_in_the_browser(page: Any, desk: Desk, tmp_path: Path) -> N
     page.wait_for_selector(".decided")
     page.click(f"[aria-label='Undo edit {edit.id}']")
     page.wait_for_selector(f"text=Undone: edit {edit.id}")
-    assert not desk.edits
+    assert not session.edits
     assert page.locator(".concept[data-concept='2'] .class.predicted .name").text_content() == lane.predicted_class
     assert page.problems == []
 

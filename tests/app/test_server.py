@@ -13,15 +13,14 @@ from typing import Any
 import jax
 import pytest
 
-from sparsecbm_jax.app import Desk, Limits, create_app, is_loopback, security
+from sparsecbm_jax.app import Limits, Session, create_app, is_loopback, security
 from sparsecbm_jax.app import schemas as schemas_lib
-from sparsecbm_jax.app import session as desk_lib
-from sparsecbm_jax.app.session import ContinualSetup
+from sparsecbm_jax.app import session as session_lib
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.correction.corrections import correct_minimally
-from sparsecbm_jax.correction.corrector import ContinualCorrector
-from sparsecbm_jax.correction.request_file import RequestFile
+from sparsecbm_jax.correction.corrections import correct
+from sparsecbm_jax.correction.request_file import CorrectionRequest, RequestFile
 from sparsecbm_jax.explanation.pathways import DecisionPathway, explain
+from sparsecbm_jax.intervention import editors
 from sparsecbm_jax.intervention.stored_edit import StoredEdit, apply_stored
 from sparsecbm_jax.model.predictions import predict, text_batches
 from sparsecbm_jax.runtime.json_schema import schema_of
@@ -42,14 +41,14 @@ TOKEN = "a token, of the test"
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with contextlib.closing(Desk(model(), tmp_path / "edits.log", sample())) as opened:
+def session(tmp_path: Path) -> Iterator[Session]:
+    with contextlib.closing(Session(model(), tmp_path / "edits.log", sample())) as opened:
         yield opened
 
 
 @pytest.fixture
-def client(desk: Desk) -> Iterator[TestClient]:
-    with TestClient(create_app(desk, limits=Limits(rate=1e6, burst=1000)), ADDRESS) as opened:
+def client(session: Session) -> Iterator[TestClient]:
+    with TestClient(create_app(session, limits=Limits(rate=1e6, burst=1000)), ADDRESS) as opened:
         yield opened
 
 
@@ -87,7 +86,7 @@ def test_a_text_is_explained_as_elsewhere(client: TestClient) -> None:
 def test_a_preview_says_what_would_change_and_changes_nothing(client: TestClient) -> None:
     asked = question(client)
     found = ask(client, "/api/preview", asked)
-    corrected, report = correct_minimally(model(), *asked.values())
+    corrected, report = correct(model(), CorrectionRequest(*asked.values()))
     assert found["edit"] == report.stored().id
     assert found["report"] == json.loads(json.dumps(report.to_dict())) and report.is_repaired
     target = {asked["concept"]: asked["target"]}
@@ -133,40 +132,40 @@ def test_a_correction_is_made_kept_passed_on_and_undone(client: TestClient, tmp_
     assert ask(client, "/api/explain", {"text": asked["text"]}) == before
 
 
-def test_a_restart_keeps_what_was_acknowledged(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+def test_a_restart_keeps_what_was_acknowledged(session: Session, client: TestClient, tmp_path: Path) -> None:
     first, second = question(client), question(client, TEXTS[1], "food")
     undone = ask(client, "/api/apply", first)["edit"]
     kept = ask(client, "/api/apply", second)["edits"]
     ask(client, "/api/undo", {"edit": undone})
     # As a kill leaves it: only the lock is let go.
-    desk.close()
-    with contextlib.closing(Desk(model(), tmp_path / "edits.log")) as restarted:
+    session.close()
+    with contextlib.closing(Session(model(), tmp_path / "edits.log")) as restarted:
         assert [dataclasses.asdict(edit) for edit in restarted.edits] == kept[1:]
-        assert masks_lib.fingerprint(restarted.model.masks) == masks_lib.fingerprint(desk.model.masks)
+        assert masks_lib.fingerprint(restarted.model.masks) == masks_lib.fingerprint(session.model.masks)
         with TestClient(create_app(restarted), ADDRESS) as again:
             assert reading(ask(again, "/api/explain", {"text": TEXTS[1]}), "food") == second["target"]
             assert ask(again, "/api/preview", question(again, TEXTS[1], "food"))["sample"] is None
 
 
-def test_lasting_corrections_hold_those_before_them(tmp_path: Path) -> None:
-    def opened() -> Desk:
-        cases = RequestFile(tmp_path / "cases.jsonl")
-        return Desk(
-            model(), tmp_path / "edits.log", lasting=ContinualSetup(ContinualCorrector(model(), anchors()), cases)
-        )
+def test_continual_corrections_hold_those_before_them(tmp_path: Path) -> None:
+    def opened() -> Session:
+        requests = RequestFile(tmp_path / "requests.jsonl")
+        editor = editors.continual(anchors(), original=model().arrays)
+        return Session(model(), tmp_path / "edits.log", editor=editor, requests=requests)
 
-    with contextlib.closing(opened()) as desk, TestClient(create_app(desk), ADDRESS) as client:
-        first, second = (asked_otherwise(text, "ambiance")._asdict() for text in (TEXTS[0], TEXTS[3]))
+    with contextlib.closing(opened()) as session, TestClient(create_app(session), ADDRESS) as client:
+        asked = (asked_otherwise(text, "ambiance") for text in (TEXTS[0], TEXTS[3]))
+        first, second = ({"text": one.text, "concept": one.concept, "target": one.target} for one in asked)
         ask(client, "/api/apply", first)
         previewed = ask(client, "/api/preview", second)
-        assert previewed["report"]["saliency"] == "lasting"
+        assert previewed["report"]["editor"]["name"] == "continual"
         ask(client, "/api/apply", second | {"edit": previewed["edit"]})
         for one in (first, second):
             assert reading(ask(client, "/api/explain", {"text": one["text"]}), "ambiance") == one["target"]
-    with contextlib.closing(opened()) as desk, TestClient(create_app(desk), ADDRESS) as client:
-        assert desk.num_kept == 2
-        ask(client, "/api/undo", {"edit": desk.edits[-1].id})
-        assert desk.num_kept == 1, "what is undone is no longer kept in force"
+    with contextlib.closing(opened()) as session, TestClient(create_app(session), ADDRESS) as client:
+        assert session.num_kept == 2
+        ask(client, "/api/undo", {"edit": session.edits[-1].id})
+        assert session.num_kept == 1, "what is undone is no longer kept"
         # The same question again, after a restart: the same edit.
         assert ask(client, "/api/preview", second)["edit"] == previewed["edit"]
 
@@ -190,24 +189,24 @@ def test_what_is_made_is_what_was_previewed(client: TestClient) -> None:
 
 
 def test_nothing_is_made_that_cannot_be_written(
-    desk: Desk, client: TestClient, monkeypatch: pytest.MonkeyPatch
+    session: Session, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = question(client)
-    before = masks_lib.fingerprint(desk.model.masks)
+    before = masks_lib.fingerprint(session.model.masks)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(desk._log, "_write", full)
+        patched.setattr(session._log, "_write", full)
         message = ask(client, "/api/apply", asked, 503)["message"]
     assert "No space left on device" in message and "nothing was changed" in message
-    assert masks_lib.fingerprint(desk.model.masks) == before and not desk.edits
+    assert masks_lib.fingerprint(session.model.masks) == before and not session.edits
     made = ask(client, "/api/apply", asked)["edit"]
     with monkeypatch.context() as patched:
-        patched.setattr(desk._log, "_write", full)
+        patched.setattr(session._log, "_write", full)
         ask(client, "/api/undo", {"edit": made}, 503)
-    assert [edit.id for edit in desk.edits] == [made]
+    assert [edit.id for edit in session.edits] == [made]
 
 
 ASKED = {"text": TEXTS[0], "concept": "service", "target": "Positive"}
@@ -248,7 +247,7 @@ ASKED = {"text": TEXTS[0], "concept": "service", "target": "Positive"}
         ("apply", ASKED | {"edit": 5}, 400, "edit", "'edit' is a number; expected a string or null"),
         ("apply", ASKED | {"concept": "price"}, 400, "concept", "expected one of 'food', 'ambiance', 'service'"),
         ("apply", ASKED | {"edit": "0123456789ab"}, 409, "edit", "preview it again"),
-        ("undo", {"edit": "0123456789ab"}, 404, "edit", "no edit '0123456789ab' is in force"),
+        ("undo", {"edit": "0123456789ab"}, 404, "edit", "there is no active edit '0123456789ab'"),
         ("nothing", {}, 404, None, "POST /api/nothing: Not Found"),
         ("edits", {}, 405, None, "POST /api/edits: Method Not Allowed"),
     ],
@@ -301,13 +300,13 @@ def test_only_its_own_page_may_ask(client: TestClient) -> None:
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_a_name_that_was_allowed_is_known(desk: Desk) -> None:
-    with TestClient(create_app(desk, host_names=["Pathways.example"]), "http://pathways.example") as client:
+def test_a_name_that_was_allowed_is_known(session: Session) -> None:
+    with TestClient(create_app(session, host_names=["Pathways.example"]), "http://pathways.example") as client:
         assert client.get("/healthz").status_code == 200
 
 
-def test_a_token_is_wanted_where_there_is_one(desk: Desk) -> None:
-    with TestClient(create_app(desk, token=TOKEN), ADDRESS, follow_redirects=False) as client:
+def test_a_token_is_wanted_where_there_is_one(session: Session) -> None:
+    with TestClient(create_app(session, token=TOKEN), ADDRESS, follow_redirects=False) as client:
         assert client.get("/healthz").json()["status"] == "ok"
         for path in ("/", "/api/edits", "/openapi.json", "/nothing"):
             answer = client.get(path)
@@ -326,16 +325,18 @@ def test_a_token_is_wanted_where_there_is_one(desk: Desk) -> None:
     assert not is_loopback("0.0.0.0") and not is_loopback("192.0.2.1") and is_loopback("127.0.0.2")
 
 
-def test_too_much_at_once_is_refused_and_the_rest_is_answered(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_at_once_is_refused_and_the_rest_is_answered(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     is_free = threading.Event()
-    done = desk.explain
+    done = session.explain
 
     def held(text: str) -> Any:
         assert is_free.wait(60)
         return done(text)
 
-    monkeypatch.setattr(desk, "explain", held)
-    app = create_app(desk, limits=Limits(max_waiting=3))
+    monkeypatch.setattr(session, "explain", held)
+    app = create_app(session, limits=Limits(max_waiting=3))
 
     async def pressed() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=ADDRESS) as client:
@@ -357,7 +358,7 @@ def test_too_much_at_once_is_refused_and_the_rest_is_answered(desk: Desk, monkey
             assert "3 requests wait for the model already" in answer.json()["message"]
 
 
-def test_one_address_may_not_ask_without_end(desk: Desk) -> None:
+def test_one_address_may_not_ask_without_end(session: Session) -> None:
     now = [100.0]
     rates = security.Rates(rate=2.0, burst=3, now=lambda: now[0])
     assert [rates.wait("a") for _ in range(4)] == [0, 0, 0, 0.5]
@@ -367,15 +368,15 @@ def test_one_address_may_not_ask_without_end(desk: Desk) -> None:
     for n in range(2 * security.MAX_CLIENTS):
         rates.wait(f"{n}")
     assert len(rates._buckets) == security.MAX_CLIENTS
-    with TestClient(create_app(desk, limits=Limits(rate=0.1, burst=2)), ADDRESS) as client:
+    with TestClient(create_app(session, limits=Limits(rate=0.1, burst=2)), ADDRESS) as client:
         answers = [client.get("/api/edits") for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
         assert answers[-1].headers["retry-after"] == "10"
         assert client.get("/healthz").status_code == 200
 
 
-def test_a_slow_sender_is_not_waited_for(desk: Desk) -> None:
-    app = create_app(desk, limits=Limits(read_seconds=0.05))
+def test_a_slow_sender_is_not_waited_for(session: Session) -> None:
+    app = create_app(session, limits=Limits(read_seconds=0.05))
 
     async def sent() -> httpx.Response:
         async def body() -> Any:
@@ -388,8 +389,8 @@ def test_a_slow_sender_is_not_waited_for(desk: Desk) -> None:
     assert asyncio.run(sent()).status_code == 408
 
 
-def test_the_document_describes_the_routes(desk: Desk) -> None:
-    app = create_app(desk, token=TOKEN)
+def test_the_document_describes_the_routes(session: Session) -> None:
+    app = create_app(session, token=TOKEN)
     with TestClient(app, ADDRESS, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
         document = client.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0" and document["info"]["version"]
@@ -415,40 +416,40 @@ def test_the_document_describes_the_routes(desk: Desk) -> None:
     assert len(set(operations)) == len(operations)
 
 
-def test_nothing_is_compiled_after_the_warm_up(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    assert list(desk.warm_up()) == [24] and desk.num_lengths == 1
-    assert not desk.edits
+def test_nothing_is_compiled_after_the_warm_up(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    assert list(session.warm_up()) == [24] and session.num_lengths == 1
+    assert not session.edits
     with jax.log_compiles():
         for text in (TEXTS[3], TEXTS[2], TEXTS[1] * 20):
-            pathway = desk.explain(text)
+            pathway = session.explain(text)
             for lane in pathway.concepts:
                 target = next(name for name in lane.probabilities if name != lane.predicted_class)
                 asked = schemas_lib.Question(text, lane.name, target)
-                edit = desk.preview(asked).edit
+                edit = session.preview(asked).edit
                 if edit is not None:
-                    desk.apply(schemas_lib.Order(text, lane.name, target, edit))
-                    desk.undo(edit)
+                    session.apply(schemas_lib.Order(text, lane.name, target, edit))
+                    session.undo(edit)
     assert "Compiling" not in caplog.text
 
 
 def test_every_width_of_a_text_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk_lib, "WIDTHS", (16, 32, 64))
-    with contextlib.closing(Desk(tiny_model(num_layers=1), tmp_path / "edits.log")) as desk:
+    monkeypatch.setattr(session_lib, "WIDTHS", (16, 32, 64))
+    with contextlib.closing(Session(tiny_model(num_layers=1), tmp_path / "edits.log")) as session:
         widths = []
 
         def looked_at(text: str) -> DecisionPathway:
-            (batch,) = text_batches(desk.model, [text], batch_size=1)
+            (batch,) = text_batches(session.model, [text], batch_size=1)
             widths.append(batch.input_ids.shape[1])
             return explain(model(), TEXTS[3:])[0]
 
-        monkeypatch.setattr(desk, "explain", looked_at)
-        monkeypatch.setattr(desk, "_correct", lambda asked: (desk_lib.Found(None, False),))
-        assert list(desk.warm_up()) == widths == [16, 32, 40] and desk.num_lengths == 3
+        monkeypatch.setattr(session, "explain", looked_at)
+        monkeypatch.setattr(session, "_correct", lambda asked: (session_lib.Found(None, False),))
+        assert list(session.warm_up()) == widths == [16, 32, 40] and session.num_lengths == 3
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model has no masks"):
-        Desk(tiny_model(num_layers=1, strategy="joint"), tmp_path / "edits.log")
+        Session(tiny_model(num_layers=1, strategy="joint"), tmp_path / "edits.log")
 
 
 def test_the_page_is_strict(client: TestClient) -> None:

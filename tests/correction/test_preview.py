@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from sparsecbm_jax.correction.preview import preview, readings
+from sparsecbm_jax.correction.preview import outputs_of, preview
 from sparsecbm_jax.intervention.fixed_size_edit import intervene
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.predictions import text_batches
 
@@ -16,20 +17,20 @@ CONCEPT = 1
 def test_a_preview_is_what_the_edited_model_reads() -> None:
     model = tiny_model(num_layers=1)
     assert model.masks is not None
-    arrays, forward = (model.config, model.params), make_forward(model.config)
+    config, arrays, forward = model.config, model.arrays, make_forward(model.config)
     texts = [*TEXTS, *(f"{text} great" for text in TEXTS)]
     gold = np.arange(len(texts) + 2) % 3
     batches = [
         batch._replace(concepts=np.tile(gold[5 * n : 5 * n + 5, None], (1, 3)), row_ids=5 * n + np.arange(5))
         for n, batch in enumerate(text_batches(model, texts, batch_size=5))
     ]
-    masks, _ = intervene(*arrays, model.masks, model.heads, batches[0], CONCEPT, 2, 0.05)
-    sample = readings(*arrays, model.masks, model.heads, batches)
-    found = preview(*arrays, masks, model.heads, sample, CONCEPT)
+    masks, _ = intervene(config, arrays, ConceptCorrection(batches[0], CONCEPT, 2), 0.05)
+    edited = arrays._replace(masks=masks)
+    found = preview(config, edited, outputs_of(config, arrays, batches), CONCEPT)
     expected_rows, repaired, broken, shift = [], 0, 0, []
     flips, label_flips = np.zeros((3, 3), int), np.zeros((2, 2), int)
     for batch in batches:
-        was, now = (forward(model.params, some, model.heads, batch) for some in (model.masks, masks))
+        was, now = (forward(some, batch) for some in (arrays, edited))
         for row in np.flatnonzero(batch.example_weight):
             a, b = (np.asarray(output.concept_logits)[row, CONCEPT] for output in (was, now))
             p, q = (np.exp(u) / np.exp(u).sum() for u in (a, b))
@@ -47,4 +48,4 @@ def test_a_preview_is_what_the_edited_model_reads() -> None:
     assert found.shift == pytest.approx(np.mean(shift), abs=1e-5)
     assert found.to_dict()["changed_rows"] == expected_rows
     with pytest.raises(ValueError, match="the sample has no texts"):
-        preview(*arrays, masks, model.heads, [], CONCEPT)
+        preview(config, edited, [], CONCEPT)

@@ -18,6 +18,7 @@ from sparsecbm_jax.evaluation.tables import render_table
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.runtime.run_directory import check_same_run
 
 from tests.support.mains import run_main
@@ -92,9 +93,9 @@ def assert_scores(scores, expected):
 def test_report_matches_scoring_row_by_row(model):
     config, params, masks, heads = model
     rows = make_rows()
-    report = evaluate(config, params, masks, heads, make_batches(rows, 8), SCHEMA)
+    report = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)
     (whole,) = make_batches(rows, NUM_ROWS)
-    output = make_forward(config)(params, masks, heads, whole)
+    output = make_forward(config)(ModelArrays(params, masks, heads), whole)
     u, y = np.asarray(output.concept_logits, np.float64), np.asarray(output.label_logits, np.float64)
     assert report["num_examples"] == NUM_ROWS
     assert_scores(report["task"], by_hand(y, rows["label"]))
@@ -114,7 +115,7 @@ def test_pooled_accuracy_is_the_mean_over_concepts_when_no_cell_is_missing(model
     config, params, masks, heads = model
     rows = make_rows()
     rows["concepts"] = np.abs(rows["concepts"])
-    scores = evaluate(config, params, masks, heads, make_batches(rows, 8), SCHEMA)["concept"]
+    scores = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)["concept"]
     assert scores["num"] == 4 * NUM_ROWS
     assert scores["accuracy"] == pytest.approx(scores["mean_accuracy"], rel=1e-12)
 
@@ -123,18 +124,18 @@ def test_pooled_accuracy_is_the_mean_over_concepts_when_no_cell_is_missing(model
 def test_batching_changes_nothing(model, batch_size):
     config, params, masks, heads = model
     rows = make_rows()
-    report = evaluate(config, params, masks, heads, make_batches(rows, 8), SCHEMA)
-    other = evaluate(config, params, masks, heads, make_batches(rows, batch_size), SCHEMA)
+    report = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)
+    other = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, batch_size), SCHEMA)
     chex.assert_trees_all_close(other, report, rtol=SHAPE_TOLERANCE, atol=SHAPE_TOLERANCE)
 
 
 def test_packed_masks_and_repeated_calls_need_no_new_compilation(model):
     config, params, masks, heads = model
     rows = make_rows()
-    report = evaluate(config, params, masks, heads, make_batches(rows, 8), SCHEMA)
+    report = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)
     forward = make_forward(config)
     compiled = forward._cache_size(), batch_sums._cache_size()
-    packed = evaluate(config, params, masks_lib.pack(masks), heads, make_batches(rows, 8), SCHEMA)
+    packed = evaluate(config, ModelArrays(params, masks_lib.pack(masks), heads), make_batches(rows, 8), SCHEMA)
     assert packed == report
     assert compiled == (forward._cache_size(), batch_sums._cache_size())
 
@@ -142,14 +143,14 @@ def test_packed_masks_and_repeated_calls_need_no_new_compilation(model):
 def test_dense_and_standard_models(model):
     config, params, _, heads = model
     rows = make_rows()
-    dense = evaluate(config, params, None, heads, make_batches(rows, 8), SCHEMA)
+    dense = evaluate(config, ModelArrays(params, None, heads), make_batches(rows, 8), SCHEMA)
     assert dense["concept"]["num"] == np.sum(rows["concepts"] >= 0)
     standard_heads = init_heads(jax.random.key(3), config, "standard")
-    standard = evaluate(config, params, None, standard_heads, make_batches(rows, 8), SCHEMA)
+    standard = evaluate(config, ModelArrays(params, None, standard_heads), make_batches(rows, 8), SCHEMA)
     assert set(standard) == {"num_examples", "task"}
     assert standard["task"]["num"] == np.sum(rows["label"] >= 0)
     (whole,) = make_batches(rows, NUM_ROWS)
-    logits = make_forward(config)(params, None, standard_heads, whole).label_logits
+    logits = make_forward(config)(ModelArrays(params, None, standard_heads), whole).label_logits
     assert_scores(standard["task"], by_hand(np.asarray(logits, np.float64), rows["label"]))
 
 
@@ -157,7 +158,7 @@ def test_a_mesh_gives_the_same_report(model):
     config, params, masks, heads = model
     mesh = make_mesh(data=2, fsdp=2, concept=2)
     rows = make_rows()
-    report = evaluate(config, params, masks, heads, make_batches(rows, 8), SCHEMA)
+    report = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)
     packed = masks_lib.pack(masks)
     forward = make_forward(config, mesh)
     sharded = evaluate(
@@ -170,7 +171,7 @@ def test_what_nobody_labelled_is_none_and_json(model):
     config, params, masks, heads = model
     rows = make_rows()
     rows["label"][:], rows["concepts"][:, 3] = -1, -1
-    report = evaluate(config, params, masks, heads, make_batches(rows, 8), SCHEMA)
+    report = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)
     assert report["task"]["accuracy"] is None and report["task"]["num"] == 0
     assert report["concepts"]["noise"]["ece"] is None
     assert report["concept"]["mean_accuracy"] == pytest.approx(
@@ -184,9 +185,9 @@ def test_wrong_number_of_concepts_and_no_batches_are_refused(model):
     config, params, masks, heads = model
     short = Schema(("food",), ("1", "2"), "text", "label", ("a",))
     with pytest.raises(ValueError, match="4 concepts, expected the schema's 1"):
-        evaluate(config, params, masks, heads, make_batches(make_rows(), 8), short)
+        evaluate(config, ModelArrays(params, masks, heads), make_batches(make_rows(), 8), short)
     with pytest.raises(ValueError, match="at least one batch"):
-        evaluate(config, params, masks, heads, [], SCHEMA)
+        evaluate(config, ModelArrays(params, masks, heads), [], SCHEMA)
 
 
 def make_report(concept, task):

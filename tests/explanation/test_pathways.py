@@ -330,6 +330,7 @@ def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
         f"--text={TEXTS[0]}",
         "--concept=service",
         "--target=Negative",
+        "--editor=fixed_size",
         "--drop_fraction=0.02",
         f"--save={tmp_path / 'corrected'}",
         f"--html={tmp_path / 'correction.html'}",
@@ -344,13 +345,13 @@ def test_launch_intervene(saved: Path, tmp_path: Path) -> None:
     assert predict(corrected, TEXTS[:1]).concepts[0, 2] == 0
 
 
-def test_a_model_without_known_texts_is_corrected_by_the_smallest_edit(saved: Path, tmp_path: Path) -> None:
+def test_a_model_without_known_texts_is_corrected_by_the_minimal_edit(saved: Path, tmp_path: Path) -> None:
     asked = [f"--model={saved}", f"--text={TEXTS[0]}", "--concept=service", "--target=Negative"]
     done = run_main("intervene.py", *asked, "--log=edits.log", cwd=tmp_path)
-    assert done.returncode == 0 and "(signed, " in done.stdout, done.stderr
-    assert "looks at its text alone, and not at those before it: " in done.stderr
+    assert done.returncode == 0 and "(minimal: " in done.stdout, done.stderr
+    assert "the minimal edit is made, which looks at no other text: " in done.stderr
     assert not (tmp_path / "corrections.jsonl").exists()
-    refused = run_main("intervene.py", *asked, "--lasting=kept.jsonl", cwd=tmp_path)
+    refused = run_main("intervene.py", *asked, "--editor=continual", cwd=tmp_path)
     assert refused.returncode == 2 and "does not say what data it was trained on" in refused.stderr
 
 
@@ -375,6 +376,7 @@ def test_a_model_without_known_texts_is_corrected_by_the_smallest_edit(saved: Pa
         ("intervene.py", ["--model=MODEL", "--find", "--config=x"], "error: unknown flag --config\n"),
         ("intervene.py", ["--model=MODEL", "--find", "--text=fine"], "it goes with --concept, not --text"),
         ("intervene.py", ["--model=MODEL", "--text=fine", "--concept=food"], "--target missing"),
+        ("intervene.py", ["--model=MODEL", "--find", "--margin=1"], "--margin is read with --editor=minimal only"),
         (
             "intervene.py",
             ["--model=MODEL", "--find", "--concept=servic"],

@@ -1,5 +1,7 @@
 """Edits that answer for all corrected texts of a concept and hold anchors where they were."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,20 @@ import pytest
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.continual_edit import ANCHOR, ContinualEdit, _continual_edit, continual_edit
-from sparsecbm_jax.intervention.editors import continual
+from sparsecbm_jax.intervention.continual_edit import (
+    ANCHOR,
+    ContinualEdit,
+    ContinualSettings,
+    ReplayedTexts,
+    _continual_edit,
+    continual_edit,
+)
+from sparsecbm_jax.intervention.editors import continual, is_repaired
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
 from sparsecbm_jax.intervention.replay import Replay
 from sparsecbm_jax.model.forward import forward
 from sparsecbm_jax.model.predictions import text_batches
-from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
+from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 from tests.support.tiny_model import TEXTS, tiny_model
 
@@ -36,7 +46,7 @@ _forward = jax.jit(forward, static_argnums=0)
 
 
 def logits_of(model: SparseCBM, masks: Masks, batch: Batch) -> np.ndarray:
-    return np.asarray(_forward(model.config, model.params, masks, model.heads, batch).concept_logits)
+    return np.asarray(_forward(model.config, model.arrays._replace(masks=masks), batch).concept_logits)
 
 
 def second_best(logits: np.ndarray) -> np.ndarray:
@@ -44,12 +54,12 @@ def second_best(logits: np.ndarray) -> np.ndarray:
 
 
 def edited(
-    model: SparseCBM, batch: Batch, targets: np.ndarray, concept: int = CONCEPT, **settings: float
+    model: SparseCBM, batch: Batch, targets: np.ndarray, concept: int = CONCEPT, **settings: Any
 ) -> tuple[Masks, ContinualEdit]:
     assert model.masks is not None
     before = logits_of(model, model.masks, batch)[:, concept]
-    arrays = (model.config, model.params, model.masks, model.heads)
-    return continual_edit(*arrays, batch, concept, targets, before, max_pairs=64, **settings)
+    texts, wanted = ReplayedTexts(batch, targets, before), ContinualSettings(**settings)
+    return continual_edit(model.config, model.arrays, concept, texts, settings=wanted, max_pairs=64)
 
 
 def centred(moved: np.ndarray) -> np.ndarray:
@@ -114,9 +124,10 @@ def test_concepts_targets_and_strengths_share_a_program(model: SparseCBM, batch:
     ],
 )
 def test_what_does_not_fit_is_refused(model: SparseCBM, batch: Batch, change: dict[str, object], message: str) -> None:
-    given = {"concept": CONCEPT, "targets": np.zeros(6, int), "logits": np.zeros((6, 3))} | change
+    given: dict[str, Any] = {"concept": CONCEPT, "targets": np.zeros(6, int), "logits": np.zeros((6, 3))} | change
+    texts = ReplayedTexts(batch, given.pop("targets"), given.pop("logits"))
     with pytest.raises(ValueError, match=message):
-        continual_edit(model.config, model.params, model.masks, model.heads, batch, **given)  # type: ignore[arg-type]
+        continual_edit(model.config, model.arrays, given.pop("concept"), texts, **given)
 
 
 def one_text(model: SparseCBM, text: str) -> Batch:
@@ -131,7 +142,7 @@ def test_a_replay_brings_corrections_and_anchors_together(model: SparseCBM, batc
         replay.add(CONCEPT, one_text(model, text), target)
     replay.hold(CONCEPT, lambda texts: logits_of(model, model.masks, texts)[:, CONCEPT])  # type: ignore[arg-type]
     replay.hold(CONCEPT, lambda texts: pytest.fail("anchors are asked once"))  # type: ignore[arg-type]
-    rows, targets, logits = replay.batch(CONCEPT)
+    rows, targets, logits = replay.texts(CONCEPT)
     assert rows.input_ids.shape[0] == 8 and rows.example_weight.tolist() == [1] * 6 + [0] * 2
     assert targets[:2].tolist() == [1, 2] and np.all(targets[2:] == ANCHOR)
     found = logits_of(model, model.masks, rows)[:, CONCEPT]
@@ -146,7 +157,7 @@ def test_many_corrections_leave_room_for_anchors(model: SparseCBM, batch: Batch)
     replay.hold(0, lambda texts: jnp.zeros((6, 3)))
     for n, text in enumerate(TEXTS):
         replay.add(0, one_text(model, text), n % 3)
-    rows, targets, _ = replay.batch(0)
+    rows, targets, _ = replay.texts(0)
     assert np.sum(targets != ANCHOR) == 2 and targets[0] == 0 and rows.example_weight.sum() == 4
 
 
@@ -159,12 +170,12 @@ def test_draws_go_on_and_are_the_same_again(model: SparseCBM, batch: Batch) -> N
     drawn = []
     for count, (concept, text) in enumerate(asked, 1):
         replay.add(concept, text, 1)
-        drawn.append(replay.batch(concept))
-        chex.assert_trees_all_equal(drawn[-1], replay.batch(concept))
+        drawn.append(replay.texts(concept))
+        chex.assert_trees_all_equal(drawn[-1], replay.texts(concept))
         again = replay.emptied()
         for earlier, other in asked[:count]:
             again.add(earlier, other, 1)
-        chex.assert_trees_all_equal(drawn[-1], again.batch(concept))
+        chex.assert_trees_all_equal(drawn[-1], again.texts(concept))
     seen = {tuple(logits[targets == ANCHOR][:, 0].tolist()) for _, targets, logits in drawn[4:]}
     assert len(seen) > 1 and {anchor for of_edit in seen for anchor in of_edit} == {0, 3, 6, 9}
 
@@ -174,7 +185,7 @@ def test_a_text_has_the_class_that_was_asked_last(model: SparseCBM, batch: Batch
     replay.hold(0, lambda texts: jnp.zeros((6, 3)))
     for target in (2, 1):
         replay.add(0, one_text(model, TEXTS[0]), target)
-    assert replay.batch(0)[1].tolist() == [1, ANCHOR, ANCHOR, ANCHOR]
+    assert replay.texts(0)[1].tolist() == [1, ANCHOR, ANCHOR, ANCHOR]
 
 
 def test_a_replay_without_anchors_is_refused(batch: Batch) -> None:
@@ -184,18 +195,18 @@ def test_a_replay_without_anchors_is_refused(batch: Batch) -> None:
         Replay([batch], num_rows=3)
 
 
-def test_the_arm_keeps_an_earlier_correction(model: SparseCBM) -> None:
+def test_the_editor_keeps_an_earlier_correction(model: SparseCBM) -> None:
     assert model.masks is not None
     others = next(text_batches(model, TEXTS[1:3], batch_size=2))
-    arm = continual(None, [others], margin=0.3, strength=0.03, num_rows=8)
-    state = ModelArrays(model.params, model.masks, model.heads)
-    asked = []
+    editor = continual([others], costs=None, margin=0.3, strength=0.03, num_rows=8)
+    arrays = model.arrays
+    asked: list[ConceptCorrection] = []
     for text in (TEXTS[3], TEXTS[0]):
         single = one_text(model, text)
-        target = int(second_best(logits_of(model, state.masks, single)[0, CONCEPT]))
-        outcome = arm(model.config, state, single, CONCEPT, target)
-        assert outcome.is_repaired
-        state = outcome.state
-        asked.append((single, target))
-    for single, target in asked:
-        assert logits_of(model, state.masks, single)[0, CONCEPT].argmax() == target
+        target = int(second_best(logits_of(model, arrays.masks, single)[0, CONCEPT]))
+        correction = ConceptCorrection(single, CONCEPT, target)
+        arrays, edit = editor(model.config, arrays, correction._replace(earlier=tuple(asked)))
+        assert is_repaired(edit, single.example_weight)
+        asked.append(correction)
+    for one in asked:
+        assert logits_of(model, arrays.masks, one.batch)[0, CONCEPT].argmax() == one.target

@@ -1,4 +1,4 @@
-"""Guards: the squared gradients of the masked subnetwork's loss, at kept and at pruned positions."""
+"""Costs of a change: the squared gradients of the masked subnetwork's loss, at kept and at pruned positions."""
 
 import functools
 
@@ -14,7 +14,7 @@ from sparsecbm_jax.intervention.edit_costs import fisher_costs, logit_directions
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.forward import forward
 from sparsecbm_jax.model.predictions import text_batches
-from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 
 from tests.support.tiny_model import TEXTS, tiny_model
 
@@ -38,7 +38,7 @@ def batches(model: SparseCBM) -> list[Batch]:
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.grad, argnums=1)
 def loss_gradient(config: CBMConfig, params: Params, heads: Heads, batch: Batch) -> jax.Array:
-    logits = forward(config, params, None, heads, batch).concept_logits[:, CONCEPT]
+    logits = forward(config, ModelArrays(params, None, heads), batch).concept_logits[:, CONCEPT]
     gold = batch.concepts[:, CONCEPT]
     counted = (gold >= 0) & (batch.example_weight > 0)
     found = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(gold, 0)[:, None], axis=1)[:, 0]
@@ -54,12 +54,12 @@ def squares_by_another_way(model: SparseCBM, batch: Batch) -> dict[str, np.ndarr
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.01])
-def test_a_guard_is_the_mean_square_of_gradients_at_all_positions(
+def test_costs_are_the_mean_square_of_gradients_at_all_positions(
     model: SparseCBM, batches: list[Batch], floor: float
 ) -> None:
     assert model.masks is not None
     seen: list[None] = []
-    arrays = (model.config, model.params, model.masks, model.heads)
+    arrays = (model.config, model.arrays)
     found = fisher_costs(*arrays, batches, CONCEPT, floor=floor, on_gradient=lambda: seen.append(None))
     assert len(seen) == 2
     each = [squares_by_another_way(model, batch) for batch in batches]
@@ -73,7 +73,7 @@ def test_a_guard_is_the_mean_square_of_gradients_at_all_positions(
 
 def test_directions_are_mean_gradients_of_logits_by_gold_class(model: SparseCBM, batches: list[Batch]) -> None:
     assert model.masks is not None
-    found = logit_directions(model.config, model.params, model.masks, model.heads, batches, CONCEPT)
+    found = logit_directions(model.config, model.arrays, batches, CONCEPT)
     params = masks_lib.apply(model.params, model.masks, CONCEPT)
 
     @jax.jit
@@ -81,7 +81,8 @@ def test_directions_are_mean_gradients_of_logits_by_gold_class(model: SparseCBM,
     def gradient(params: Params, gold: int, logit: int) -> jax.Array:
         total, count = jnp.float32(0), 0
         for batch in batches:
-            logits = forward(model.config, params, None, model.heads, batch).concept_logits[:, CONCEPT, logit]
+            arrays = ModelArrays(params, None, model.heads)
+            logits = forward(model.config, arrays, batch).concept_logits[:, CONCEPT, logit]
             counted = (batch.concepts[:, CONCEPT] == gold) & (batch.example_weight > 0)
             total, count = total + jnp.sum(jnp.where(counted, logits, 0)), count + jnp.sum(counted)
         return total / count
@@ -95,9 +96,9 @@ def test_directions_are_mean_gradients_of_logits_by_gold_class(model: SparseCBM,
     assert not any(np.asarray(leaf[6:]).any() for leaf in found.values())
 
 
-def test_a_concept_without_labels_has_no_guard(model: SparseCBM, batches: list[Batch]) -> None:
+def test_a_concept_without_labels_has_no_costs(model: SparseCBM, batches: list[Batch]) -> None:
     assert model.masks is not None
-    arrays = (model.config, model.params, model.masks, model.heads)
+    arrays = (model.config, model.arrays)
     unlabelled = [batch._replace(concepts=np.full((3, 3), -1, np.int32)) for batch in batches]
     for given in ([], unlabelled):
         with pytest.raises(ValueError, match=rf"concept 1: .* over {len(given)} batches add up to 0.0; expected train"):

@@ -15,13 +15,15 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.selection import count_true
 from sparsecbm_jax.correction.corrections import correct, propose
 from sparsecbm_jax.correction.report import render_correction
+from sparsecbm_jax.correction.request_file import CorrectionRequest
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.evaluation.editing.baselines import oracle_activations
+from sparsecbm_jax.intervention import editors
 from sparsecbm_jax.intervention.fixed_size_edit import _change_count, intervene
-from sparsecbm_jax.intervention.mask_edit import MaskEdit, apply, num_changed, undo
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, apply, num_changed, undo
 from sparsecbm_jax.intervention.ranking import EditCosts, project_out, signed
 from sparsecbm_jax.model.predictions import Predictions, predict, text_batches
-from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 
 from tests.support.numpy_model import (
     as_float64,
@@ -60,9 +62,11 @@ def batch(model: SparseCBM) -> Batch:
     return next(text_batches(model, TEXTS[:1], batch_size=2))
 
 
-def edit_of(model: SparseCBM, batch: Batch, *args: Any, **kwargs: Any) -> tuple[Any, MaskEdit]:
+def edit_of(
+    model: SparseCBM, batch: Batch, concept: Any, target: Any, fraction: Any, label: Any = None, **kwargs: Any
+) -> tuple[Any, MaskEdit]:
     kwargs = {"saliency": counted, **kwargs}
-    return intervene(model.config, model.params, model.masks, model.heads, batch, *args, **kwargs)
+    return intervene(model.config, model.arrays, ConceptCorrection(batch, concept, target, label), fraction, **kwargs)
 
 
 def as_numpy(tree: Any) -> dict[str, np.ndarray]:
@@ -105,12 +109,12 @@ def test_every_kernel_of_every_layer_may_have_its_own_share(model: SparseCBM, ba
     chex.assert_trees_all_equal(jax.jit(traced)(0.02)[0], masks)
 
 
-def test_a_guard_spares_what_is_dear(model: SparseCBM, batch: Batch) -> None:
+def test_costs_keep_an_edit_from_what_is_dear(model: SparseCBM, batch: Batch) -> None:
     costs = {path: jnp.ones(mask.shape[1:]) for path, mask in model.masks.items()}
     dear = "layers/ffn_in/kernel"
     asked = (model, batch, SERVICE, NEGATIVE, 0.02)
-    _, free = edit_of(*asked, saliency="guarded", guard=EditCosts(costs))
-    _, spared = edit_of(*asked, saliency="guarded", guard=EditCosts({**costs, dear: 1e12 * costs[dear]}))
+    _, free = edit_of(*asked, saliency=EditCosts(costs))
+    _, spared = edit_of(*asked, saliency=EditCosts({**costs, dear: 1e12 * costs[dear]}))
     counts = [count_true({dear: edit.dropped[dear] | edit.grown[dear]}) for edit in (free, spared)]
     assert counts[0] > counts[1] == 0
     assert num_changed(free) == num_changed(spared)
@@ -270,7 +274,9 @@ def test_oracle_activations(model: SparseCBM) -> None:
 
 
 def test_correct_by_name(model: SparseCBM) -> None:
-    corrected, report = correct(model, TEXTS[0], "service", "Negative", 0.02, saliency=counted)
+    corrected, report = correct(
+        model, CorrectionRequest(TEXTS[0], "service", "Negative"), editor=editors.fixed_size(0.02, counted)
+    )
     assert report.is_repaired
     assert report.before.concepts["service"] != "Negative"
     assert report.after.concepts["food"] == report.before.concepts["food"]
@@ -279,6 +285,8 @@ def test_correct_by_name(model: SparseCBM) -> None:
     assert model.schema.classes[predicted.concepts[0, SERVICE]] == "Negative"
     content = json.loads(json.dumps(report.to_dict()))
     assert content["is_repaired"] and content["changed_share"] == 72 / 1792
+    settings = {"drop_fraction": 0.02, "saliency": "counted", "num_steps": 1}
+    assert content["editor"] == {"name": "fixed_size", "settings": settings}
     assert content["after"]["concept_probabilities"]["service"]["Negative"] > 0.5
     text = render_correction(report)
     assert "36 weights dropped, 36 grown, 4.0179% of the backbone's 1,792" in text
@@ -300,7 +308,7 @@ def test_correct_refuses_by_name(
     model: SparseCBM, text: str, concept: str, target: str, label: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        correct(model, text, concept, target, label=label)
+        correct(model, CorrectionRequest(text, concept, target, label))
 
 
 @pytest.fixture
@@ -319,18 +327,9 @@ def test_float64_positions_are_those_of_an_independent_model(float64: None, sali
     masks = as_numpy(model.masks)
     batch = next(text_batches(model, [TEXTS[3]], batch_size=1))
     count, target = 25, NEGATIVE
-    _, edit = intervene(
-        config,
-        jax.tree.map(jnp.asarray, params),
-        model.masks,
-        jax.tree.map(jnp.asarray, heads),
-        batch,
-        SERVICE,
-        target,
-        count / masks_lib.num_weights(masks),
-        label,
-        saliency=saliency,
-    )
+    arrays = ModelArrays(jax.tree.map(jnp.asarray, params), model.masks, jax.tree.map(jnp.asarray, heads))
+    correction = ConceptCorrection(batch, SERVICE, target, label)
+    _, edit = intervene(config, arrays, correction, count / masks_lib.num_weights(masks), saliency=saliency)
 
     words = params["embed"]["word"]["embedding"][batch.input_ids[0][batch.attention_mask[0] > 0]]
     weights = {path: leaf_at(params, path) for path in masks}

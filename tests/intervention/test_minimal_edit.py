@@ -13,14 +13,14 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.mask_edit import num_changed, undo
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, num_changed, undo
 from sparsecbm_jax.intervention.minimal_edit import MinimalEdit, _minimal_edit, minimal_edit
 from sparsecbm_jax.intervention.ranking import EditCosts, positions_of_true
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward, subnetwork_output
 from sparsecbm_jax.model.losses import least_margin
 from sparsecbm_jax.model.predictions import text_batches
-from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 
 from tests.support.tiny_model import TEXTS, tiny_model
 
@@ -42,11 +42,11 @@ def batch(model: SparseCBM) -> Batch:
 
 def search(model: SparseCBM, batch: Batch, concept: int, target: Any, **kwargs: Any) -> tuple[Any, MinimalEdit]:
     assert model.masks is not None
-    return minimal_edit(model.config, model.params, model.masks, model.heads, batch, concept, target, **kwargs)
+    return minimal_edit(model.config, model.arrays, ConceptCorrection(batch, concept, target), **kwargs)
 
 
 def margin_with(model: SparseCBM, masks: Any, batch: Batch, concept: int, target: int) -> float:
-    logits = make_forward(model.config)(model.params, masks, model.heads, batch).concept_logits[:, concept]
+    logits = make_forward(model.config)(model.arrays._replace(masks=masks), batch).concept_logits[:, concept]
     return float(least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight))
 
 
@@ -60,31 +60,31 @@ def margin_gradient(
     return least_margin(logits, jnp.full(logits.shape[0], target), batch.example_weight)
 
 
-def changed(model: SparseCBM, batch: Batch, concept: int, target: int, n: int, guard: Any = None) -> Any:
+def changed(model: SparseCBM, batch: Batch, concept: int, target: int, n: int, costs: Any = None) -> Any:
     """Masks with n pairs changed by a gradient and the exact selection, without the search."""
     mask = masks_lib.concept(model.masks, concept)
     weights = {path: leaf_at(model.params, path) for path in mask}
     kernels = {path: jnp.where(kept, weights[path], 0) for path, kept in mask.items()}
     grads = margin_gradient(model.config, model.params, model.heads, batch, kernels, concept, target)
     gains = {path: grads[path] * weights[path] for path in mask}
-    if guard is not None:
-        gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(guard.costs[path]) for path in mask}
+    if costs is not None:
+        gains = {path: grads[path] * jnp.sign(weights[path]) / jnp.sqrt(costs.costs[path]) for path in mask}
     return masks_lib.replace_concept(model.masks, concept, jax.jit(masks_lib.drop_and_grow)(mask, gains, gains, n).mask)
 
 
-@pytest.mark.parametrize(("concept", "target", "is_guarded"), [(0, 0, False), (2, 1, True), (0, 2, True)])
+@pytest.mark.parametrize(("concept", "target", "has_costs"), [(0, 0, False), (2, 1, True), (0, 2, True)])
 def test_n_repairs_and_one_less_does_not(
-    model: SparseCBM, batch: Batch, concept: int, target: int, is_guarded: bool
+    model: SparseCBM, batch: Batch, concept: int, target: int, has_costs: bool
 ) -> None:
-    guard = None
-    if is_guarded:
+    costs = None
+    if has_costs:
         rng = np.random.default_rng(0)
-        costs = {
+        drawn = {
             path: jnp.asarray(np.exp(rng.normal(size=mask.shape[1:])).astype(np.float32))
             for path, mask in model.masks.items()
         }
-        guard = EditCosts(costs)
-    masks, found = search(model, batch, concept, target, guard=guard)
+        costs = EditCosts(drawn)
+    masks, found = search(model, batch, concept, target, costs=costs)
     before = margin_with(model, model.masks, batch, concept, target)
     count = int(found.num_pairs)
     np.testing.assert_array_equal(masks_lib.num_kept(masks), masks_lib.num_kept(model.masks))
@@ -94,8 +94,8 @@ def test_n_repairs_and_one_less_does_not(
     assert float(found.margin) == pytest.approx(margin_with(model, masks, batch, concept, target), abs=1e-5)
     assert float(found.margin) > 0
     if count:
-        chex.assert_trees_all_equal(masks, changed(model, batch, concept, target, count, guard))
-        less = margin_with(model, changed(model, batch, concept, target, count - 1, guard), batch, concept, target)
+        chex.assert_trees_all_equal(masks, changed(model, batch, concept, target, count, costs))
+        less = margin_with(model, changed(model, batch, concept, target, count - 1, costs), batch, concept, target)
         assert float(found.margin_below) == pytest.approx(less, abs=1e-5)
         assert float(found.margin_below) <= 0
 
@@ -130,7 +130,8 @@ def test_a_mesh_finds_the_same_bits_for_packed_masks(model: SparseCBM, batch: Ba
     packed = masks_lib.pack(model.masks)
     packed = jax.device_put(packed, sharding.shardings(mesh, sharding.packed_specs(packed)))
     params = sharding.put(model.params, mesh)
-    there, on_mesh = minimal_edit(model.config, params, packed, model.heads, batch, SERVICE, 0)
+    arrays = ModelArrays(params, packed, model.heads)
+    there, on_mesh = minimal_edit(model.config, arrays, ConceptCorrection(batch, SERVICE, 0))
     assert int(on_mesh.num_pairs) == int(found.num_pairs)
     chex.assert_trees_all_equal(jax.device_get(there), jax.device_get(masks_lib.pack(masks)))
 

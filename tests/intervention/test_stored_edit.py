@@ -124,7 +124,7 @@ def test_a_log_replays_undoes_and_remembers(tmp_path: Path) -> None:
         for edit in (first, second, third):
             assert log.append(edit) == edit.id
         all_three = log.replay(masks)
-        with pytest.raises(ValueError, match=rf"edit {first.id} is in force already"):
+        with pytest.raises(ValueError, match=rf"edit {first.id} is active already"):
             log.append(first)
         with pytest.raises(EditLogError, match="another process is writing"):
             opened(tmp_path / "log", masks)
@@ -132,7 +132,9 @@ def test_a_log_replays_undoes_and_remembers(tmp_path: Path) -> None:
     with opened(tmp_path / "log", masks) as log:
         assert log.edits == (second, third)
         chex.assert_trees_all_equal(log.replay(masks), without)
-        with pytest.raises(ValueError, match=rf"no edit '{first.id}' is in force; there are: {second.id}, {third.id}"):
+        with pytest.raises(
+            ValueError, match=rf"there is no active edit '{first.id}'; there are: {second.id}, {third.id}"
+        ):
             log.undo(without, first.id)
         chex.assert_trees_all_equal(log.undo_all(without), masks)
     reader = opened(tmp_path / "log", masks, is_read_only=True)
@@ -250,4 +252,4 @@ def test_a_log_that_forgets_is_found_out(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _FORGETFUL, str(tmp_path)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 2, result.stdout
-    assert re.match(r"error: .*0\.log: in force are \[\], \[\] once mended; acknowledged were \['", result.stderr)
+    assert re.match(r"error: .*0\.log: active are \[\], \[\] once mended; acknowledged were \['", result.stderr)

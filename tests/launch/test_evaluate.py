@@ -1,4 +1,4 @@
-"""The evaluation main: goes on where it was stopped, and refuses by name before it computes."""
+"""The evaluation mains: the suite goes on where it was stopped, and refuses by name before it computes."""
 
 import csv
 import dataclasses
@@ -19,7 +19,9 @@ from tests.support.tiny_model import SCHEMA, TEXTS, tiny_model
 
 pytestmark = pytest.mark.long
 
-ASKED = "--rankings=signed --ratios=0,0.01 --max_cells=2 --side_edits=1 --max_minimal=2 --arms=none,minimal --orders=0"
+ASKED = (
+    "--rankings=signed --ratios=0,0.01 --max_cells=2 --side_edits=1 --max_minimal=2 --editors=none,minimal --orders=0"
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +48,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_main("evaluate.py", f"--model={folder / 'model'}", *arguments)
+    return run_main("evaluate_interventions.py", f"--model={folder / 'model'}", *arguments)
 
 
 def test_the_suite_goes_on_where_it_was_stopped(folder: Path) -> None:
     workdir = folder / "edits"
-    asked = ["--suite=intervention", f"--workdir={workdir}", *ASKED.split(), "--max_edits=2"]
+    asked = [f"--workdir={workdir}", *ASKED.split(), "--max_edits=2"]
     asked.append(f"--dense={folder / 'dense'}")
     first = evaluate(folder, *asked)
     assert first.returncode == 0, first.stderr
     lines = (workdir / "results.jsonl").read_text().splitlines()
     names = [line["key"][:2] for line in map(json.loads, lines)]
     expected = [
-        ["undone", "none"],
-        ["undone", "signed"],
+        ["single", "none"],
+        ["single", "signed"],
         ["oracle", 2],
         ["dense model"],
-        ["stream", "none"],
-        ["stream", "minimal"],
+        ["sequential", "none"],
+        ["sequential", "minimal"],
     ]
     assert [name[:1] if name[0] == "dense model" else name for name in names if name[0] != "minimal"] == expected
     text = (workdir / "intervention.md").read_text()
-    assert text.strip() in first.stdout and "| smallest edit |" in text and "| oracle activation |" in text
+    assert text.strip() in first.stdout and "| minimal |" in text and "| oracle activation |" in text
     (dense,) = [line for line in text.splitlines() if line.startswith("| dense model of the concepts alone |")]
     assert dense.endswith("| – | – | – | – |")
     report = json.loads((workdir / "intervention.json").read_text())
-    assert set(report) == {"split", "num_weights", "undone", "minimal", "streams"}
+    assert set(report) == {"split", "num_weights", "single", "minimal", "sequential"}
     # As if it had been stopped in the last line: what is whole is not made again.
     kept = json.loads(lines[0])
     kept["value"]["changed"] = 77
@@ -87,8 +89,8 @@ def test_the_suite_goes_on_where_it_was_stopped(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--suite=intervention", "error: --workdir is missing"),
-        ("--suite=intervention --workdir=x --ratios=0.9", "error: --ratios=0.9: expected shares from 0 to 0."),
+        ("", "error: --workdir is missing"),
+        ("--workdir=x --ratios=0.9", "error: --ratios=0.9: expected shares from 0 to 0."),
     ],
 )
 def test_what_cannot_be_is_refused(folder: Path, arguments: str, message: str) -> None:
@@ -97,17 +99,21 @@ def test_what_cannot_be_is_refused(folder: Path, arguments: str, message: str) -
 
 
 def test_only_dense_models_are_compared_with(folder: Path, tmp_path: Path) -> None:
-    result = evaluate(folder, "--suite=intervention", f"--workdir={tmp_path / 'edits'}", f"--dense={folder / 'model'}")
+    result = evaluate(folder, f"--workdir={tmp_path / 'edits'}", f"--dense={folder / 'model'}")
     assert result.returncode == 2 and "strategy 'sparse'; expected one of joint, standard" in result.stderr
     assert not (tmp_path / "edits").exists()
 
 
 def test_a_models_scores_are_printed(folder: Path) -> None:
-    result = evaluate(folder, "--suite=classification")
+    result = run_main("evaluate.py", f"--model={folder / 'model'}")
     assert result.returncode == 0 and result.stdout.startswith("%  ") and "all concepts" in result.stdout
+    as_json = run_main("evaluate.py", f"--model={folder / 'model'}", "--json", "--split=validation")
+    assert set(json.loads(as_json.stdout)) >= {"task", "concept", "concepts"}
+    other = run_main("evaluate.py", f"--model={folder / 'model'}", "--split=dev")
+    assert other.returncode == 2 and "--split=dev: expected one of train, validation, test" in other.stderr
 
 
-def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> None:
+def test_corrections_of_a_file_are_kept(folder: Path, tmp_path: Path) -> None:
     kept, log = tmp_path / "corrections.jsonl", tmp_path / "edits.log"
     model = saved_model.load(folder / "model")
     assert model.masks is not None
@@ -115,7 +121,7 @@ def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> No
     earlier, now = SCHEMA.classes[readings[0]], SCHEMA.classes[(readings[1] + 2) % 3]
     kept.write_text(json.dumps({"text": TEXTS[0], "concept": "ambiance", "target": earlier}) + "\n")
     asked = [f"--model={folder / 'model'}", f"--text={TEXTS[3]}", "--concept=ambiance", f"--target={now}"]
-    made = run_main("intervene.py", *asked, f"--lasting={kept}", f"--log={log}")
+    made = run_main("intervene.py", *asked, f"--requests={kept}", f"--log={log}")
     assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
     corrections = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [(one["text"], one["target"]) for one in corrections] == [(TEXTS[0], earlier), (TEXTS[3], now)]
@@ -123,19 +129,19 @@ def test_corrections_of_a_file_stay_in_force(folder: Path, tmp_path: Path) -> No
         corrected = dataclasses.replace(model, masks=edits.replay(model.masks))
     read = predict(corrected, [one["text"] for one in corrections]).concepts[:, 1]
     assert [SCHEMA.classes[index] for index in read] == [earlier, now]
-    # Undone, and then the same text to another class, with the file that stands beside the log.
+    # Undone, and then the same text to another class, with the file next to the log.
     (edit,) = edits.edits
     undone = run_main("edits.py", f"--model={folder / 'model'}", f"--log={log}", f"--undo={edit.id}")
     assert undone.returncode == 0, undone.stderr
     again = run_main("intervene.py", *asked[:2], "--concept=ambiance", f"--target={earlier}", f"--log={log}")
-    assert again.returncode == 0 and "(lasting, as many as it took)" in again.stdout, again.stderr
+    assert again.returncode == 0 and "(continual: margin 0.5" in again.stdout, again.stderr
     assert len(kept.read_text().splitlines()) == 3
     kept.write_text('{"text": "fine", "concept": "food"}\n')
-    refused = run_main("intervene.py", *asked, f"--lasting={kept}")
+    refused = run_main("intervene.py", *asked, f"--requests={kept}")
     assert refused.returncode == 2 and f"{kept}, line 1: expected a JSON object" in refused.stderr
 
 
-def test_the_live_page_keeps_corrections_in_force_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
+def test_the_live_page_keeps_corrections_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "launch" / "serve.py"), f"--model={folder / 'model'}", "--port=0"]
     lines = []
     with subprocess.Popen([*command, f"--edits={tmp_path / 'edits.log'}"], stdout=subprocess.PIPE, text=True) as server:
@@ -143,8 +149,8 @@ def test_the_live_page_keeps_corrections_in_force_unless_told_otherwise(folder: 
         try:
             for line in server.stdout:
                 lines.append(line)
-                if "kept in force" in line or "serving" in line:
+                if line.endswith("kept\n") or "serving" in line:
                     break
         finally:
             server.kill()
-    assert lines[-1] == f"0 corrections of {tmp_path / 'corrections.jsonl'} kept in force\n", lines
+    assert lines[-1] == f"0 earlier corrections of {tmp_path / 'corrections.jsonl'} kept\n", lines

@@ -124,23 +124,21 @@ def test_edits_are_logged_listed_passed_on_and_undone(tmp_path: Path) -> None:
     target = model.schema.classes[(service + 1) % 3]
     given = ["--model=m", "--log=edits.log"]
     asked = [f"--text={text}", "--concept=service", f"--target={target}"]
-    made = run_main("intervene.py", *given, *asked, "--minimal", cwd=tmp_path)
+    made = run_main("intervene.py", *given, *asked, "--editor=minimal", cwd=tmp_path)
     assert made.returncode == 0 and "logged: edit" in made.stdout, made.stderr
-    alike = run_main("intervene.py", "--model=m", *asked, "--lasting=", cwd=tmp_path)
-    assert alike.returncode == 0 and made.stdout.startswith(alike.stdout), alike.stderr
     with EditLog(tmp_path / "edits.log", model.masks, model.schema.concepts) as log:
         (edit,) = log.edits
         corrected = dataclasses.replace(model, masks=log.replay(model.masks))
     assert model.schema.classes[predict(corrected, [text]).concepts[0, 2]] == target
     edit.save(tmp_path / "one.json")
     undone = run_main("edits.py", *given, f"--undo={edit.id}", cwd=tmp_path)
-    assert (undone.returncode, undone.stdout) == (0, "0 edits in force in edits.log\n"), undone.stderr
+    assert (undone.returncode, undone.stdout) == (0, "0 active edits in edits.log\n"), undone.stderr
     added = run_main("edits.py", *given, "--add=one.json", "--save=corrected", cwd=tmp_path)
     count = edit.num_changed[0]
     line = (
-        f"{edit.id}  service: {edit.before['concepts']['service']} -> {target}, {count} dropped, {count} grown, signed"
+        f"{edit.id}  service: {edit.before['concepts']['service']} -> {target}, {count} dropped, {count} grown, minimal"
     )
-    assert added.stdout.splitlines()[:2] == [line, "1 edit in force in edits.log"], added.stderr
+    assert added.stdout.splitlines()[:2] == [line, "1 active edit in edits.log"], added.stderr
     again = saved_model.load(tmp_path / "corrected")
     assert masks.fingerprint(again.masks) == masks.fingerprint(corrected.masks)
 

@@ -18,6 +18,7 @@ from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.encode import pool
 from sparsecbm_jax.model.forward import effective_kernels, make_forward
 from sparsecbm_jax.model.losses import joint_loss, subnetwork_loss
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 from tests.support.random_weights import random_heads, random_masks, random_params
 
@@ -74,7 +75,7 @@ def opt_350m_like() -> BackboneConfig:
 def test_each_concept_is_its_masked_backbone(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
-    output = forward(config, params, masks, heads, batch)
+    output = forward(config, ModelArrays(params, masks, heads), batch)
     total = heads["predictor"]["bias"]
     for k in range(NUM_CONCEPTS):
         subnetwork = masks_lib.apply(params, masks, k)
@@ -103,7 +104,7 @@ def test_all_true_masks_are_the_dense_model(tiny_backbone_config: BackboneConfig
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     batch = random_batch()
-    masked, dense = (forward(config, params, m, heads, batch) for m in (full, None))
+    masked, dense = (forward(config, ModelArrays(params, m, heads), batch) for m in (full, None))
     chex.assert_trees_all_close(masked.label_logits, dense.label_logits, atol=EXACT)
     chex.assert_trees_all_close(masked.concept_logits, dense.concept_logits, atol=EXACT)
     assert dense.pooled.shape[1] == 1
@@ -120,7 +121,7 @@ def test_another_concepts_mask_never_changes_this_ones_forward(tiny_backbone_con
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
     changed = {path: mask.at[1].set(~mask[1]) for path, mask in masks.items()}
-    before, after = (forward(config, params, m, heads, batch).concept_logits for m in (masks, changed))
+    before, after = (forward(config, ModelArrays(params, m, heads), batch).concept_logits for m in (masks, changed))
     chex.assert_trees_all_equal(before[:, 0], after[:, 0])
     chex.assert_trees_all_equal(before[:, 2], after[:, 2])
     assert float(jnp.abs(before[:, 1] - after[:, 1]).max()) > 1e-3
@@ -134,7 +135,9 @@ def test_padding_and_company_change_nothing(tiny_backbone_config: BackboneConfig
         attention_mask=np.pad(batch.attention_mask, ((0, 0), (0, 7))),
     )
     alone = Batch(*(leaf[2:3] for leaf in batch))
-    base, padded, single = (forward(config, params, masks, heads, b).label_logits for b in (batch, wide, alone))
+    base, padded, single = (
+        forward(config, ModelArrays(params, masks, heads), b).label_logits for b in (batch, wide, alone)
+    )
     chex.assert_trees_all_close(base, padded, atol=CLOSE)
     chex.assert_trees_all_close(base[2:3], single, atol=CLOSE)
 
@@ -148,11 +151,11 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
 
     def joint(effective: dict) -> jax.Array:
         return joint_loss(
-            config_sum, forward.forward(config_sum, params, None, heads, batch, kernels=effective), batch
+            config_sum, forward.forward(config_sum, ModelArrays(params, None, heads), batch, kernels=effective), batch
         )[0]
 
     together = jax.jit(jax.grad(joint))(kernels)
-    activations = forward(config, params, masks, heads, batch).activations
+    activations = forward(config, ModelArrays(params, masks, heads), batch).activations
 
     def own_loss(own: dict, k: jax.Array) -> jax.Array:
         return subnetwork_loss(config, params, heads, batch, own, k, activations)
@@ -173,7 +176,7 @@ def test_pruned_weights_get_no_gradient_through_the_masks(tiny_backbone_config: 
     @jax.jit
     @jax.grad
     def gradient(p: dict) -> jax.Array:
-        return joint_loss(config, forward.forward(config, p, masks, heads, batch), batch)[0]
+        return joint_loss(config, forward.forward(config, ModelArrays(p, masks, heads), batch), batch)[0]
 
     grads = gradient(params)
     for path, mask in masks.items():
@@ -184,7 +187,7 @@ def test_pruned_weights_get_no_gradient_through_the_masks(tiny_backbone_config: 
 def test_losses_by_hand(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch(seed=3)._replace(example_weight=np.asarray([1, 1, 1, 0], np.float32))
-    output = forward(config, params, masks, heads, batch)
+    output = forward(config, ModelArrays(params, masks, heads), batch)
     u, y = (np.asarray(leaf, np.float64) for leaf in (output.concept_logits, output.label_logits))
 
     def entropy(logits: np.ndarray, target: int) -> float:
@@ -206,7 +209,7 @@ def test_losses_by_hand(tiny_backbone_config: BackboneConfig) -> None:
 def test_a_batch_without_any_label_costs_nothing(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()._replace(label=np.full(4, -1, np.int32), concepts=np.full((4, NUM_CONCEPTS), -1, np.int32))
-    loss, _ = joint_loss(config, forward(config, params, masks, heads, batch), batch)
+    loss, _ = joint_loss(config, forward(config, ModelArrays(params, masks, heads), batch), batch)
     assert float(loss) == 0.0
 
 
@@ -217,7 +220,7 @@ def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig, remat: 
 
     def gradient(config: CBMConfig) -> dict:
         def loss(p: dict) -> jax.Array:
-            return joint_loss(config, forward.forward(config, p, masks, heads, batch), batch)[0]
+            return joint_loss(config, forward.forward(config, ModelArrays(p, masks, heads), batch), batch)[0]
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -241,6 +244,6 @@ def test_own_word_embeddings_per_concept(tiny_backbone_config: BackboneConfig) -
 def test_standard_strategy_has_no_concepts(tiny_backbone_config: BackboneConfig) -> None:
     config, params, _, _ = build(tiny_backbone_config)
     heads = random_heads(config, strategy="standard")
-    output = forward(config, params, None, heads, random_batch())
+    output = forward(config, ModelArrays(params, None, heads), random_batch())
     assert output.label_logits.shape == (4, NUM_LABELS)
     assert output.concept_logits.shape == (4, 0, NUM_CLASSES)

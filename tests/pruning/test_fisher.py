@@ -15,6 +15,7 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import leaf_at, with_leaf
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import MISSING
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.pruning import criteria, fisher, woodfisher
 from sparsecbm_jax.pruning import pruner as pruner_lib
 from sparsecbm_jax.pruning.gradients import SubnetworkGradients
@@ -48,7 +49,7 @@ def test_no_gradient_is_an_error() -> None:
 def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()._replace(concepts=np.ones((4, 3), np.int32), label=np.zeros(4, np.int32))
-    activations = forward(config, params, masks, heads, batch).activations
+    activations = forward(config, ModelArrays(params, masks, heads), batch).activations
     mask = masks_lib.concept(masks, 1)
     pairs = [(batch, activations)]
     (together,) = SubnetworkGradients(config, params, mask, heads, pairs, 1)
@@ -71,7 +72,9 @@ def test_other_masks_reach_a_concepts_gradients_and_scores_by_its_label_alone(
     def found(is_labelled: bool, all_masks: dict[str, jax.Array]) -> tuple[Any, Any]:
         labels = np.full(4, 1 if is_labelled else MISSING, np.int32)
         batches = [random_batch(seed)._replace(label=labels) for seed in range(3)]
-        pairs = [(batch, forward(config, params, all_masks, heads, batch).activations) for batch in batches]
+        pairs = [
+            (batch, forward(config, ModelArrays(params, all_masks, heads), batch).activations) for batch in batches
+        ]
         gradients = SubnetworkGradients(config, params, mask, heads, pairs, 0)
         scores = woodfisher_scores(kernels, gradients, config=PrunerConfig(num_grads=3, block_size=8))
         return list(gradients), scores
@@ -102,7 +105,7 @@ def test_scores_against_dense_algebra(num_grads: int, tiny_backbone_config: Back
     config, params, masks, heads = build(tiny_backbone_config)
     batches = [random_batch(seed) for seed in range(5)]
     mask = masks_lib.concept(masks, 0)
-    pairs = [(b, forward(config, params, masks, heads, b).activations) for b in batches]
+    pairs = [(b, forward(config, ModelArrays(params, masks, heads), b).activations) for b in batches]
     kernels = {path: jnp.where(kept, leaf_at(params, path), 0) for path, kept in mask.items()}
     gradients = list(SubnetworkGradients(config, params, mask, heads, pairs, 0))
     settings = PrunerConfig(block_size=16, damping=0.1, num_grads=num_grads)
@@ -272,7 +275,7 @@ def test_padding_rows_are_not_examples(tiny_backbone_config: BackboneConfig) -> 
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
     batch = Batch(*(np.asarray(leaf) for leaf in batch))._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
-    activations = forward(config, params, masks, heads, batch).activations
+    activations = forward(config, ModelArrays(params, masks, heads), batch).activations
     rows = SubnetworkGradients(
         config, params, masks_lib.concept(masks, 0), heads, [(batch, activations)], 0, per_example=True
     )

@@ -12,7 +12,7 @@ from sparsecbm_jax.report import plots
 from sparsecbm_jax.report.sections import intervention
 from sparsecbm_jax.runtime.result_cache import Results
 
-STREAM = {
+SEQUENCE = {
     "num_reviews": 20,
     "num_edits": 10,
     "repaired": 1.0,
@@ -33,7 +33,7 @@ STREAM = {
 
 
 def report(repairs: dict[str, float]) -> dict[str, Any]:
-    """Two shares of three rankings, five smallest edits, two arms of two orders."""
+    """Two shares of three rankings, five minimal edits, two editors of two orders."""
 
     def point(ranking: str, ratio: float, repaired: float) -> dict[str, Any]:
         side = [
@@ -50,21 +50,22 @@ def report(repairs: dict[str, float]) -> dict[str, Any]:
     points = [point("none", 0.0, 0.0)]
     points += [point(name, ratio, ratio**0.1 * most) for name, most in repairs.items() for ratio in (0.0001, 0.01)]
     cells = [{"is_repaired": n < 4, "changed": 10**n, "seconds": 0.1} for n in range(5)]
-    orders = [STREAM, {**STREAM, "retained": 0.25, "held_out_after": 0.87}]
-    arm = {"summary": summarise(orders), "orders": orders}
+    orders = [SEQUENCE, {**SEQUENCE, "retained": 0.25, "held_out_after": 0.87}]
+    editor = {"summary": summarise(orders), "orders": orders}
     return {
         "split": "test",
         "num_weights": 100_000,
-        "undone": {"points": points, "oracle": {"task": 0.7}, "dense": dense},
+        "single": {"points": points, "oracle": {"task": 0.7}, "dense": dense},
         "minimal": {
             "all": summarise_minimal(cells, 100_000),
             "concepts": {"food": summarise_minimal(cells[:1], 100_000), "noise": summarise_minimal([], 100_000)},
             "changed": [10**n for n in range(4)],
         },
-        "streams": {"minimal": {"title": "smallest edit", **arm}, "none": {"title": "no correction", **arm}},
+        "sequential": {"minimal": {"title": "minimal", **editor}, "none": {"title": "no correction", **editor}},
     }
 
 
+FIGURES = ("single_edits", "minimal_edits", "sequential_editing")
 MADE = report({"magnitude": 0.3, "signed": 1.0, "random": 0.2})
 
 
@@ -78,7 +79,7 @@ MADE = report({"magnitude": 0.3, "signed": 1.0, "random": 0.2})
         "| dense model of the task alone | – | – | – | – | 67.0 | – | – | – |",
         "| all concepts | 5 | 80.0 | 10 | 100 | 1000 | 1000 | 1000 | 0.1 | 1 | 0.10 |",
         "| noise | 0 | – | – | – | – | – | – | – | – | – |",
-        "| smallest edit | 100.0 ± 0.0 | 50.0 ± 35.4 | 80.0 ± 0.0 | -10.0 ± 0.0 | +0.0 ± 2.8 | – | +25.0 ± 0.0 "
+        "| minimal | 100.0 ± 0.0 | 50.0 ± 35.4 | 80.0 ± 0.0 | -10.0 ± 0.0 | +0.0 ± 2.8 | – | +25.0 ± 0.0 "
         "| 95.0 ± 0.0 | 2.0 ± 0.0 | 20 | 10 | 60 | – |",
     ],
 )
@@ -88,14 +89,21 @@ def test_tables_say_what_was_found(line: str) -> None:
 
 def test_tables_have_the_parts_that_were_asked_for() -> None:
     text = intervention.render({name: MADE[name] for name in ("split", "num_weights", "minimal")})
-    assert "## Smallest edits" in text and "## Streams" not in text and "## Oracle" not in text
+    assert "## Minimal edits" in text and "## Sequential" not in text and "## Single" not in text
+
+
+def test_a_report_of_version_0_1_0_is_read(tmp_path: Path) -> None:
+    former = {"single": "undone", "sequential": "streams"}
+    written = {former.get(name, name): part for name, part in MADE.items()}
+    (tmp_path / intervention.FILE).write_text(json.dumps(written))
+    assert intervention.read(tmp_path) == json.loads(json.dumps(MADE))
 
 
 def test_every_part_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots: matplotlib is not installed")
     plots.write([figure for section in intervention.sections(MADE) for figure in section.figures], tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {f"{name}.{kind}" for name in ("undone", "minimal", "streams") for kind in ("png", "svg", "pdf")}
+    assert drawn == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg", "pdf")}
 
 
 def test_results_are_made_once_and_a_torn_line_again(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from sparsecbm_jax import report
 from sparsecbm_jax.correction.edit_view import EditChange, KernelChange
-from sparsecbm_jax.correction.report import CorrectionReport, TextPrediction
+from sparsecbm_jax.correction.report import CorrectionReport, EditorDescription, TextPrediction
+from sparsecbm_jax.correction.request_file import CorrectionRequest
 from sparsecbm_jax.evaluation.editing.baselines import oracle_activations
 from sparsecbm_jax.explanation.pathways import DecisionPathway, explain
+from sparsecbm_jax.intervention import editors
 from sparsecbm_jax.report import page as page_lib
 
 from tests.support.tiny_model import TEXTS, tiny_model
@@ -50,11 +52,12 @@ def comparison(pathways: list[DecisionPathway]) -> report.Comparison:
     shares = dict(zip(lane.probabilities, reversed(lane.probabilities.values()), strict=True))
     changed = dataclasses.replace(lane, predicted_class=other, probabilities=shares)
     after = dataclasses.replace(before, concepts=(*before.concepts[:2], changed))
-    asked = {"text": before.text, "concept": lane.name, "target": other, "label": None, "saliency": "signed"}
-    counts = {"drop_fraction": 0.001, "num_steps": 1, "num_dropped": 12, "num_grown": 12, "num_weights": 12345}
+    asked = CorrectionRequest(before.text, lane.name, other)
+    editor = EditorDescription(*editors.describe(editors.fixed_size(0.001)))
+    counts = {"num_dropped": 12, "num_grown": 12, "num_weights": 12345}
     edit: Any = None
     readings = {"before": _prediction(before), "after": _prediction(after)}
-    made = CorrectionReport(**asked, **counts, **readings, edit=edit)
+    made = CorrectionReport(asked, editor, **counts, **readings, edit=edit)
     kernel = KernelChange("layers/attention/query/kernel", dropped=(7,), grown=(5,), rows=(3,))
     change = EditChange(lane.name, 12, 12, (12,), (12,), ((7, 5),), ((5, 7),), (kernel,))
     return report.Comparison(made, before, after, change)

@@ -40,9 +40,9 @@ SECTIONS = (
     "Pruning",
     "Subnetworks",
     "Change after edits",
-    "Corrections, test split: oracle-triggered, undone",
-    "Corrections, test split: smallest edits",
-    "Corrections, test split: streams",
+    "Corrections, test split: single edits, triggered by gold labels",
+    "Corrections, test split: minimal edits",
+    "Corrections, test split: sequential editing",
     "Sparsity, pruning alone",
     "Model card",
 )
@@ -187,7 +187,7 @@ def test_tables_say_what_the_run_wrote(whole: report.RunReport) -> None:
     ]
     assert cells(whole, "Pruning", "Mean square")[1] == ["attention query", "10", "10", "10"]
     assert cells(whole, "Evaluation", "Test split")[1][:4] == ["food", "50.0", "40.0", "+10.0"]
-    edits = cells(whole, "Change after edits", "Edits in force")[1]
+    edits = cells(whole, "Change after edits", "Active edits")[1]
     assert edits[1:] == ["Positive → Negative", "service", "5", "4"]
     assert cells(whole, "Change after edits", "Changes of service") == [
         ["kernel", "layer 1", "layer 2"],
@@ -299,9 +299,14 @@ def test_a_malformed_file_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("part", "name", "content", "message"),
     [
-        ("suite", "intervention.json", '{"undone": {"points": []}}', "intervention.json: KeyError: 'oracle'"),
-        ("suite", "intervention.json", "{}", "KeyError: 'undone or minimal or streams'; expected what launch/evaluate"),
-        ("suite", "intervention.json", '{\n"undone": ', "intervention.json is not JSON: Expecting value: line 2"),
+        ("suite", "intervention.json", '{"single": {"points": []}}', "intervention.json: KeyError: 'oracle'"),
+        (
+            "suite",
+            "intervention.json",
+            "{}",
+            "KeyError: 'single or minimal or sequential'; expected what",
+        ),
+        ("suite", "intervention.json", '{\n"single": ', "intervention.json is not JSON: Expecting value: line 2"),
         ("sweep_folder", "results.jsonl", '{"model": "a"}\n', "results.jsonl: line 1: "),
         ("sweep_folder", "results.jsonl", "", "holds no result of pruning; expected what launch/sweep.py writes"),
         ("suite", None, "", "intervention.json does not exist; expected what launch/evaluate.py"),

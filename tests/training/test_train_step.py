@@ -21,6 +21,7 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import predict_label
 from sparsecbm_jax.model.losses import make_loss
+from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.training import train_step
 from sparsecbm_jax.training.label_predictor import fit_predictor
 
@@ -85,11 +86,11 @@ def test_sharded_forward_equals_one_device(tiny_backbone_config: BackboneConfig)
     config, params, masks, heads = build(tiny_backbone_config, k=4)
     batch = random_batch(0, rows=8, k=4)
     mesh = sharding.make_mesh(data=2, fsdp=2, concept=2)
-    single = make_forward(config)(params, masks, heads, batch)
+    single = make_forward(config)(ModelArrays(params, masks, heads), batch)
     placed = sharding.put(params, mesh), sharding.put(heads, mesh)
     for given in (masks, masks_lib.pack(masks), None):
-        expected = single if given is not None else make_forward(config)(params, None, heads, batch)
-        got = make_forward(config, mesh)(placed[0], given, placed[1], sharding.put_batch(batch, mesh))
+        expected = single if given is not None else make_forward(config)(ModelArrays(params, None, heads), batch)
+        got = make_forward(config, mesh)(ModelArrays(placed[0], given, placed[1]), sharding.put_batch(batch, mesh))
         chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 

@@ -73,7 +73,7 @@
 
   const status = make("p", { class: "status", role: "status" });
   const problem = make("p", { class: "problem", role: "alert" });
-  const inForce = make("section", { class: "in-force", "aria-label": "Corrections in force" });
+  const active = make("section", { class: "active-edits", "aria-label": "Active corrections" });
 
   async function explain(text) {
     const pathway = await ask("/api/explain", { text });
@@ -89,13 +89,13 @@
 
   function preview() {
     const form = { text: shown, concept: fields.concept.value, target: fields.target.value };
-    run(data.is_lasting ? "Looking for an edit, which takes longest for a concept’s first" : "Looking for an edit", async () => {
+    run(data.keeps_earlier ? "Looking for an edit, which takes longest for a concept’s first" : "Looking for an edit", async () => {
       const found = await ask("/api/preview", form);
       const { report } = found;
       if (found.edit === null) {
         return report.is_repaired ? `${report.concept} is read as ${report.target} already: nothing would change.`
           : `No edit was found that makes the model read ${report.concept} as ${report.target}${
-            data.is_lasting ? " and keeps what else it reads" : ""}: nothing would change.`;
+            data.keeps_earlier ? " and keeps what else it reads" : ""}: nothing would change.`;
       }
       const heading = make("h2", { tabindex: "-1" }, "Preview: nothing is changed yet");
       const apply = make("button", { type: "button", class: "main", onclick: () => applied({ ...form, edit: found.edit }) }, "Apply");
@@ -115,14 +115,14 @@
     list(edits);
     await explain(shown);
     fields.concept.focus();
-    return `Applied: edit ${edit} is in force and in the log.`;
+    return `Applied: edit ${edit} is active and in the log.`;
   });
 
   const undo = ({ id, concept, target }) => run("Undoing", async () => {
     const { edits } = await ask("/api/undo", { edit: id });
     list(edits);
     if (shown !== null) await explain(shown);
-    (inForce.querySelector("button") ?? fields.text).focus();
+    (active.querySelector("button") ?? fields.text).focus();
     return `Undone: edit ${id}, ${concept} to ${target}.`;
   });
 
@@ -150,12 +150,12 @@
   }
 
   function list(edits) {
-    inForce.replaceChildren(make("h2", {}, "Corrections in force"));
+    active.replaceChildren(make("h2", {}, "Active corrections"));
     if (!edits.length) {
-      inForce.append(make("p", { class: "small" }, "None: the model reads as it was saved."));
+      active.append(make("p", { class: "small" }, "None: the model reads as it was saved."));
       return;
     }
-    inForce.append(table("All edits, oldest first", ["Concept", "Corrected to", "", "", "Was", "Weights changed", "Edit"], edits.map((edit) => [
+    active.append(table("All edits, oldest first", ["Concept", "Corrected to", "", "", "Was", "Weights changed", "Edit"], edits.map((edit) => [
       edit.concept, edit.target,
       make("button", { type: "button", "aria-label": `Undo edit ${edit.id}`, onclick: () => undo(edit) }, "Undo"),
       make("a", { href: `/api/edits/${edit.id}`, download: `edit-${edit.id}.json`, "aria-label": `Download edit ${edit.id}` }, "Download"),
@@ -170,7 +170,7 @@
   });
 
   main.prepend(asking, correcting, status, problem);
-  main.append(inForce);
+  main.append(active);
   fields.text.focus();
   run("Reading the log of edits", async () => {
     list((await ask("/api/edits")).edits);

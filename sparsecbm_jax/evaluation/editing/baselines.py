@@ -10,67 +10,92 @@ from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import Params
-from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.intervention.editors import Editor, Outcome, is_predicted_as
-from sparsecbm_jax.intervention.mask_edit import check_index
+from sparsecbm_jax.intervention.editors import Editor
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, check_index, checked, edit_of
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.encode import encode
-from sparsecbm_jax.model.forward import concept_logits
 from sparsecbm_jax.model.heads import predict_label, project
 from sparsecbm_jax.model.losses import least_margin
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 
 def random_share(drop_fraction: float, seed: int = 0) -> Editor:
-    """Drops and grows weights by lot: what changing so many does by itself."""
+    """Drops and grows weights drawn at random: what changing so many does by itself."""
     keys = iter(jax.random.split(jax.random.key(seed), 2**16))
 
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        count = round(drop_fraction * masks_lib.num_weights(state.masks))
-        mask = _random_edit(masks_lib.concept(state.masks, concept), jnp.uint32(count), next(keys))
-        new = state._replace(masks=masks_lib.replace_concept(state.masks, concept, mask))
-        return Outcome(new, 2 * count, is_predicted_as(concept_logits(config, *new, batch, concept), target, batch))
+    def edit_at_random(
+        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        masks, concept = arrays.concept_masks, correction.concept
+        count = round(drop_fraction * masks_lib.num_weights(masks))
+        mask = _random_edit(masks_lib.concept(masks, concept), jnp.uint32(count), next(keys))
+        new = arrays._replace(masks=masks_lib.replace_concept(masks, concept, mask))
+        return new, edit_of(config, arrays, new, correction)
 
-    return correct
+    return edit_at_random
 
 
 def projector_sgd(learning_rate: float, max_steps: int = 100) -> Editor:
-    """Gradient steps on the concept's projector ψ_k and β_k alone, until the text is read as asked."""
+    """Takes gradient steps on the concept's projector ψ_k and β_k alone, until the text is predicted as asked."""
 
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        heads = _projector_sgd(config, state, batch, concept, target, learning_rate, max_steps)
-        new = state._replace(heads=heads)
-        kernel = state.heads["projector"]["kernel"]
-        changed = (kernel.shape[1] + 1) * kernel.shape[2]
-        return Outcome(new, changed, is_predicted_as(concept_logits(config, *new, batch, concept), target, batch))
+    def train_projector(
+        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        asked = checked(config, arrays, correction)
+        new = arrays._replace(heads=_projector_sgd(config, arrays, asked, learning_rate, max_steps))
+        return new, edit_of(config, arrays, new, correction)
 
-    return correct
+    return train_projector
 
 
 def fine_tune(learning_rate: float, max_steps: int = 100) -> Editor:
-    """Gradient steps on the whole backbone, through the concept's subnetwork, until the text is read as asked."""
+    """Takes gradient steps on the whole backbone through the concept's subnetwork, until the text is as asked."""
 
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        params = _fine_tune(config, state, batch, concept, target, learning_rate, max_steps)
-        new = state._replace(params=params)
-        changed = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return Outcome(new, changed, is_predicted_as(concept_logits(config, *new, batch, concept), target, batch))
+    def train_backbone(
+        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        asked = checked(config, arrays, correction)
+        new = arrays._replace(params=_fine_tune(config, arrays, asked, learning_rate, max_steps))
+        return new, edit_of(config, arrays, new, correction)
 
-    return correct
-
-
-def wrong_label(arm: Editor) -> Editor:
-    """Another arm that is given the next class instead of the right one: a person's slip."""
-
-    def correct(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-        return arm(config, state, batch, concept, (target + 1) % config.num_classes)
-
-    return correct
+    return train_backbone
 
 
-def _kernels(state: ModelArrays, concept: int | Int[Array, ""]) -> dict[str, Float[Array, "1 ..."]]:
-    mask = masks_lib.concept(state.masks, concept)
-    return {path: kernel[None] for path, kernel in masks_lib.kernels_of(state.params, mask).items()}
+def wrong_label(editor: Editor) -> Editor:
+    """Gives another editor the next class instead of the right one: a person's slip."""
+
+    def correct_wrongly(
+        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        return editor(config, arrays, correction._replace(target=(correction.target + 1) % config.num_classes))
+
+    return correct_wrongly
+
+
+def no_correction(
+    config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+) -> tuple[ModelArrays, MaskEdit]:
+    """Leaves the model as it is."""
+    return arrays, edit_of(config, arrays, arrays, correction)
+
+
+def oracle(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> tuple[ModelArrays, MaskEdit]:
+    """Sets the concept's activation by hand, which counts as repaired, and leaves the model as it is.
+
+    Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
+    """
+    edit = edit_of(config, arrays, arrays, correction)
+    logits = edit.concept_logits_before
+    asked = jax.nn.one_hot(edit.target, logits.shape[-1], dtype=logits.dtype)
+    label = oracle_activations(arrays.heads, jax.nn.sigmoid(logits), correction.concept, edit.target).label_logits
+    return arrays, edit._replace(
+        concept_logits_after=logits.at[:, correction.concept].set(asked), label_logits_after=label
+    )
+
+
+def _kernels(arrays: ModelArrays, concept: int | Int[Array, ""]) -> dict[str, Float[Array, "1 ..."]]:
+    mask = masks_lib.concept(arrays.concept_masks, concept)
+    return {path: kernel[None] for path, kernel in masks_lib.kernels_of(arrays.params, mask).items()}
 
 
 def _project(heads: Heads, z: Float[Array, "B 1 D"], concept: int | Int[Array, ""]) -> Float[Array, "B C"]:
@@ -102,36 +127,39 @@ def _descend(
     return jax.lax.while_loop(goes_on, step, (start, loss_and_margin(start)[1], jnp.int32(0)))[0]
 
 
-def _entropy_and_margin(logits: Float[Array, "B C"], target: Array, batch: Batch) -> tuple[Array, Array]:
-    weights = jnp.asarray(batch.example_weight)
-    entropy = -jax.nn.log_softmax(logits)[:, target]
-    wanted = jnp.broadcast_to(target, logits.shape[:1])
-    return jnp.sum(weights * entropy) / jnp.sum(weights), least_margin(logits, wanted, weights)
+def _entropy_and_margin(logits: Float[Array, "B C"], correction: ConceptCorrection) -> tuple[Array, Array]:
+    target, weights = jnp.asarray(correction.target), jnp.asarray(correction.batch.example_weight)
+    entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)[:, 0]
+    return jnp.sum(weights * entropy) / jnp.sum(weights), least_margin(logits, target, weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _projector_sgd(
-    config: CBMConfig, state: ModelArrays, batch: Batch, concept: Array, target: Array, rate: Array, max_steps: Array
+    config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection, rate: Array, max_steps: Array
 ) -> Heads:
-    z = encode(config, state.params, batch, kernels=_kernels(state, concept))
+    concept = correction.concept
+    z = encode(config, arrays.params, correction.batch, kernels=_kernels(arrays, concept))
 
     def loss_and_margin(projector: Params) -> tuple[Array, Array]:
-        return _entropy_and_margin(_project({"projector": projector}, z, concept), target, batch)
+        return _entropy_and_margin(_project({"projector": projector}, z, concept), correction)
 
     # Rows of the other concepts get no gradient.
-    trained = _descend(loss_and_margin, dict(state.heads["projector"]), rate, max_steps)
-    return {**state.heads, "projector": trained}
+    trained = _descend(loss_and_margin, dict(arrays.heads["projector"]), rate, max_steps)
+    return {**arrays.heads, "projector": trained}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _fine_tune(
-    config: CBMConfig, state: ModelArrays, batch: Batch, concept: Array, target: Array, rate: Array, max_steps: Array
+    config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection, rate: Array, max_steps: Array
 ) -> Params:
-    def loss_and_margin(params: Params) -> tuple[Array, Array]:
-        z = encode(config, params, batch, kernels=_kernels(state._replace(params=params), concept))
-        return _entropy_and_margin(_project(state.heads, z, concept), target, batch)
+    concept = correction.concept
 
-    return _descend(loss_and_margin, state.params, rate, max_steps)
+    def loss_and_margin(params: Params) -> tuple[Array, Array]:
+        kernels = _kernels(arrays._replace(params=params), concept)
+        z = encode(config, params, correction.batch, kernels=kernels)
+        return _entropy_and_margin(_project(arrays.heads, z, concept), correction)
+
+    return _descend(loss_and_margin, arrays.params, rate, max_steps)
 
 
 class OracleOutput(NamedTuple):

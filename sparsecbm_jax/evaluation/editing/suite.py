@@ -1,15 +1,13 @@
 """What corrections repair and what they cost, measured in ways that can come out badly.
 
-Three parts. *Undone* is the paper's Figure 3: gold labels pick the wrong cells, each row is corrected from the original
-masks, read again, and the edit undone; beside it stands what one such edit does to rows that it was not made for.
-*Minimal* looks for the smallest edit of every wrong cell. *Streams* (`streams.run_stream`) keep corrections in force,
-arm by arm (`named_arms`).
+Three parts. *Single edits* are the paper's Figure 3: gold labels pick the wrong cells, each row is corrected from the
+original masks, predicted again, and the edit undone; with it comes what one such edit does to rows that it was not made
+for. *Minimal edits* are the smallest ones of every wrong cell. *Sequential editing* (`sequential.run_sequence`) keeps
+corrections, editor by editor (`named_editors`).
 
-Deviation: the paper reports the first figure alone. It cannot lose: a cell that is read rightly is never touched.
+Deviation: the paper reports the first figure alone. It cannot lose: a cell that is correct is never touched.
 """
 
-import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,73 +16,22 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from sparsecbm_jax.data.batches import Tokenized, batch_of
+from sparsecbm_jax.data.batches import batch_of
 from sparsecbm_jax.evaluation.editing.baselines import oracle_activations
-from sparsecbm_jax.evaluation.editing.sequential import Cell, SplitPredictions, predict_split
+from sparsecbm_jax.evaluation.editing.sequential import median_warm
+from sparsecbm_jax.evaluation.editing.subject import Cell, Outcome, Subject, measure, predict_split
 from sparsecbm_jax.intervention.editors import Editor
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
 from sparsecbm_jax.intervention.minimal_edit import minimal_edit
-from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-    """A model and the rows that it is corrected on.
-
-    Attributes:
-        config, state: the model before any correction.
-        split: rows with gold concepts.
-        groups: of each row, the original that it is an edit of.
-    """
-
-    config: CBMConfig
-    state: ModelArrays
-    split: Tokenized
-    groups: Sequence[str]
-
-    @functools.cached_property
-    def readings(self) -> SplitPredictions:
-        """Of all rows, before any correction."""
-        return predict_split(self.config, self.state, self.split, np.arange(self.split.num_examples))
-
-    @property
-    def wrong(self) -> Bool[np.ndarray, "N K"]:
-        """Labelled cells that are read wrongly."""
-        return (self.readings.concepts != self.split.concepts) & (self.split.concepts >= 0)
-
-    def wrong_of(self, row: int) -> list[int]:
-        """The concepts of a row that are read wrongly."""
-        return [int(k) for k in np.flatnonzero(self.wrong[row])]
-
-    def draw(self, max_cells: int, seed: int) -> list[int]:
-        """Rows with wrong cells, in an order drawn by the seed, as long as these come to at most `max_cells`.
-
-        One row at least; all of them where `max_cells` is 0.
-
-        Raises:
-            ValueError: if no cell is wrong.
-        """
-        counts = self.wrong.sum(axis=1)
-        rows = np.random.default_rng(seed).permutation(np.flatnonzero(counts))
-        if not len(rows):
-            raise ValueError("every labelled concept of the split is read rightly; there is nothing to correct")
-        fitting = int(np.sum(np.cumsum(counts[rows]) <= max_cells)) if max_cells else len(rows)
-        return [int(row) for row in rows[: max(fitting, 1)]]
-
-    def draw_held_out(self, edited: Sequence[int], num_rows: int, seed: int) -> list[int]:
-        """At most `num_rows` rows that share no original with the edited ones; all of those where it is 0."""
-        taken = {self.groups[row] for row in edited}
-        rest = [row for row, group in enumerate(self.groups) if group not in taken]
-        chosen = np.random.default_rng(seed).permutation(len(rest))[: num_rows or None]
-        return [rest[i] for i in sorted(chosen)]
-
-
 def single_edits(
     subject: Subject,
-    arm: Editor,
+    editor: Editor,
     rows: Sequence[int],
     held_out: Sequence[int],
     *,
@@ -108,48 +55,45 @@ def single_edits(
         where there is nothing to count.
     """
     config, split = subject.config, subject.split
-    repaired: list[bool] = []
-    changed: list[int] = []
+    outcomes: list[Outcome] = []
+    widths: list[int] = []
     is_right: dict[int, bool] = {}
     side: list[dict[str, float | None]] = []
-    seconds: dict[int, list[float]] = {}
     for row in rows:
-        state, batch = subject.state, batch_of(split, [row])
+        arrays, batch = subject.arrays, batch_of(split, [row])
         for number, k in enumerate(subject.wrong_of(row)):
-            began = time.monotonic()
-            outcome = arm(config, state, batch, k, int(split.concepts[row, k]))
-            state = jax.block_until_ready(outcome.state)
-            seconds.setdefault(batch.input_ids.shape[1], []).append(time.monotonic() - began)
-            repaired.append(outcome.is_repaired)
-            changed.append(outcome.num_changed)
+            outcome = measure(editor, config, arrays, ConceptCorrection(batch, k, int(split.concepts[row, k])))
+            arrays = outcome.arrays
+            outcomes.append(outcome._replace(arrays=subject.arrays))
+            widths.append(batch.input_ids.shape[1])
             if held_out and not number and len(side) < num_side_edits:
-                side.append(_side_effect(subject, state, held_out, k))
+                side.append(_side_effect(subject, arrays, held_out, k))
             on_edit()
         if split.labels[row] >= 0:
-            is_right[row] = bool(predict_split(config, state, split, [row]).labels[0] == split.labels[row])
-    warm = [second for of_width in seconds.values() for second in of_width[1:]]
+            is_right[row] = bool(predict_split(config, arrays, split, [row]).labels[0] == split.labels[row])
+    repaired = [outcome.is_repaired for outcome in outcomes]
     return {
         "num_cells": len(repaired),
         "repaired": _mean(repaired),
         "concept": 1 - subject.wrong.sum() / (split.concepts >= 0).sum() * (1 - np.mean(repaired)),
         "task": _task(subject, is_right),
-        "changed": float(np.median(changed)),
-        "seconds": float(np.median(warm)) if warm else None,
+        "changed": float(np.median([outcome.num_changed for outcome in outcomes])),
+        "seconds": _number(median_warm(zip(widths, (outcome.seconds for outcome in outcomes), strict=True))),
         "side": side,
     }
 
 
 def oracle(subject: Subject, rows: Sequence[int]) -> dict[str, Any]:
-    """The task's accuracy, as in `undone`, where the activations of wrong cells are set by hand.
+    """The task's accuracy, as in `single_edits`, where the activations of wrong cells are set by hand.
 
     The concepts are right then by definition, so that there is no accuracy to speak of.
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
     """
-    forward, split, heads = make_forward(subject.config), subject.split, subject.state.heads
+    forward, split, heads = make_forward(subject.config), subject.split, subject.arrays.heads
     is_right: dict[int, bool] = {}
     for row in (row for row in rows if split.labels[row] >= 0):
-        output = forward(*subject.state, batch_of(split, [row]))
+        output = forward(subject.arrays, batch_of(split, [row]))
         activations, label = output.activations, output.label_logits
         for k in subject.wrong_of(row):
             activations, label = oracle_activations(heads, activations, k, int(split.concepts[row, k]))
@@ -158,19 +102,19 @@ def oracle(subject: Subject, rows: Sequence[int]) -> dict[str, Any]:
 
 
 def minimal_edits(subject: Subject, cells: Iterable[Cell], max_pairs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """The smallest edit of each cell, from the original masks.
+    """Finds the smallest edit of each cell, from the original masks.
 
-    Returns:
+    Yields:
         The cells, each with `is_repaired`, `changed` (weights dropped and grown), `margin`, `margin_below` (with a pair
         less; None where there is none), `num_trials` and `seconds` (None for the first of a width, which compiles).
     """
     widths: set[int] = set()
     for cell in cells:
         batch = batch_of(subject.split, [cell.row])
-        target = int(subject.split.concepts[cell])
+        correction = ConceptCorrection(batch, cell.concept, int(subject.split.concepts[cell]))
         began = time.monotonic()
-        arrays = (subject.config, *subject.state, batch, cell.concept, target)
-        found = jax.block_until_ready(minimal_edit(*arrays, max_pairs=max_pairs)[1])
+        found = minimal_edit(subject.config, subject.arrays, correction, max_pairs=max_pairs)[1]
+        found = jax.block_until_ready(found)
         took, width = time.monotonic() - began, batch.input_ids.shape[1]
         yield (
             cell,
@@ -207,8 +151,12 @@ def summarise_minimal(found: Sequence[Mapping[str, Any]], num_weights: int) -> d
     }
 
 
-def _side_effect(subject: Subject, state: ModelArrays, rows: Sequence[int], k: int) -> dict[str, float | None]:
-    after, before, split = predict_split(subject.config, state, subject.split, rows), subject.readings, subject.split
+def _side_effect(subject: Subject, arrays: ModelArrays, rows: Sequence[int], k: int) -> dict[str, float | None]:
+    after, before, split = (
+        predict_split(subject.config, arrays, subject.split, rows),
+        subject.predictions,
+        subject.split,
+    )
     gold, labels = split.concepts[rows, k], split.labels[rows]
     is_cell, is_label = gold >= 0, labels >= 0
 
@@ -232,7 +180,7 @@ def _task(subject: Subject, is_right: Mapping[int, bool]) -> float | None:
     Args:
         is_right: of the drawn rows, whether the label is right now.
     """
-    labels, before = subject.split.labels, subject.readings.labels == subject.split.labels
+    labels, before = subject.split.labels, subject.predictions.labels == subject.split.labels
     is_labelled = labels >= 0
     if not is_labelled.any():
         return None

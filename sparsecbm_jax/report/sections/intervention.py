@@ -1,6 +1,6 @@
-"""The intervention suite as sections: what corrections repair and what they cost, from what `evaluate.py` finds.
+"""The intervention suite as sections: what corrections repair and what they cost.
 
-Reference: Tan et al. 2024, Figure 3 (undone); the rest is ours.
+Reference: Tan et al. 2024, Figure 3 (single edits); the rest is ours.
 """
 
 import functools
@@ -16,8 +16,10 @@ from sparsecbm_jax.runtime.json_files import read_json
 SuiteReport = dict[str, Any]
 
 FILE = "intervention.json"
-_WRITTEN_BY = "what launch/evaluate.py --suite=intervention writes"
-_PARTS = ("undone", "minimal", "streams")
+_WRITTEN_BY = "what launch/evaluate_interventions.py writes"
+_PARTS = ("single", "minimal", "sequential")
+# Parts as version 0.1.0 called them.
+_FORMER = {"undone": "single", "streams": "sequential"}
 TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
 DENSE = {
     "joint": "dense joint model",
@@ -29,7 +31,7 @@ STYLES = {"magnitude": 1, "signed": 0, "random": 2}
 
 
 def read(folder: Path) -> SuiteReport:
-    """What `evaluate.py --suite=intervention` left in its workdir.
+    """Reads what `evaluate_interventions.py` left in its workdir.
 
     Raises:
         FileNotFoundError: there is nothing of the kind.
@@ -38,6 +40,7 @@ def read(folder: Path) -> SuiteReport:
     path = folder / FILE
     report = read_json(path, _WRITTEN_BY)
     try:
+        report = {_FORMER.get(name, name): part for name, part in report.items()}
         if not sections(report):
             raise KeyError(" or ".join(_PARTS))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -47,7 +50,7 @@ def read(folder: Path) -> SuiteReport:
 
 def sections(report: SuiteReport) -> list[Section]:
     """A section for each part that the report has."""
-    parts: tuple[Callable[[SuiteReport], Section], ...] = (_undone, _minimal, _streams)
+    parts: tuple[Callable[[SuiteReport], Section], ...] = (_single, _minimal, _sequential)
     return [part(report) for name, part in zip(_PARTS, parts, strict=True) if name in report]
 
 
@@ -75,8 +78,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def _undone(report: SuiteReport) -> Section:
-    found = report["undone"]
+def _single(report: SuiteReport) -> Section:
+    found = report["single"]
     rows = []
     for point in found["points"]:
         rows.append([TITLES[point["ranking"]], share(point["ratio"]), f"{point['changed']:.0f}"])
@@ -102,8 +105,8 @@ def _undone(report: SuiteReport) -> Section:
         "shaded, the range over edits."
     )
     table = Table("Corrections by ranking of weights and share r, in percent", heads, rows)
-    figure = Figure("undone", caption, functools.partial(_draw_undone, report))
-    return Section("Oracle-triggered, undone", [words], [figure], [table])
+    figure = Figure("single_edits", caption, functools.partial(_draw_single, report))
+    return Section("Single edits, triggered by gold labels", [words], [figure], [table])
 
 
 def _minimal(report: SuiteReport) -> Section:
@@ -119,18 +122,18 @@ def _minimal(report: SuiteReport) -> Section:
     heads += ["90 %, % of backbone", "seconds"]
     words = "Weights changed, dropped and grown together, among the cells that were repaired; each cell by itself."
     caption = (
-        "Wrong cells that are repaired when at most so many weights change: by the smallest edit of each, and, as "
+        "Wrong cells that are repaired when at most so many weights change: by the minimal edit of each, and, as "
         "markers, by edits of a fixed size."
     )
-    table = Table("Weights that the smallest edits change", heads, rows)
-    figure = Figure("minimal", caption, functools.partial(_draw_minimal, report))
-    return Section("Smallest edits", [words], [figure], [table])
+    table = Table("Weights that minimal edits change", heads, rows)
+    figure = Figure("minimal_edits", caption, functools.partial(_draw_minimal, report))
+    return Section("Minimal edits", [words], [figure], [table])
 
 
-# Of a stream's report: column, value of a number in it, whether it is a difference in points.
-_STREAM_COLUMNS: tuple[tuple[str, Callable[[SuiteReport], float | None], bool], ...] = (
+# Of a sequence's report: column, value of a number in it, whether it is a difference in points.
+_SEQUENCE_COLUMNS: tuple[tuple[str, Callable[[SuiteReport], float | None], bool], ...] = (
     ("repaired", lambda r: r["repaired"], False),
-    ("still right", lambda r: r["retained"], False),
+    ("retained", lambda r: r["retained"], False),
     ("before reveal", lambda r: r["prequential"], False),
     ("gain over none", lambda r: _less(r["prequential"], r["without"]), True),
     ("held-out concepts", lambda r: _less(r["held_out_after"], r["held_out_before"]), True),
@@ -145,44 +148,42 @@ def _less(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def _values(arm: SuiteReport, of: Callable[[SuiteReport], float | None]) -> list[float]:
-    return [value for value in map(of, arm["orders"]) if value is not None]
+def _values(editor: SuiteReport, of: Callable[[SuiteReport], float | None]) -> list[float]:
+    return [value for value in map(of, editor["orders"]) if value is not None]
 
 
-def _streams(report: SuiteReport) -> Section:
-    found = report["streams"]
+def _sequential(report: SuiteReport) -> Section:
+    found = report["sequential"]
     rows = []
-    for arm in found.values():
-        row = [arm["title"]]
-        for _, of, is_signed in _STREAM_COLUMNS:
-            values = _values(arm, of)
+    for editor in found.values():
+        row = [editor["title"]]
+        for _, of, is_signed in _SEQUENCE_COLUMNS:
+            values = _values(editor, of)
             spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
             row.append(percent(_mean(values), is_signed=is_signed) + spread)
         for name, digits in (("num_reviews", 0), ("num_edits", 0), ("changed", 0), ("seconds", 2)):
-            mean = arm["summary"][name]["mean"]
+            mean = editor["summary"][name]["mean"]
             row.append("–" if mean is None else f"{mean:.{digits}f}")
         rows.append(row)
-    heads = ["arm", *(name for name, _, _ in _STREAM_COLUMNS), "reviews", "corrections", "changed", "seconds"]
+    heads = ["editor", *(name for name, _, _ in _SEQUENCE_COLUMNS), "reviews", "corrections", "changed", "seconds"]
     orders = len(next(iter(found.values()))["orders"])
     over = "one order" if orders == 1 else f"mean ± standard deviation over {orders} orders"
     words = (
-        f"All corrections stay in force; {over} of the reviews, in percent or, "
-        "with a sign, in points. Still right: corrected cells, at the end. Before reveal: accuracy of each review "
-        "before it is corrected; gain: over the same reviews without corrections. Same siblings: of a corrected "
-        "cell's siblings with the same gold class, points gained; other siblings kept: of those with another class, "
-        "the share still read rightly. The oracle sets an activation of the text at hand: right by definition, and the "
-        "model learns nothing. A wrong label counts as repaired where the text got the wrong class that was asked."
+        f"All corrections are kept; {over} of the reviews, in percent or, with a sign, in points. Retained: corrected "
+        "cells that are correct at the end. Before reveal: accuracy of each review before it is corrected; gain: over "
+        "the same reviews without corrections. Same siblings: of a corrected cell's siblings with the same gold class, "
+        "points gained; other siblings kept: of those with another class, the share still correct. The oracle sets an "
+        "activation of the text itself: correct by definition, and the model learns nothing. A wrong label counts as "
+        "repaired where the text got the wrong class that was asked."
     )
-    caption = (
-        "What each way of correcting gains and costs by the end of a stream of reviews: mean, and range over orders."
-    )
-    table = Table("Streams of reviews, by way of correcting them", heads, rows)
-    figure = Figure("streams", caption, functools.partial(_draw_streams, report))
-    return Section("Streams", [words], [figure], [table])
+    caption = "What each editor gains and costs by the end of a sequence of reviews: mean, and range over orders."
+    table = Table("Sequential editing, by editor", heads, rows)
+    figure = Figure("sequential_editing", caption, functools.partial(_draw_sequential, report))
+    return Section("Sequential editing", [words], [figure], [table])
 
 
-def _draw_undone(report: SuiteReport, pyplot: Any) -> Any:
-    found = report["undone"]
+def _draw_single(report: SuiteReport, pyplot: Any) -> Any:
+    found = report["single"]
     figure, axes = pyplot.subplots(2, 2, figsize=(plots.BOTH, 5), layout="constrained", sharex=True)
     ratios = sorted({point["ratio"] for point in found["points"]})
     places = {ratio: i for i, ratio in enumerate(ratios)}
@@ -220,8 +221,8 @@ def _draw_minimal(report: SuiteReport, pyplot: Any) -> Any:
     num_cells, changed = found["all"]["num_cells"], found["changed"]
     where = [100 * count / total for count in changed]
     level = [100 * (i + 1) / num_cells for i in range(len(changed))]
-    axis.step(where, level, where="post", color="black", linewidth=1.6, label="smallest signed edit")
-    for point in report.get("undone", {}).get("points", ()):
+    axis.step(where, level, where="post", color="black", linewidth=1.6, label="minimal edit")
+    for point in report.get("single", {}).get("points", ()):
         if point["ratio"]:
             style = plots.style(STYLES[point["ranking"]])
             is_first = TITLES[point["ranking"]] not in axis.get_legend_handles_labels()[1]
@@ -238,23 +239,23 @@ def _draw_minimal(report: SuiteReport, pyplot: Any) -> Any:
 _PANELS = (
     ("gain before\nthe reveal (points)", "gain over none"),
     ("held-out concepts\n(points)", "held-out concepts"),
-    ("corrected cells\nstill right (%)", "still right"),
+    ("corrected cells\nretained (%)", "retained"),
     ("same siblings\n(points)", "same siblings"),
     ("other siblings\nkept (%)", "other siblings kept"),
 )
 
 
-def _draw_streams(report: SuiteReport, pyplot: Any) -> Any:
-    found = report["streams"]
-    of_column = {name: (of, is_signed) for name, of, is_signed in _STREAM_COLUMNS}
+def _draw_sequential(report: SuiteReport, pyplot: Any) -> Any:
+    found = report["sequential"]
+    of_column = {name: (of, is_signed) for name, of, is_signed in _SEQUENCE_COLUMNS}
     height = 1.3 + 0.3 * len(found)
     figure, axes = pyplot.subplots(
         1, len(_PANELS), figsize=(plots.BOTH + 0.6, height), layout="constrained", sharey=True
     )
     for axis, (title, column) in zip(axes, _PANELS, strict=True):
         of, is_signed = of_column[column]
-        for place, arm in enumerate(found.values()):
-            values = [100 * value for value in _values(arm, of)]
+        for place, editor in enumerate(found.values()):
+            values = [100 * value for value in _values(editor, of)]
             if values:
                 axis.plot(
                     [min(values), max(values)], [place, place], color="0.6", linewidth=2.5, solid_capstyle="round"
@@ -264,7 +265,7 @@ def _draw_streams(report: SuiteReport, pyplot: Any) -> Any:
             axis.axvline(0, color=plots.GREY, linewidth=0.8)
         axis.set_xlabel(title)
         axis.margins(x=0.12)
-    axes[0].set_yticks(range(len(found)), [plots.label(arm["title"], 40) for arm in found.values()])
+    axes[0].set_yticks(range(len(found)), [plots.label(editor["title"], 40) for editor in found.values()])
     axes[0].set_ylim(len(found) - 0.5, -0.5)
     plots.tidy(axes)
     return figure

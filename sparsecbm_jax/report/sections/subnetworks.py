@@ -232,7 +232,7 @@ def _draw_overlaps(report: SubnetworkReport, pyplot: Any) -> Any:
 
 
 def edits_section(changes: Sequence[EditChange], about: Sequence[Sequence[str]]) -> Section:
-    """Where edits in force changed the subnetworks.
+    """Where active edits changed the subnetworks.
 
     Args:
         changes: what each edit changed, oldest first.
@@ -245,15 +245,15 @@ def edits_section(changes: Sequence[EditChange], about: Sequence[Sequence[str]])
         [*names, change.concept, f"{change.num_dropped:,}", f"{change.num_grown:,}"]
         for names, change in zip(about, changes, strict=True)
     ]
-    tables = [Table("Edits in force, oldest first", ["edit", "asked", "concept", "dropped", "grown"], rows)]
+    tables = [Table("Active edits, oldest first", ["edit", "asked", "concept", "dropped", "grown"], rows)]
     tables += [_change_table(concept, of_concept) for concept, of_concept in by_concept.items()]
     caption = (
-        "Weights that the edits in force dropped from each concept's mask (left) and grew in it (right), by kernel and "
+        "Weights that the active edits dropped from each concept's mask (left) and grew in it (right), by kernel and "
         "layer; shaded within each concept."
     )
     dropped, grown = (sum(getattr(change, name) for change in changes) for name in ("num_dropped", "num_grown"))
     count = "One edit is" if len(changes) == 1 else f"{len(changes)} edits are"
-    words = f"{count} in force: {dropped:,} weights dropped and {grown:,} grown. No parameter changed."
+    words = f"{count} active: {dropped:,} weights dropped and {grown:,} grown. No parameter changed."
     figure = Figure("change_after_edits", caption, functools.partial(_draw_changes, by_concept))
     return Section("Change after edits", [words], [figure], tables)
 

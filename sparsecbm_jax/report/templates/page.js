@@ -430,8 +430,9 @@ const drawing = (() => {
   function correctionView({ report, before, after, change = null }) {
     const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was so before" : "repaired";
     const followed = before.concepts.findIndex((lane) => lane.name === report.concept);
-    const way = report.saliency === "lasting" ? "so that earlier corrections hold"
-      : `ranked by ${report.saliency} saliency${report.num_steps > 1 ? ` in ${report.num_steps} steps` : ""}`;
+    const { name, settings } = report.editor;
+    const way = name === "continual" ? "so that earlier corrections hold" : `by the editor “${name.replace(/_/g, " ")}”${
+      settings.saliency ? `, ranked by ${settings.saliency} saliency` : ""}${settings.num_steps > 1 ? ` in ${settings.num_steps} steps` : ""}`;
     const rows = before.concepts.map(({ name }) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
     rows.push(["label", report.before.label, report.before.label_probabilities, report.after.label, report.after.label_probabilities]);
     return make("div", { class: "correction" },

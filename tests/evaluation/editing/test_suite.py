@@ -1,4 +1,4 @@
-"""The intervention suite: figures that can be worked out by hand, arms that are what they are called."""
+"""The intervention suite: figures that can be worked out by hand, editors that are what they are called."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sparsecbm_jax.core import masks as masks_lib
-from sparsecbm_jax.data.batches import Batch, batch_of, tokenize
+from sparsecbm_jax.data.batches import batch_of, tokenize
 from sparsecbm_jax.data.schema import Examples
+from sparsecbm_jax.evaluation.editing.baselines import no_correction
 from sparsecbm_jax.evaluation.editing.named_editors import EDITORS, NAMED_EDITORS, RANKINGS, VARIANTS, EditorContext
-from sparsecbm_jax.evaluation.editing.sequential import Cell, predict_split
+from sparsecbm_jax.evaluation.editing.subject import Cell, Subject, measure, predict_split
 from sparsecbm_jax.evaluation.editing.suite import (
-    Subject,
     _task,
     minimal_edits,
     oracle,
@@ -19,8 +19,8 @@ from sparsecbm_jax.evaluation.editing.suite import (
     summarise_minimal,
 )
 from sparsecbm_jax.intervention import editors
-from sparsecbm_jax.intervention.continual_edit import ContinualEdit
-from sparsecbm_jax.intervention.editors import Outcome
+from sparsecbm_jax.intervention.continual_edit import ReplayedTexts
+from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, edit_of
 from sparsecbm_jax.intervention.ranking import EditCosts
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput
 from sparsecbm_jax.model.forward import make_forward
@@ -41,28 +41,22 @@ def model() -> SparseCBM:
 @pytest.fixture(scope="module")
 def subject(model: SparseCBM) -> Subject:
     """Eight rows of random classes; the last is right in all its cells, and a cell and a label are missing."""
-    assert model.masks is not None
-    state = ModelArrays(model.params, model.masks, model.heads)
     texts = tuple(TEXTS) + tuple(f"{text} great" for text in TEXTS)
     rng = np.random.default_rng(0)
     concepts, labels = rng.integers(0, 3, (8, 3)), rng.integers(0, 2, 8)
     concepts[0, 0] = labels[1] = -1
     split = tokenize(Examples(texts, concepts, labels, GROUPS, np.arange(8)), model.tokenizer, 40)
-    split.concepts[7] = predict_split(model.config, state, split, [7]).concepts[0]
-    return Subject(model.config, state, split, GROUPS)
+    split.concepts[7] = predict_split(model.config, model.arrays, split, [7]).concepts[0]
+    return Subject(model.config, model.arrays, split, GROUPS)
 
 
-def nothing(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-    return Outcome(state, 0, False)
-
-
-def forward(subject: Subject, state: ModelArrays, row: int) -> CBMOutput:
-    return make_forward(subject.config)(*state, batch_of(subject.split, [row]))
+def forward(subject: Subject, arrays: ModelArrays, row: int) -> CBMOutput:
+    return make_forward(subject.config)(arrays, batch_of(subject.split, [row]))
 
 
 def accuracies(subject: Subject) -> tuple[float, float]:
     gold, labels = subject.split.concepts, subject.split.labels
-    found, is_cell, is_label = subject.readings, gold >= 0, labels >= 0
+    found, is_cell, is_label = subject.predictions, gold >= 0, labels >= 0
     return float(np.mean((found.concepts == gold)[is_cell])), float(np.mean((found.labels == labels)[is_label]))
 
 
@@ -78,25 +72,26 @@ def test_rows_are_drawn_by_their_wrong_cells(subject: Subject) -> None:
         assert sum(counts[: len(rows) + 1]) > most
     assert subject.draw_held_out([0, 2], 0, seed=0) == [4, 5, 6, 7]
     assert len(subject.draw_held_out([0], 3, seed=0)) == 3
-    perfect = subject.split._replace(concepts=subject.readings.concepts)
+    perfect = subject.split._replace(concepts=subject.predictions.concepts)
     with pytest.raises(ValueError, match="there is nothing to correct"):
-        Subject(subject.config, subject.state, perfect, GROUPS).draw(0, seed=0)
+        Subject(subject.config, subject.arrays, perfect, GROUPS).draw(0, seed=0)
 
 
 def test_without_an_edit_the_figure_is_the_models_own(subject: Subject) -> None:
     rows = subject.draw(4, seed=0)
-    found = single_edits(subject, nothing, rows, subject.draw_held_out(rows[:1], 0, 0), num_side_edits=1)
+    found = single_edits(subject, no_correction, rows, subject.draw_held_out(rows[:1], 0, 0), num_side_edits=1)
     assert (found["concept"], found["task"]) == pytest.approx(accuracies(subject))
     assert (found["repaired"], found["changed"], len(found["side"])) == (0, 0, 1)
     (side,) = found["side"]
     assert side["concept_before"] == side["concept_after"] and side["task_before"] == side["task_after"]
 
 
-def by_bias(config: CBMConfig, state: ModelArrays, batch: Batch, concept: int, target: int) -> Outcome:
-    """Repairs for sure, and at any price: every text is read as the target then."""
-    projector = dict(state.heads["projector"])
-    projector["bias"] = projector["bias"].at[concept, target].add(1e3)
-    return Outcome(state._replace(heads={**state.heads, "projector": projector}), 1, True)
+def by_bias(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> tuple[ModelArrays, MaskEdit]:
+    """Repairs for sure, and at any price: every text is predicted as the target then."""
+    projector = dict(arrays.heads["projector"])
+    projector["bias"] = projector["bias"].at[correction.concept, correction.target].add(1e3)
+    new = arrays._replace(heads={**arrays.heads, "projector": projector})
+    return new, edit_of(config, arrays, new, correction)
 
 
 def test_each_row_is_corrected_by_itself_and_the_price_is_seen(subject: Subject) -> None:
@@ -109,13 +104,14 @@ def test_each_row_is_corrected_by_itself_and_the_price_is_seen(subject: Subject)
         k = subject.wrong_of(row)[0]
         gold = split.concepts[:, k]
         assert side["concept_after"] == pytest.approx(np.mean(gold[gold >= 0] == gold[row]))
-        assert side["concept_before"] == pytest.approx(np.mean((subject.readings.concepts[:, k] == gold)[gold >= 0]))
-    labels = subject.readings.labels.copy()
+        assert side["concept_before"] == pytest.approx(np.mean((subject.predictions.concepts[:, k] == gold)[gold >= 0]))
+    labels = subject.predictions.labels.copy()
     for row in rows:
-        state = subject.state
+        arrays = subject.arrays
         for k in subject.wrong_of(row):
-            state = by_bias(subject.config, state, batch_of(split, [row]), k, int(split.concepts[row, k])).state
-        output = forward(subject, state, row)
+            correction = ConceptCorrection(batch_of(split, [row]), k, int(split.concepts[row, k]))
+            arrays, _ = by_bias(subject.config, arrays, correction)
+        output = forward(subject, arrays, row)
         labels[row] = np.asarray(output.label_logits)[0].argmax()
     assert found["task"] == pytest.approx(np.mean((labels == split.labels)[split.labels >= 0]))
 
@@ -123,7 +119,7 @@ def test_each_row_is_corrected_by_itself_and_the_price_is_seen(subject: Subject)
 def test_rows_that_were_not_drawn_fare_as_those_that_were(subject: Subject) -> None:
     before, labelled = accuracies(subject)[1], np.flatnonzero(subject.split.labels >= 0)
     rows = [row for row in labelled if subject.wrong_of(row)]
-    was = {row: bool(subject.readings.labels[row] == subject.split.labels[row]) for row in rows}
+    was = {row: bool(subject.predictions.labels[row] == subject.split.labels[row]) for row in rows}
     first_wrong = next(row for row in rows if not was[row])
     assert _task(subject, {}) == _task(subject, {first_wrong: False}) == pytest.approx(before)
     gained = sum(not right for right in was.values()) / len(labelled)
@@ -131,9 +127,9 @@ def test_rows_that_were_not_drawn_fare_as_those_that_were(subject: Subject) -> N
 
 
 def test_the_oracle_sets_activations(subject: Subject) -> None:
-    split, heads, right = subject.split, subject.state.heads, []
+    split, heads, right = subject.split, subject.arrays.heads, []
     for row in np.flatnonzero(split.labels >= 0):
-        activations = np.asarray(forward(subject, subject.state, row).activations).copy()
+        activations = np.asarray(forward(subject, subject.arrays, row).activations).copy()
         for k in subject.wrong_of(row):
             activations[0, k] = np.eye(3)[split.concepts[row, k]]
         logits = np.einsum("kc,kcy->y", activations[0], heads["predictor"]["kernel"]) + heads["predictor"]["bias"]
@@ -162,52 +158,59 @@ def test_a_summary_counts_those_that_were_repaired() -> None:
     assert summarise_minimal([], 1000)["changed"]["0.5"] is None
 
 
-@pytest.mark.parametrize("name", ["none", "oracle", "guarded", "rehearsed", "wrong_label"])
-def test_an_arm_is_what_it_is_called(subject: Subject, name: str) -> None:
+@pytest.mark.parametrize("name", ["none", "oracle", "costed", "rehearsed", "wrong_label"])
+def test_an_editor_is_what_it_is_called(subject: Subject, name: str) -> None:
     row, k = 1, 1
     batch = batch_of(subject.split, [row])
-    kit = EditorContext(subject.config, subject.state, [batch])
-    reading = int(subject.readings.concepts[row, k])
-    outcome = EDITORS[name].make(kit, 0)(subject.config, subject.state, batch, k, (reading + 1) % 3)
-    assert vars(kit).keys() & {"guards", "sparing_guards"} == {
-        "guarded": {"guards"},
-        "rehearsed": {"guards", "sparing_guards"},
+    context = EditorContext(subject.config, subject.arrays, [batch])
+    predicted = int(subject.predictions.concepts[row, k])
+    correction = ConceptCorrection(batch, k, (predicted + 1) % 3)
+    outcome = measure(EDITORS[name].make(context, 0), subject.config, subject.arrays, correction)
+    assert vars(context).keys() & {"costs", "projected_costs"} == {
+        "costed": {"costs"},
+        "rehearsed": {"costs", "projected_costs"},
     }.get(name, set())
     if name in ("none", "oracle"):
-        assert outcome == Outcome(subject.state, 0, name == "oracle")
+        assert outcome.arrays is subject.arrays and outcome.num_changed == 0
+        assert outcome.is_repaired == (name == "oracle")
         return
-    after = predict_split(subject.config, outcome.state, subject.split, [row]).concepts[0, k]
-    assert outcome.is_repaired and after == (reading + (2 if name == "wrong_label" else 1)) % 3
+    after = predict_split(subject.config, outcome.arrays, subject.split, [row]).concepts[0, k]
+    assert after == (predicted + (2 if name == "wrong_label" else 1)) % 3
+    # A wrong label counts as repaired where the text got the class that was asked for by mistake.
+    assert outcome.is_repaired
 
 
-@pytest.mark.parametrize("name", ["lasting", *VARIANTS])
+@pytest.mark.parametrize("name", ["continual", *VARIANTS])
 def test_a_variant_has_the_settings_of_its_title(subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def edit(*args: Any, **settings: Any) -> tuple[Any, ContinualEdit]:
-        given.update(settings, num_rows=args[4].input_ids.shape[0])
-        return args[2], ContinualEdit(*map(np.asarray, (6, 1, [0.5], 0.0)))
+    def edit(
+        config: CBMConfig, arrays: ModelArrays, concept: int, texts: ReplayedTexts, *, costs: Any, settings: Any
+    ) -> tuple[Any, None]:
+        given.update(settings._asdict(), costs=costs, num_rows=texts.batch.input_ids.shape[0])
+        return arrays.masks, None
 
-    monkeypatch.setattr(editors, "lasting_edit", edit)
-    batch, guard = batch_of(subject.split, [1]), EditCosts({})
-    kit = EditorContext(subject.config, subject.state, [batch])
-    vars(kit)["steep_guards"] = {1: guard}
-    outcome = NAMED_EDITORS[name].make(kit, 0)(subject.config, subject.state, batch, 1, 0)
-    assert outcome == Outcome(subject.state, 6, True)
-    usual = {"margin": 0.5, "strength": 2.0, "max_rounds": 8, "num_rows": 64, "guard": guard}
+    monkeypatch.setattr(editors, "continual_edit", edit)
+    batch, costs = batch_of(subject.split, [1]), EditCosts({})
+    context = EditorContext(subject.config, subject.arrays, [batch])
+    vars(context)["sharp_costs"] = {1: costs}
+    editor = NAMED_EDITORS[name].make(context, 0)
+    arrays, _ = editor(subject.config, subject.arrays, ConceptCorrection(batch, 1, 0))
+    assert arrays == subject.arrays
+    usual = {"margin": 0.5, "strength": 2.0, "max_rounds": 8, "num_rows": 64, "costs": costs}
     changed = {
-        "lasting_slack": {"strength": 1.0, "margin": 1.0},
-        "lasting_tight": {"strength": 4.0},
-        "lasting_free": {"strength": 0.0},
-        "lasting_unguarded": {"guard": None},
-        "lasting_short": {"max_rounds": 4},
-        "lasting_wide": {"num_rows": 128},
+        "continual_slack": {"strength": 1.0, "margin": 1.0},
+        "continual_tight": {"strength": 4.0},
+        "continual_free": {"strength": 0.0},
+        "continual_uncosted": {"costs": None},
+        "continual_short": {"max_rounds": 4},
+        "continual_wide": {"num_rows": 128},
     }
     assert given == usual | changed.get(name, {})
 
 
 def test_a_ranking_has_the_share_that_it_is_given(subject: Subject) -> None:
     batch = batch_of(subject.split, [1])
-    total = masks_lib.num_weights(subject.state.masks)
-    outcome = RANKINGS["random"](0.1, 0)(subject.config, subject.state, batch, 1, 0)
+    total = masks_lib.num_weights(subject.arrays.masks)
+    outcome = measure(RANKINGS["random"](0.1, 0), subject.config, subject.arrays, ConceptCorrection(batch, 1, 0))
     assert outcome.num_changed == 2 * round(0.1 * total)
