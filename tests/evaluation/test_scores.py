@@ -161,9 +161,8 @@ def test_a_mesh_gives_the_same_report(model):
     report = evaluate(config, ModelArrays(params, masks, heads), make_batches(rows, 8), SCHEMA)
     packed = masks_lib.pack(masks)
     forward = make_forward(config, mesh)
-    sharded = evaluate(
-        config, put(params, mesh), packed, put(heads, mesh), make_batches(rows, 8), SCHEMA, forward_fn=forward
-    )
+    placed = ModelArrays(put(params, mesh), packed, put(heads, mesh))
+    sharded = evaluate(config, placed, make_batches(rows, 8), SCHEMA, forward_fn=forward)
     chex.assert_trees_all_close(sharded, report, rtol=SHAPE_TOLERANCE, atol=SHAPE_TOLERANCE)
 
 

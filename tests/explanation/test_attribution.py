@@ -100,7 +100,7 @@ def test_memory_does_not_grow_with_the_steps(model: SparseCBM) -> None:
 
     def scratch(num_steps: int) -> int:
         attribution = Attribution(IG, num_steps=num_steps)
-        arguments = (model.config, model.params, model.masks, model.heads, batch, classes, is_word, attribution)
+        arguments = (model.config, model.arrays, batch, classes, is_word, attribution)
         return score_tokens.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     few, many = scratch(2), scratch(256)

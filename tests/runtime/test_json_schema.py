@@ -23,6 +23,8 @@ def problem(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str = 
         return None if None in found else found[0]
     if "enum" in schema:
         return None if value in schema["enum"] else f"{at} is {value!r}"
+    if not schema.keys() - {"description"}:
+        return None
     if schema["type"] != "object":
         if not isinstance(value, KINDS[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean"):
             return f"{at} is a {type(value).__name__}"

@@ -12,7 +12,7 @@ MIB = 2**20
 _CHILD = """
 import ctypes
 
-from sparsecbm_jax import host_memory
+from sparsecbm_jax.runtime import memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -20,7 +20,7 @@ libc.malloc.argtypes = [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 
 
-held = host_memory.resident
+held = memory.resident
 
 
 def held_after_freeing(start, last_stays):
@@ -34,17 +34,17 @@ def held_after_freeing(start, last_stays):
 
 
 start = held()
-with host_memory.giving_back():
+with memory.giving_back():
     pass
-host_memory.keep_freed()
+memory.keep_freed()
 kept = held_after_freeing(start, last_stays=False)
-with host_memory.giving_back():
+with memory.giving_back():
     before = held() - start
     within = held_after_freeing(start, last_stays=True)
 again = held_after_freeing(start, last_stays=False)
-assert not host_memory.stops_keeping()
-host_memory.available = held
-stopped = host_memory.stops_keeping() and not host_memory.stops_keeping()
+assert not memory.stops_keeping()
+memory.available = held
+stopped = memory.stops_keeping() and not memory.stops_keeping()
 after = held_after_freeing(start, last_stays=True)
 print(kept, before, within, again, int(stopped), after)
 """

@@ -84,7 +84,7 @@ def test_the_exit_status_is_what_schedulers_start_again_on(capsys: pytest.Captur
 
 def test_sigterm_before_the_run_begins_ends_with_that_status_whatever_is_being_done() -> None:
     program = (
-        "import os, signal, sys; sys.path.insert(0, 'launch'); import processes\n"
+        "import os, signal, sys; from sparsecbm_jax.cli import processes\n"
         "try:\n    processes.flags.FLAGS([''])\n    processes.start()\n    os.kill(os.getpid(), signal.SIGTERM)\n"
         "except BaseException:\n    sys.exit(3)"
     )
