@@ -20,9 +20,10 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from sparsecbm_jax.backbones.backbone import Params, init_params
-from sparsecbm_jax.backbones.checkpoint_readers import FORMATS, Index, Reader, WeightsError, open_checkpoint, read_json
+from sparsecbm_jax.backbones.checkpoint_readers import FORMATS, Index, Reader, WeightsError, open_checkpoint
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
 from sparsecbm_jax.backbones.tensor_names import PREFIXES, TensorName, tensor_names
+from sparsecbm_jax.runtime.json_files import read_json_object
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -71,7 +72,7 @@ def load_pretrained(
     directory = find_checkpoint(name_or_dir)
     if not (directory / "config.json").is_file():
         raise WeightsError(f"{directory}: holds no config.json")
-    config = config_from_hf(read_json(directory / "config.json"))
+    config = read_config(directory)
     reader = open_checkpoint(directory)
     tree = jax.eval_shape(functools.partial(init_params, config=config), jax.random.key(0))
     shapes: Shapes = traverse_util.flatten_dict(tree, sep="/")
@@ -83,6 +84,17 @@ def load_pretrained(
         flat[tensor.path] = _place(read, shapes[tensor.path].shape, places[tensor.path])
     # A family without final norm and projection has an empty 'finish', which flattening drops.
     return config, {key: {} for key in tree} | traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read_config(directory: Path) -> BackboneConfig:
+    """Reads `config.json` of a directory of the hub's layout.
+
+    Raises:
+        WeightsError: It is no JSON object.
+        ValueError: The model type is not supported, or a setting of it.
+    """
+    found = read_json_object(directory / "config.json", "what transformers writes", error=WeightsError)
+    return config_from_hf(found)
 
 
 def _flat_shardings(shardings: Any | None, shapes: Shapes) -> Mapping[str, Sharding | None]:

@@ -38,6 +38,7 @@ from sparsecbm_jax.model import card
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.runtime.json_files import read_json_object
 from sparsecbm_jax.version import __version__
 
 FORMAT_VERSION = 1
@@ -239,13 +240,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         inside = path.parent / "model"
         hint = f"; did you mean {inside}?" if (inside / path.name).is_file() else ""
         raise ArtifactError(f"{path} is missing; expected a directory that `sparsecbm_jax.save` wrote{hint}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_json_object(path, "what `sparsecbm_jax.save` wrote", error=ArtifactError)
 
 
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsecbm_jax import backbones
-from sparsecbm_jax.backbones.checkpoint_readers import read_json
+from sparsecbm_jax.backbones.pretrained import read_config
 from sparsecbm_jax.config.run_config import MeshConfig, OptimConfig, RunConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
@@ -69,7 +69,7 @@ def model_config(run: RunConfig) -> CBMConfig:
     """
     name = run.backbone.name
     if Path(name).expanduser().is_dir():
-        backbone = backbones.config_from_hf(read_json(Path(name).expanduser() / "config.json"))
+        backbone = read_config(Path(name).expanduser())
     else:
         backbone = backbones.published_config(name)
     if run.backbone.dropout is not None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from sparsecbm_jax.config.run_config import RunConfig, to_dict
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import leaf_at
+from sparsecbm_jax.evaluation.run_summary import read_metrics
 from sparsecbm_jax.evaluation.tables import render_table
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.losses import LossFn
@@ -82,7 +83,7 @@ def train(
         check_same_run(workdir, described, ignore=_UNRELATED)
     if (workdir / "metrics.json").is_file() and (workdir / "model").is_dir():
         model = load(workdir / "model")
-        metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_metrics(workdir)
         print_once(f"{workdir} holds this run, finished already:\n{render_table(metrics['test'])}")
         return TrainResult(model, metrics, workdir)
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.concept)
