@@ -19,7 +19,7 @@ from sparsecbm_jax.app.schemas import (
     Question,
     SampleImpact,
 )
-from sparsecbm_jax.config.names import name_index
+from sparsecbm_jax.config.names import check_name
 from sparsecbm_jax.core.masks import check_masks
 from sparsecbm_jax.correction.corrections import correct_minimally
 from sparsecbm_jax.correction.corrector import ContinualCorrector
@@ -273,7 +273,7 @@ class Session:
             ("class", "target", question.target, schema.classes),
         ):
             try:
-                name_index(kind, name, names)
+                check_name(kind, name, names)
             except ValueError as error:
                 raise ApiError(400, str(error), field=field) from None
         self._check_text(question.text)

@@ -3,7 +3,6 @@
 Nothing is ever held whole: a leaf is read slice by slice into the shards that this host owns.
 """
 
-import difflib
 import functools
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from sparsecbm_jax.backbones.backbone import Params, init_params
 from sparsecbm_jax.backbones.checkpoint_readers import FORMATS, Index, Reader, WeightsError, open_checkpoint
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
 from sparsecbm_jax.backbones.tensor_names import PREFIXES, TensorName, tensor_names
+from sparsecbm_jax.config.names import nearest_name
 from sparsecbm_jax.runtime.json_files import read_json_object
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -174,8 +174,8 @@ def _match(
 
 def _problem(name: str, expected: tuple[int, ...], found: Mapping[str, tuple[int, ...]]) -> str | None:
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1, cutoff=0.8)
-        hint = f"; nearest name {near[0]!r} with shape {found[near[0]]}" if near else ""
+        near = nearest_name(name, found, cutoff=0.8)
+        hint = f"; nearest name {near!r} with shape {found[near]}" if near else ""
         return f"{name!r} is missing, expected shape {expected}{hint}"
     if found[name] != expected:
         return f"{name!r} has shape {found[name]}, expected {expected}"

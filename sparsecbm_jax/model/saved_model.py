@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsecbm_jax.backbones import BackboneConfig, init_params, maskable_paths
-from sparsecbm_jax.config.names import or_known
+from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.masks import Masks
@@ -110,7 +110,7 @@ def _check_masks(config: CBMConfig, shapes: Mapping[str, Sequence[int]], wanted:
     known = maskable_paths(config.backbone)
     for path, shape in shapes.items():
         if path not in known:
-            raise ArtifactError(f"{where} has a mask for {path!r}, which is no maskable kernel{or_known(path, known)}")
+            raise ArtifactError(f"{where} has a mask for {path!r}, which is no maskable kernel{_or_known(path, known)}")
         expected = [config.num_concepts, *wanted[f"params/{path}"].shape]
         if list(shape) != expected:
             raise ArtifactError(f"{where}: the mask of {path} is {list(shape)}, expected {expected}")
@@ -243,10 +243,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, "what `sparsecbm_jax.save` wrote", error=ArtifactError)
 
 
+def _or_known(name: str, known: Sequence[str]) -> str:
+    return did_you_mean(name, known, "; did you mean {!r}?") or f"; known are {', '.join(known)}"
+
+
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in content:
         if key not in known:
-            raise ArtifactError(f"{where}: unknown key {key!r}{or_known(key, known)}")
+            raise ArtifactError(f"{where}: unknown key {key!r}{_or_known(key, known)}")
     if absent := [key for key in known if key not in content]:
         raise ArtifactError(f"{where}: lacks {', '.join(absent)}")
 
