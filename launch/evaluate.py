@@ -39,14 +39,6 @@ if typing.TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import RunConfig
     from sparsecbm_jax.evaluation.editing.suite import Subject
 
-# What the backbone of a dense model learns, by strategy; independent and sequential train φ apart.
-TRAINED_FOR = {
-    "joint": ("concept", "task"),
-    "standard": ("task",),
-    "independent": ("concept",),
-    "sequential": ("concept",),
-}
-
 FLAGS = flags.FLAGS
 command_line.define_config()
 flags.adopt_module_key_flags(command_line)
@@ -113,6 +105,7 @@ def corrected(found: saved_runs.Saved, run: RunConfig, workdir: Path) -> dict[st
     from sparsecbm_jax.evaluation.editing.suite import Subject
     from sparsecbm_jax.model import saved_model
     from sparsecbm_jax.model.sparse_cbm import ModelArrays
+    from sparsecbm_jax.model.strategies import STRATEGIES
     from sparsecbm_jax.runtime.run_directory import check_same_run
 
     model, parts = found.model, {"undone": _undone, "minimal": _minimal, "streams": _streams}
@@ -131,10 +124,9 @@ def corrected(found: saved_runs.Saved, run: RunConfig, workdir: Path) -> dict[st
         )
     for folder in FLAGS.dense:
         strategy = saved_model.load(folder).strategy
-        if strategy not in TRAINED_FOR:
-            raise ValueError(
-                f"--dense={folder}: trained by strategy {strategy!r}; expected one of {', '.join(TRAINED_FOR)}"
-            )
+        if STRATEGIES[strategy].is_sparse:
+            expected = ", ".join(name for name, one in STRATEGIES.items() if not one.is_sparse)
+            raise ValueError(f"--dense={folder}: trained by strategy {strategy!r}; expected one of {expected}")
     about = {"model": saved_runs.fingerprint(FLAGS.model), "split": FLAGS.split, "config": to_dict(run)}
     check_same_run(workdir, about, ignore=("config.pruner.fisher_memory",))
     split, groups = found.splits[FLAGS.split], found.dataset.splits[FLAGS.split].groups
@@ -180,11 +172,13 @@ def _undone(subject: Subject, found: saved_runs.Saved, run: RunConfig, results: 
 
 def _dense(folder: str, run: RunConfig) -> dict[str, typing.Any]:
     """The scores of a dense model on what its backbone was trained for; None for the rest."""
+    from sparsecbm_jax.model.strategies import STRATEGIES
+
     found = saved_runs.read(folder, run)
     strategy = found.model.strategy
     scores = found.scores(run, FLAGS.split, None)
     accuracies = {
-        name: scores[name]["accuracy"] if name in TRAINED_FOR[strategy] else None for name in ("concept", "task")
+        name: scores[name]["accuracy"] if name in STRATEGIES[strategy].trains else None for name in ("concept", "task")
     }
     return {"strategy": strategy, **accuracies}
 

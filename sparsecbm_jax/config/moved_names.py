@@ -226,7 +226,7 @@ NAMES = {
     "subnetworks.EditChange": "correction.edit_view.EditChange",
     "subnetworks.KernelChange": "correction.edit_view.KernelChange",
     "subnetworks.view_edit": "correction.edit_view.view_edit",
-    "training.LOSSES": "model.strategies.LOSSES",
+    "training.LOSSES": "model.strategies.STRATEGIES",
     "training.NonFiniteError": "training.loop.NonFiniteError",
 }
 

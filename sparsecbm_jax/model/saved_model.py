@@ -38,6 +38,7 @@ from sparsecbm_jax.model import card
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.json_files import read_json_object
 from sparsecbm_jax.version import __version__
 
@@ -47,7 +48,6 @@ MODEL_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
-STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 
 
 _KEYS = (
@@ -74,10 +74,10 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _abstract(config: CBMConfig, strategy: str) -> dict[str, Any]:
     """Shapes and dtypes of the whole model, without making it."""
-    rng = jax.random.key(0)
+    rng, has_bottleneck = jax.random.key(0), STRATEGIES[strategy].has_bottleneck
     return {
         "params": jax.eval_shape(lambda: init_params(rng, config.backbone)),
-        "heads": jax.eval_shape(lambda: init_heads(rng, config, strategy)),
+        "heads": jax.eval_shape(lambda: init_heads(rng, config, has_bottleneck=has_bottleneck)),
     }
 
 
@@ -102,7 +102,7 @@ def _check_schema(config: CBMConfig, schema: Schema, strategy: str, where: str) 
         raise ArtifactError(f"{where}: strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     for name in ("num_concepts", "num_classes", "num_labels"):
         of_config, of_schema = getattr(config, name), getattr(schema, name)
-        if of_config != of_schema and not (strategy == "standard" and name != "num_labels"):
+        if of_config != of_schema and (STRATEGIES[strategy].has_bottleneck or name == "num_labels"):
             raise ArtifactError(f"{where}: the model has {name} = {of_config}, but its schema {of_schema}")
 
 
@@ -135,11 +135,11 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
         TypeError: the metadata or the metrics are not JSON; nothing is written.
     """
     directory = Path(directory)
+    _check_schema(model.config, model.schema, model.strategy, "the model to save")
     wanted = _named(_abstract(model.config, model.strategy))
     tensors = {
         name: sharding.to_host(leaf) for name, leaf in _named({"params": model.params, "heads": model.heads}).items()
     }
-    _check_schema(model.config, model.schema, model.strategy, "the model to save")
     _check_leaves(tensors, wanted, "the model to save")
     masks: Any = None if model.masks is None else {path: sharding.to_host(mask) for path, mask in model.masks.items()}
     if masks is not None:

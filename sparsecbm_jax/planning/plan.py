@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from sparsecbm_jax.config.run_config import MeshConfig, RunConfig
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import path_string
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.planning import compiled_cost
 from sparsecbm_jax.planning.programs import (
     LARGE,
@@ -263,7 +264,7 @@ def propose_meshes(run: RunConfig, topology: Topology) -> list[MeshConfig]:
     hidden states over `tensor`.
     """
     config = model_config(run)
-    backbone, k = config.backbone, config.num_concepts if run.strategy == "sparse" else 1
+    backbone, k = config.backbone, config.num_concepts if STRATEGIES[run.strategy].is_sparse else 1
     ranked = []
     for mesh in _factorisations(topology.num_devices):
         rows = mesh.data * mesh.fsdp

@@ -28,7 +28,7 @@ from sparsecbm_jax.intervention.ranking import signed
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import init_heads
-from sparsecbm_jax.model.strategies import LOSSES
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.pruning import fisher, patterns
 from sparsecbm_jax.pruning.gradients import subnetwork_gradient
 from sparsecbm_jax.pruning.masks_from_scores import prune_lowest
@@ -100,7 +100,8 @@ def _unplaced(config: CBMConfig, strategy: str, optim: OptimConfig) -> tuple[Any
     """A key, parameters, heads and the optimiser's state, as shapes that lie nowhere yet."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(functools.partial(backbones.init_params, config=config.backbone), key)
-    heads = jax.eval_shape(functools.partial(init_heads, config=config, strategy=strategy), key)
+    has_bottleneck = STRATEGIES[strategy].has_bottleneck
+    heads = jax.eval_shape(functools.partial(init_heads, config=config, has_bottleneck=has_bottleneck), key)
     tx = train_step.make_optimizer(optim, _NUM_STEPS)
     return key, params, heads, jax.eval_shape(tx.init, {"backbone": params, "heads": heads})
 
@@ -110,7 +111,7 @@ class Shapes:
 
     def __init__(self, run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
         self.run, self.mesh, self.config = run, mesh, model_config(run)
-        self.is_sparse = run.strategy == "sparse"
+        self.is_sparse = STRATEGIES[run.strategy].is_sparse
         backbone = self.config.backbone
         self.length = min(run.data.max_length, backbone.max_length)
         self.tx = train_step.make_optimizer(run.optim, _NUM_STEPS)
@@ -216,7 +217,7 @@ def parts_of(program: str, shapes: Shapes) -> list[Part]:
 
 def _train_step(shapes: Shapes) -> Part:
     run = shapes.run
-    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=LOSSES[run.strategy])
+    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=STRATEGIES[run.strategy].loss)
     batch = shapes.batch(run.training.batch_size, sharding.BATCH_SPEC)
     return Part("train_step", lambda: step.lower(shapes.state, batch, shapes.rng))  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from sparsecbm_jax.intervention.edit_log import EditLog
 from sparsecbm_jax.model import card
 from sparsecbm_jax.model.saved_model import CONFIG_FILE, load
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.report.elements import Figure, Section, Table, percent
 from sparsecbm_jax.report.page import Predictor, predictor_weights
 from sparsecbm_jax.report.run_log import RunLog, read_log
@@ -204,7 +205,7 @@ def _model_card(found: _Run) -> _Part:
     config = read_json_object(found.workdir / MODEL / CONFIG_FILE, "a saved model")
     schema = config["schema"]
     rows = [[name, value] for name, value in card.facts(config).items()]
-    if config["strategy"] != "standard":
+    if STRATEGIES[config["strategy"]].has_bottleneck:
         rows += [["concepts", ", ".join(schema["concepts"])], ["classes of each", ", ".join(schema["classes"])]]
     rows.append(["labels", ", ".join(schema["labels"])])
     if config["sparsity"] is not None:

@@ -23,6 +23,7 @@ from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.losses import LossFn
 from sparsecbm_jax.model.saved_model import load, save
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.pruning.criteria import Criterion
 from sparsecbm_jax.runtime.checkpoints import Checkpointer
 from sparsecbm_jax.runtime.json_files import write_atomically
@@ -109,7 +110,8 @@ def train(
         Checkpointer(workdir / "scores", prepared.config.num_concepts * run.sparsity.reestimations) as scores,
     ):
         small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
-        heads = init_heads(jax.random.key(run.seed), small.config, run.strategy) if start is None else start.heads
+        has_bottleneck, key = STRATEGIES[run.strategy].has_bottleneck, jax.random.key(run.seed)
+        heads = init_heads(key, small.config, has_bottleneck=has_bottleneck) if start is None else start.heads
         in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
         loop = TrainingLoop(
             run, in_use, heads, mesh, checkpoints, best, scores, workdir, loss_fn, criterion, stop, profile

@@ -144,7 +144,7 @@ def test_dense_and_standard_models(model):
     rows = make_rows()
     dense = evaluate(config, params, None, heads, make_batches(rows, 8), SCHEMA)
     assert dense["concept"]["num"] == np.sum(rows["concepts"] >= 0)
-    standard_heads = init_heads(jax.random.key(3), config, "standard")
+    standard_heads = init_heads(jax.random.key(3), config, has_bottleneck=False)
     standard = evaluate(config, params, None, standard_heads, make_batches(rows, 8), SCHEMA)
     assert set(standard) == {"num_examples", "task"}
     assert standard["task"]["num"] == np.sum(rows["label"] >= 0)
