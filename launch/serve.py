@@ -17,7 +17,6 @@ Programs are compiled before the first request; with JAX_COMPILATION_CACHE_DIR=F
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import socket
@@ -140,9 +139,7 @@ def _lasting(model: SparseCBM, edits: Path) -> ContinualSetup | None:
     anchors = saved_runs.anchors(model, FLAGS.model, is_asked=FLAGS.lasting is not None)
     if anchors is None:
         return None
-    # Written-out layers would cost more to compile than single texts can win back.
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
-    return ContinualSetup(ContinualCorrector(model, anchors), cases)
+    return ContinualSetup(ContinualCorrector(model.for_few_texts(), anchors), cases)
 
 
 def _sample(model: SparseCBM) -> Examples | None:

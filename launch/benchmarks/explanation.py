@@ -17,7 +17,6 @@ Speed and memory of 1,000 reviews take about five minutes on 2 CPU cores with Mi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import statistics
@@ -134,8 +133,7 @@ def completeness(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
 
     from sparsecbm_jax.explanation.pathways import explain
 
-    # Every number of steps is another program: written-out layers would cost more to compile than they save.
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    model = model.for_few_texts()  # every number of steps is another program
     heads = ("median %", "90 %", "99 %", "most %", "within 1 %", "most, of u")
     print(f"{'baseline':<10}{'steps':>6}" + "".join(f"{head:>12}" for head in heads))
     report: dict[str, Any] = {}

@@ -10,7 +10,6 @@ round; compiling comes before. Takes about a minute.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import statistics
@@ -51,8 +50,7 @@ def main() -> None:
     from sparsecbm_jax.model.predictions import text_batches
     from sparsecbm_jax.model.saved_model import load
 
-    loaded = load(FLAGS.model)
-    model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
+    model = load(FLAGS.model).for_few_texts()
     batch = next(text_batches(model, [FLAGS.text], batch_size=1))
     sides = {"authors": theirs(model, batch), **ours(model, batch)}
     for run in sides.values():

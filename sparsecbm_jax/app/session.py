@@ -101,9 +101,8 @@ class Session:
         check_masks(model.masks)
         masks = model.masks
         assert masks is not None
-        # Written-out layers, and many widths, would cost more to compile than single texts can win back.
-        config = dataclasses.replace(model.config, unroll_layers=False)
-        model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
+        # Many widths would cost more to compile than single texts can win back.
+        model = dataclasses.replace(model.for_few_texts(), metadata={**model.metadata, "buckets": WIDTHS})
         self._log = EditLog(log, masks, model.schema.concepts)
         self._state = SessionState(dataclasses.replace(model, masks=self._log.replay(masks)), self._log.edits)
         self._lasting = lasting
