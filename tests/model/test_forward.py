@@ -16,7 +16,7 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model import encode, forward
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.encode import pool
-from sparsecbm_jax.model.forward import effective_kernels, make_forward
+from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.losses import joint_loss, subnetwork_loss
 
 from tests.support.random_weights import random_heads, random_masks, random_params
@@ -143,7 +143,7 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
     config, params, masks, heads = build(tiny_backbone_config)
     # With every cell labelled, mean_k and the single L_k differ by the factor K in the concept term only.
     batch = random_batch()._replace(concepts=np.ones((4, NUM_CONCEPTS), np.int32), label=np.ones(4, np.int32))
-    kernels = effective_kernels(params, masks)
+    kernels = {path: jnp.where(mask, leaf_at(params, path), 0) for path, mask in masks.items()}
     config_sum = dataclasses.replace(config, gamma=config.gamma * NUM_CONCEPTS)
 
     def joint(effective: dict) -> jax.Array:
