@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import typing
 from pathlib import Path
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.runtime.json_files import write_json
 from sparsecbm_jax.runtime.result_cache import Results
 
 if typing.TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main() -> None:
         return
     report = corrected(found, run, Path(FLAGS.workdir))
     text, path = intervention.render(report), Path(FLAGS.workdir) / intervention.FILE
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report, indent=1)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
     plots.write([figure for section in intervention.sections(report) for figure in section.figures], path.parent)

@@ -17,7 +17,6 @@ Speed and memory of 1,000 reviews take about five minutes on 2 CPU cores with Mi
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -29,6 +28,7 @@ from typing import Any
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.runtime.json_files import write_json
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.model.sparse_cbm import SparseCBM
@@ -76,9 +76,7 @@ def main() -> None:
     )
     report = {part: PARTS[part](model, texts) for part in FLAGS.parts}
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, report)
 
 
 def speed(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:

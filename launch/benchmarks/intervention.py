@@ -10,18 +10,17 @@ round; compiling comes before. Takes about a minute.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.runtime.json_files import write_json
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.data.batches import Batch
@@ -72,9 +71,7 @@ def main() -> None:
         by_round = ", ".join(f"{ratio:.1f}" for ratio in ratios)
         print(f"{name:<12}{statistics.median(seconds):>10.3f}{statistics.median(ratios):>14.1f}  {by_round}")
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, times)
 
 
 def ours(model: SparseCBM, batch: Batch) -> dict[str, Callable[[], Any]]:

@@ -321,6 +321,21 @@ def from_config_dict(mapping: Mapping[str, Any]) -> RunConfig:
     return _build(RunConfig, mapping)
 
 
+def check_batch_sizes(run: RunConfig) -> None:
+    """Checks that batches divide over the devices that share their rows.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    rows = run.mesh.data * run.mesh.fsdp
+    for name in ("batch_size", "eval_batch_size"):
+        if (size := getattr(run.training, name)) % rows:
+            raise ValueError(
+                f"config.training.{name} is {size}; expected a multiple of {rows}, the devices along mesh.data and "
+                "mesh.fsdp"
+            )
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the nested dict that `from_config_dict` turns back into an equal `RunConfig`."""
     return dataclasses.asdict(config)

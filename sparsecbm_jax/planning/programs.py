@@ -3,7 +3,6 @@
 They are the very functions that training, pruning and intervening run; nothing is allocated.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -72,22 +71,12 @@ def model_config(run: RunConfig) -> CBMConfig:
         backbone = read_config(Path(name).expanduser())
     else:
         backbone = backbones.published_config(name)
-    if run.backbone.dropout is not None:
-        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
     schema = configured_schema(run.data)
     if not (schema.classes and schema.labels):
         raise ValueError(
             "a plan reads no data: with config.data.preset='columns', name config.data.classes and config.data.labels"
         )
-    return CBMConfig(
-        backbone,
-        num_concepts=schema.num_concepts,
-        num_classes=schema.num_classes,
-        num_labels=schema.num_labels,
-        dtype=run.backbone.dtype,
-        remat=run.backbone.remat,
-        gamma=run.gamma,
-    )
+    return CBMConfig.of_run(run, backbone, schema)
 
 
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:

@@ -30,6 +30,18 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:
+    """Write a value to a file as indented JSON, whole or not at all.
+
+    Args:
+        path: the file; its directory is made where it is not there.
+        value: of JSON types.
+        indent: spaces of each level.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(value, indent=indent) + "\n")
+
+
 def append_line(path: Path, line: bytes, *, is_synced: bool = False, must_exist: bool = False) -> None:
     """Append a line to a file, in place of a torn last line; where that fails, the file is left without it.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sparsecbm_jax.runtime.json_files import read_json_object, write_atomically
+from sparsecbm_jax.runtime.json_files import read_json_object, write_json
 
 RUN_FILE = "run.json"
 
@@ -79,8 +79,7 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: It
     saved = read_run(workdir)
     if saved is None:
         if jax.process_index() == 0:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(workdir) / RUN_FILE, json.dumps(config, indent=2) + "\n")
+            write_json(Path(workdir) / RUN_FILE, config)
         return
     if differences := run_differences(saved, config, ignore):
         raise RunMismatchError(

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from sparsecbm_jax.runtime.json_files import append_json_line, append_line, read_json_lines, read_json_object
+from sparsecbm_jax.runtime.json_files import (
+    append_json_line,
+    append_line,
+    read_json_lines,
+    read_json_object,
+    write_json,
+)
 
 RECORDS: list[dict[str, Any]] = [{"name": "soufflé", "step": 1}, {"name": "line\u2028separator", "step": 2}]
 
@@ -102,3 +108,9 @@ def test_a_file_that_is_no_object_is_named(tmp_path: Path, content: bytes | None
         read_json_object(path, "scores")
     with pytest.raises(KeyError, match=message):
         read_json_object(path, "scores", error=KeyError)
+
+
+def test_a_value_is_written_with_its_directory(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "a.json", {"a": [1.5, None]}, indent=1)
+    assert (tmp_path / "new" / "a.json").read_text() == '{\n "a": [\n  1.5,\n  null\n ]\n}\n'
+    assert read_json_object(tmp_path / "new" / "a.json", "scores") == {"a": [1.5, None]}
