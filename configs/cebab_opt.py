@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from sparsecbm_jax.config.names import check_name
+
 from configs import common
 
 
@@ -57,7 +59,7 @@ SCALES = {
 
 def get_config(size: str = "1_3b") -> ConfigDict:
     """Returns the run of one of `SCALES`."""
-    common.check_choice("size of OPT", size, SCALES)
+    check_name("size of OPT", size, SCALES)
     scale = SCALES[size]
     config = common.get_config(f"opt_{size}")
     config.data.preset = "cebab"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from sparsecbm_jax.config.names import did_you_mean
+from sparsecbm_jax.config.names import check_name
 from sparsecbm_jax.config.run_config import RunConfig
 
 
@@ -48,19 +47,13 @@ BACKBONES = {
 
 def get_config(backbone: str = "minilm") -> ConfigDict:
     """Returns the defaults with one of `BACKBONES`."""
-    check_choice("backbone preset", backbone, BACKBONES)
+    check_name("backbone preset", backbone, BACKBONES)
     preset = BACKBONES[backbone]
     config = _config_dict(RunConfig())
     config.backbone.name = preset.name
     config.optim.learning_rate = preset.learning_rate
     config.training.batch_size = preset.batch_size
     return config
-
-
-def check_choice(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError where what stands after a config's colon is not known, with the nearest that is."""
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}; expected one of {', '.join(known)}")
 
 
 def _config_dict(defaults: Any) -> ConfigDict:

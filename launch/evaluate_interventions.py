@@ -24,26 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import typing
 from pathlib import Path
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.runtime.json_files import write_json
 from sparsecbm_jax.runtime.result_cache import Results
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import RunConfig
     from sparsecbm_jax.evaluation.editing.subject import Subject
-
-# What the backbone of a dense model learns, by strategy; independent and sequential train φ apart.
-TRAINED_FOR = {
-    "joint": ("concept", "task"),
-    "standard": ("task",),
-    "independent": ("concept",),
-    "sequential": ("concept",),
-}
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -84,7 +76,7 @@ def main() -> None:
     run, found = saved_runs.read_with_data()
     report = evaluate_interventions(found, run, Path(FLAGS.workdir))
     text, path = intervention.render(report), Path(FLAGS.workdir) / intervention.FILE
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report, indent=1)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
     plots.write([figure for section in intervention.sections(report) for figure in section.figures], path.parent)
@@ -116,6 +108,7 @@ def _check_flags(found: saved_runs.Saved, parts: typing.Mapping[str, typing.Any]
     from sparsecbm_jax.core import masks as masks_lib
     from sparsecbm_jax.evaluation.editing.named_editors import NAMED_EDITORS, RANKINGS
     from sparsecbm_jax.model import saved_model
+    from sparsecbm_jax.model.strategies import STRATEGIES
 
     for flag, known in (("parts", parts), ("rankings", RANKINGS), ("editors", NAMED_EDITORS)):
         command_line.check_names(flag, known)
@@ -131,10 +124,9 @@ def _check_flags(found: saved_runs.Saved, parts: typing.Mapping[str, typing.Any]
         )
     for folder in FLAGS.dense:
         strategy = saved_model.load(folder).strategy
-        if strategy not in TRAINED_FOR:
-            raise ValueError(
-                f"--dense={folder}: trained by strategy {strategy!r}; expected one of {', '.join(TRAINED_FOR)}"
-            )
+        if STRATEGIES[strategy].is_sparse:
+            expected = ", ".join(name for name, one in STRATEGIES.items() if not one.is_sparse)
+            raise ValueError(f"--dense={folder}: trained by strategy {strategy!r}; expected one of {expected}")
 
 
 def _single(subject: Subject, found: saved_runs.Saved, run: RunConfig, results: Results) -> dict[str, typing.Any]:
@@ -171,11 +163,13 @@ def _single(subject: Subject, found: saved_runs.Saved, run: RunConfig, results: 
 
 def _dense(folder: str, run: RunConfig) -> dict[str, typing.Any]:
     """The scores of a dense model on what its backbone was trained for; None for the rest."""
+    from sparsecbm_jax.model.strategies import STRATEGIES
+
     found = saved_runs.read(folder, run)
     strategy = found.model.strategy
     scores = found.scores(run, FLAGS.split, None)
     accuracies = {
-        name: scores[name]["accuracy"] if name in TRAINED_FOR[strategy] else None for name in ("concept", "task")
+        name: scores[name]["accuracy"] if name in STRATEGIES[strategy].trains else None for name in ("concept", "task")
     }
     return {"strategy": strategy, **accuracies}
 

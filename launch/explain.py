@@ -20,7 +20,6 @@ compiled.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import io
 import itertools
@@ -150,9 +149,7 @@ def _load() -> SparseCBM:
 def _load_for(total: int) -> SparseCBM:
     """The model, its layers written out only where there are enough texts for that."""
     model = _load()
-    if total >= _UNROLL_FROM_TEXTS:
-        return model
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    return model if total >= _UNROLL_FROM_TEXTS else model.for_few_texts()
 
 
 def _attribution() -> dict[str, typing.Any]:

@@ -102,9 +102,7 @@ def main() -> None:
     loaded = load(FLAGS.model)
     if loaded.masks is None:
         raise ValueError(f"{FLAGS.model}: a dense model has no masks to edit; train one with --config.strategy=sparse")
-    # Written-out layers would cost more to compile than a few passes can win back.
-    model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
-    original = model
+    model = original = loaded.for_few_texts()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(EditLog(FLAGS.log, loaded.masks, loaded.schema.concepts)) if FLAGS.log else None
         if log is not None:

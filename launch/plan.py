@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.runtime.json_files import write_json
 
 if TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import MeshConfig, RunConfig
@@ -68,9 +67,7 @@ def main() -> None:
             found[name] = in_a_process(run, topology, name)
         print("\n".join(lines(name, found[name], run, topology)), flush=True)
     if FLAGS.json:
-        path = Path(FLAGS.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report(run, topology, found), indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.json, report(run, topology, found))
 
 
 def prepare_environment(topology: Topology) -> None:

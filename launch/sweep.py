@@ -22,7 +22,8 @@ from pathlib import Path
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, saved_runs
-from sparsecbm_jax.runtime import result_cache
+from sparsecbm_jax.runtime.json_files import append_json_line
+from sparsecbm_jax.runtime.result_cache import read_results
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import RunConfig
@@ -58,7 +59,7 @@ def main() -> None:
     # What the flags vary apart, results of one folder are of one config.
     check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
     path = workdir / "results.jsonl"
-    found = [Result(**line) for line in result_cache.read_lines(path)]
+    found = [Result(**line) for line in read_results(path)]
     for folder in FLAGS.models:
         rows = [(criterion, s) for criterion in wanted for s in sparsities]
         left = [row for row in rows if (folder, *row, FLAGS.epochs) not in {tuple(result[:4]) for result in found}]
@@ -66,7 +67,7 @@ def main() -> None:
             continue
         for result in (_tuned if FLAGS.epochs else _pruned)(folder, left, wanted, workdir):
             found.append(result)
-            result_cache.append_line(path, result._asdict())
+            append_json_line(path, result._asdict())
             print(f"{folder}: {describe(result)}", flush=True)
     asked = {(criterion, s) for criterion in wanted for s in sparsities}
     shown = [r for r in found if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]

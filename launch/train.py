@@ -12,12 +12,12 @@ on one host or many, all get the same command and --coordinator; see processes.p
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, processes
+from sparsecbm_jax.runtime.json_files import write_json
 
 FLAGS = flags.FLAGS
 command_line.define_config()
@@ -47,7 +47,7 @@ def main() -> None:
             train(dataclasses.replace(config, seed=seed), folder, profile=FLAGS.profile)
     if seeds and process == 0:
         summary = summarise_runs(workdirs)
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(workdir / "summary.json", summary)
         print(render_summary(summary))
 
 

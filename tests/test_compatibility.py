@@ -110,5 +110,5 @@ def test_old_imports_end_with_a_clear_error() -> None:
         from sparsecbm_jax.correction import correct_minimally  # type: ignore[attr-defined] # noqa: F401
     with pytest.raises(AttributeError, match=r"it is sparsecbm_jax\.intervention\.ranking\.EditCosts"):
         _ = importlib.import_module("sparsecbm_jax.intervention").Guard
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'$"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'nonsense'$"):
         _ = importlib.import_module("sparsecbm_jax.intervention").nonsense

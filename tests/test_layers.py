@@ -23,8 +23,8 @@ MAX_ARGUMENTS = 7
 # From the bottom up. Packages of one level import only from levels below it.
 LEVELS = (
     ("core", "config"),
-    ("backbones",),
     ("runtime",),
+    ("backbones",),
     ("data",),
     ("model",),
     ("pruning", "explanation", "intervention"),

@@ -34,6 +34,7 @@ from typing import Any
 from absl import flags
 
 from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.runtime.json_files import write_json
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import RunConfig
@@ -89,9 +90,7 @@ def main() -> None:
 
 def _write(report: dict[str, Any]) -> None:
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, report)
 
 
 def in_a_process(name: str, measure: Callable[[str], dict[str, Any]], backbone: str) -> dict[str, Any]:

@@ -17,8 +17,6 @@ Speed and memory of 1,000 reviews take about five minutes on 2 CPU cores with Mi
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import statistics
 import time
@@ -30,6 +28,7 @@ from typing import Any
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.runtime.json_files import write_json
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.model.sparse_cbm import SparseCBM
@@ -77,9 +76,7 @@ def main() -> None:
     )
     report = {part: PARTS[part](model, texts) for part in FLAGS.parts}
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, report)
 
 
 def speed(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
@@ -134,8 +131,7 @@ def completeness(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
 
     from sparsecbm_jax.explanation.pathways import explain
 
-    # Every number of steps is another program: written-out layers would cost more to compile than they save.
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    model = model.for_few_texts()  # every number of steps is another program
     heads = ("median %", "90 %", "99 %", "most %", "within 1 %", "most, of u")
     print(f"{'baseline':<10}{'steps':>6}" + "".join(f"{head:>12}" for head in heads))
     report: dict[str, Any] = {}

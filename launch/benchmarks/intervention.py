@@ -10,19 +10,17 @@ round; compiling comes before. Takes about a minute.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import statistics
 import time
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.runtime.json_files import write_json
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.data.batches import Batch
@@ -51,8 +49,7 @@ def main() -> None:
     from sparsecbm_jax.model.predictions import text_batches
     from sparsecbm_jax.model.saved_model import load
 
-    loaded = load(FLAGS.model)
-    model = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, unroll_layers=False))
+    model = load(FLAGS.model).for_few_texts()
     batch = next(text_batches(model, [FLAGS.text], batch_size=1))
     sides = {"authors": theirs(model, batch), **ours(model, batch)}
     for run in sides.values():
@@ -74,9 +71,7 @@ def main() -> None:
         by_round = ", ".join(f"{ratio:.1f}" for ratio in ratios)
         print(f"{name:<12}{statistics.median(seconds):>10.3f}{statistics.median(ratios):>14.1f}  {by_round}")
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, times)
 
 
 def ours(model: SparseCBM, batch: Batch) -> dict[str, Callable[[], Any]]:

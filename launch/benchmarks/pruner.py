@@ -11,17 +11,16 @@ Takes about five minutes on a CPU core.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.runtime.json_files import write_json
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
@@ -52,9 +51,7 @@ def main() -> None:
         by_round = ", ".join(f"{ratio:.1f}" for ratio in row["ratio_by_round"])
         print(f"{name:<12}{min(row['ours']):>10.3f}{min(row['torch']):>10.3f}{row['ratio']:>8.1f}  {by_round}")
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, report)
 
 
 def scoring(num_grads: int) -> tuple[Callable[[], Any], Callable[[], Any]]:

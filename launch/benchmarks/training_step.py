@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from sparsecbm_jax.cli import command_line
+from sparsecbm_jax.runtime.json_files import write_json
 
 if TYPE_CHECKING:
     import jax
@@ -267,9 +267,7 @@ def main() -> None:
     )
     print(render(report))
     if FLAGS.output:
-        path = Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(FLAGS.output, report)
 
 
 def _summary(times: Sequence[Seconds], ours: Sequence[Seconds]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ For `soak/training.py`, which kills one many times, and for a test, which does i
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import socket
 import subprocess
@@ -15,6 +14,8 @@ import time
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from sparsecbm_jax.runtime.json_files import read_json_lines
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TRAIN = Path(__file__).with_name("train.py")
@@ -154,10 +155,7 @@ class Run:
     def records(self) -> list[dict[str, typing.Any]]:
         """What the log holds of whole lines."""
         path = self.workdir / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines]
+        return [record for _, record in read_json_lines(path, "what the run logs")] if path.is_file() else []
 
     def last_step(self) -> int:
         """The last step in the log."""

@@ -19,7 +19,7 @@ from sparsecbm_jax.app.schemas import (
     Question,
     SampleEffect,
 )
-from sparsecbm_jax.config.names import name_index
+from sparsecbm_jax.config.names import check_name
 from sparsecbm_jax.core.masks import check_masks
 from sparsecbm_jax.correction.corrections import correct
 from sparsecbm_jax.correction.preview import outputs_of, preview
@@ -96,9 +96,8 @@ class Session:
         check_masks(model.masks)
         masks = model.masks
         assert masks is not None
-        # Written-out layers, and many widths, would cost more to compile than single texts can win back.
-        config = dataclasses.replace(model.config, unroll_layers=False)
-        model = dataclasses.replace(model, config=config, metadata={**model.metadata, "buckets": WIDTHS})
+        # Many widths would cost more to compile than single texts can win back.
+        model = dataclasses.replace(model.for_few_texts(), metadata={**model.metadata, "buckets": WIDTHS})
         self._log = EditLog(log, masks, model.schema.concepts)
         self._state = SessionState(dataclasses.replace(model, masks=self._log.replay(masks)), self._log.edits)
         self._editor = editors.minimal() if editor is None else editor
@@ -269,7 +268,7 @@ class Session:
             ("class", "target", question.target, schema.classes),
         ):
             try:
-                name_index(kind, name, names)
+                check_name(kind, name, names)
             except ValueError as error:
                 raise ApiError(400, str(error), field=field) from None
         self._check_text(question.text)

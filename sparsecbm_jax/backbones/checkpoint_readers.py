@@ -4,13 +4,14 @@ Tensors go by PyTorch's names and are laid out as PyTorch lays them out, whateve
 """
 
 import abc
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from sparsecbm_jax.runtime.json_files import read_json_object
 
 Index = tuple[slice, ...]
 
@@ -41,17 +42,6 @@ class Reader(abc.ABC):
         return self.read(name, tuple(slice(0, 0) for _ in self.shapes[name])).dtype
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `WeightsError` with the file's name where it is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise WeightsError(f"{path}: holds a {type(data).__name__}; expected a JSON object")
-    return data
-
-
 def _spelling(name: str) -> str:
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         if name.endswith(old):
@@ -60,7 +50,7 @@ def _spelling(name: str) -> str:
 
 
 def _sharded_files(index_file: Path) -> list[Path]:
-    weight_map = read_json(index_file).get("weight_map")
+    weight_map = read_json_object(index_file, "an index of shards", error=WeightsError).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise WeightsError(f"{index_file}: has no 'weight_map'")
     for name in weight_map.values():

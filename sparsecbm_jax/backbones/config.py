@@ -1,9 +1,10 @@
 """What shape a backbone has, read from and written to the Hugging Face `config.json`."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from sparsecbm_jax.config.names import did_you_mean
 
 FAMILIES = ("bert", "roberta", "distilbert", "opt")
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
@@ -104,9 +105,7 @@ class BackboneConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown key {key!r} in a backbone's config{hint}")
+                raise ValueError(f"unknown key {key!r} in a backbone's config{did_you_mean(key, known)}")
         return cls(**data)
 
 

@@ -3,7 +3,6 @@
 Nothing is ever held whole: a leaf is read slice by slice into the shards that this host owns.
 """
 
-import difflib
 import functools
 import importlib.util
 import json
@@ -20,9 +19,11 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from sparsecbm_jax.backbones.backbone import Params, init_params
-from sparsecbm_jax.backbones.checkpoint_readers import FORMATS, Index, Reader, WeightsError, open_checkpoint, read_json
+from sparsecbm_jax.backbones.checkpoint_readers import FORMATS, Index, Reader, WeightsError, open_checkpoint
 from sparsecbm_jax.backbones.config import BackboneConfig, config_from_hf, config_to_hf
 from sparsecbm_jax.backbones.tensor_names import PREFIXES, TensorName, tensor_names
+from sparsecbm_jax.config.names import nearest_name
+from sparsecbm_jax.runtime.json_files import read_json_object
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -71,7 +72,7 @@ def load_pretrained(
     directory = find_checkpoint(name_or_dir)
     if not (directory / "config.json").is_file():
         raise WeightsError(f"{directory}: holds no config.json")
-    config = config_from_hf(read_json(directory / "config.json"))
+    config = read_config(directory)
     reader = open_checkpoint(directory)
     tree = jax.eval_shape(functools.partial(init_params, config=config), jax.random.key(0))
     shapes: Shapes = traverse_util.flatten_dict(tree, sep="/")
@@ -83,6 +84,17 @@ def load_pretrained(
         flat[tensor.path] = _place(read, shapes[tensor.path].shape, places[tensor.path])
     # A family without final norm and projection has an empty 'finish', which flattening drops.
     return config, {key: {} for key in tree} | traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read_config(directory: Path) -> BackboneConfig:
+    """Reads `config.json` of a directory of the hub's layout.
+
+    Raises:
+        WeightsError: It is no JSON object.
+        ValueError: The model type is not supported, or a setting of it.
+    """
+    found = read_json_object(directory / "config.json", "what transformers writes", error=WeightsError)
+    return config_from_hf(found)
 
 
 def _flat_shardings(shardings: Any | None, shapes: Shapes) -> Mapping[str, Sharding | None]:
@@ -162,8 +174,8 @@ def _match(
 
 def _problem(name: str, expected: tuple[int, ...], found: Mapping[str, tuple[int, ...]]) -> str | None:
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1, cutoff=0.8)
-        hint = f"; nearest name {near[0]!r} with shape {found[near[0]]}" if near else ""
+        near = nearest_name(name, found, cutoff=0.8)
+        hint = f"; nearest name {near!r} with shape {found[near]}" if near else ""
         return f"{name!r} is missing, expected shape {expected}{hint}"
     if found[name] != expected:
         return f"{name!r} has shape {found[name]}, expected {expected}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.metadata
 import importlib.util
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsecbm_jax.config.names import nearest_name
+from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.config.run_config import RunConfig, from_config_dict, key_names, setting_type, unknown_key
 from sparsecbm_jax.runtime import memory
 
@@ -85,8 +84,7 @@ def check_names(flag: str, known: Iterable[str]) -> None:
     names = list(known)
     for value in FLAGS[flag].value or []:
         if value not in names:
-            near = nearest_name(value, names)
-            hint = f"did you mean {near}?" if near else f"expected some of {', '.join(names)}"
+            hint = did_you_mean(value, names, "did you mean {}?") or f"expected some of {', '.join(names)}"
             raise ValueError(f"--{flag}: there is no {value!r}; {hint}")
 
 
@@ -211,8 +209,8 @@ def _find_config(value: str) -> str:
     if not path.is_file():
         path = CHECKOUT / name
     if not path.is_file():
-        near = nearest_name(name, _config_files())
-        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(_config_files())}"
+        files = _config_files()
+        hint = did_you_mean(name, files, "did you mean {}?") or f"expected one of {', '.join(files)}"
         raise ValueError(f"no config file {name!r}; {hint}")
     return f"{path}{colon}{argument}"
 
@@ -227,8 +225,8 @@ def _explain(error: flags.Error) -> str:
         return str(error)
     known = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
     known += [name for name in ("config", "debug") if name in FLAGS]
-    near = difflib.get_close_matches(str(error.flagname).partition(".")[0], known, n=1)
-    return f"unknown flag --{error.flagname}" + (f"; did you mean --{near[0]}?" if near else "")
+    hint = did_you_mean(str(error.flagname).partition(".")[0], known, "; did you mean --{}?")
+    return f"unknown flag --{error.flagname}{hint}"
 
 
 def _is_for_people(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import typing
 from pathlib import Path
@@ -48,9 +47,7 @@ def read(folder: str, run: RunConfig) -> Saved:
     from sparsecbm_jax.data import load_dataset, tokenize
     from sparsecbm_jax.model import saved_model
 
-    model = saved_model.load(folder)
-    # Written-out layers would cost more to compile than these few passes can win back.
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    model = saved_model.load(folder).for_few_texts()
     dataset = load_dataset(run.data)
     check_names(model, folder, dataset)
     max_length = min(run.data.max_length, model.config.backbone.max_length)

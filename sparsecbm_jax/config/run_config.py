@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from sparsecbm_jax.config.names import nearest_name
+from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.config.validation import (
     FRACTION,
     FRACTIONS,
@@ -321,6 +321,21 @@ def from_config_dict(mapping: Mapping[str, Any]) -> RunConfig:
     return _build(RunConfig, mapping)
 
 
+def check_batch_sizes(run: RunConfig) -> None:
+    """Checks that batches divide over the devices that share their rows.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    rows = run.mesh.data * run.mesh.fsdp
+    for name in ("batch_size", "eval_batch_size"):
+        if (size := getattr(run.training, name)) % rows:
+            raise ValueError(
+                f"config.training.{name} is {size}; expected a multiple of {rows}, the devices along mesh.data and "
+                "mesh.fsdp"
+            )
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the nested dict that `from_config_dict` turns back into an equal `RunConfig`."""
     return dataclasses.asdict(config)
@@ -346,11 +361,9 @@ def setting_type(key: str, cls: type = RunConfig) -> Any:
 
 def unknown_key(key: str) -> str:
     """Returns the message for a setting that does not exist, with the nearest one that does."""
-    near = nearest_name(key, key_names())
-    if near is None:
-        sections = ", ".join(f"config.{n}" for n in field_types(RunConfig))
-        return f"unknown key config.{key}; valid are {sections} and what is below them"
-    return f"unknown key config.{key}; did you mean config.{near}?"
+    sections = ", ".join(f"config.{n}" for n in field_types(RunConfig))
+    hint = did_you_mean(key, key_names(), "did you mean config.{}?")
+    return f"unknown key config.{key}; {hint or f'valid are {sections} and what is below them'}"
 
 
 def _build(cls: type[T], mapping: Mapping[str, Any]) -> T:

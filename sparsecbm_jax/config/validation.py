@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from sparsecbm_jax.config.names import nearest_name
+from sparsecbm_jax.config.names import did_you_mean
 
 T = TypeVar("T")
 
@@ -60,8 +60,7 @@ def settle(config: Any) -> None:
         check = field.metadata.get("check")
         if check is None or value is None or check.accepts(value):
             continue
-        near = nearest_name(str(value), check.choices)
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = did_you_mean(str(value), check.choices, "; did you mean {!r}?")
         raise ValueError(f"{key} is {value!r}; expected {check.expected}{hint}")
 
 

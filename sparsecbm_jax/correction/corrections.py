@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +13,10 @@ from sparsecbm_jax.config.names import name_index
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.correction.report import CorrectionReport, EditorDescription, TextPrediction
 from sparsecbm_jax.correction.request_file import CorrectionRequest
-from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.intervention import editors
 from sparsecbm_jax.intervention.editors import Editor
 from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, num_changed
-from sparsecbm_jax.model.predictions import Predictions, text_batches
+from sparsecbm_jax.model.predictions import text_batches
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 
@@ -81,65 +79,6 @@ def concept_correction(model: SparseCBM, request: CorrectionRequest) -> ConceptC
         name_index("class", request.target, schema.classes),
         None if request.label is None else name_index("label", request.label, schema.labels),
     )
-
-
-class Proposal(NamedTuple):
-    """A reading that is worth a person's look, found without any label; nothing is corrected by itself.
-
-    Attributes:
-        row: index of the text.
-        concept: its name.
-        reading, runner_up: the two most probable classes.
-        margin: difference of their probabilities.
-        entropy: of all classes, in nats.
-    """
-
-    row: int
-    concept: str
-    reading: str
-    runner_up: str
-    margin: float
-    entropy: float
-
-
-def propose(
-    predictions: Predictions, schema: Schema, *, max_margin: float | None = None, min_entropy: float | None = None
-) -> list[Proposal]:
-    """The readings that the model is least sure of, the least sure first.
-
-    Args:
-        predictions: of `artifact.predict`.
-        schema: the model's names.
-        max_margin: readings whose two best classes are closer than this, in probability.
-        min_entropy: readings whose entropy, in nats, is above this. With both, either will do.
-
-    Raises:
-        ValueError: if neither is given.
-    """
-    if max_margin is None and min_entropy is None:
-        raise ValueError("max_margin and min_entropy are both None; expected at least one threshold")
-    probabilities = np.asarray(predictions.concept_probabilities, np.float64)
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
-    ranked = np.take_along_axis(probabilities, order, axis=-1)
-    margins = ranked[..., 0] - ranked[..., 1]
-    entropies = -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(float).tiny)), axis=-1)
-    is_unsure = np.zeros(margins.shape, bool)
-    if max_margin is not None:
-        is_unsure |= margins < max_margin
-    if min_entropy is not None:
-        is_unsure |= entropies > min_entropy
-    found = [
-        Proposal(
-            row=int(n),
-            concept=schema.concepts[k],
-            reading=schema.classes[order[n, k, 0]],
-            runner_up=schema.classes[order[n, k, 1]],
-            margin=float(margins[n, k]),
-            entropy=float(entropies[n, k]),
-        )
-        for n, k in np.argwhere(is_unsure)
-    ]
-    return sorted(found, key=lambda proposal: proposal.margin)
 
 
 def _predicted(

@@ -1,13 +1,14 @@
 """Corrections that people asked for, in a file: a JSON object with text, concept and target a line."""
 
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparsecbm_jax.intervention.edit_log import EditLog
 from sparsecbm_jax.intervention.stored_edit import StoredEdit, text_hash
+from sparsecbm_jax.runtime.json_files import append_json_line, read_json_lines
+
+_EXPECTED = "a JSON object with the strings text, concept and target"
 
 
 class CorrectionRequest(NamedTuple):
@@ -42,18 +43,11 @@ class RequestFile:
         """
         self.path = Path(path)
         self.requests: list[CorrectionRequest] = []
-        data = self.path.read_bytes() if self.path.exists() else b""
-        *lines, last = data.split(b"\n")
-        is_whole = _is_json(last)
-        for number, line in enumerate([*lines, last] if is_whole else lines, 1):
-            request = _request(line)
+        for where, value in read_json_lines(self.path, _EXPECTED) if self.path.exists() else ():
+            request = _request(value)
             if request is None:
-                raise ValueError(
-                    f"{self.path}, line {number}: expected a JSON object with the strings text, concept and target"
-                )
+                raise ValueError(f"{where}: expected {_EXPECTED}")
             self.requests.append(request)
-        # A last line may lack its end since someone wrote it so, or since it is torn.
-        self._end, self._prefix = (len(data), b"\n") if is_whole else (len(data) - len(last), b"")
 
     def add(self, request: CorrectionRequest) -> None:
         """Writes a correction, which is on disk then.
@@ -62,15 +56,8 @@ class RequestFile:
             OSError: if it cannot be written.
         """
         written = {key: value for key, value in request._asdict().items() if value is not None}
-        line = self._prefix + json.dumps(written).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "r+b" if self.path.exists() else "xb") as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self._end, self._prefix = self._end + len(line), b""
+        append_json_line(self.path, written, is_synced=True)
         self.requests.append(request)
 
     def of_edits(self, edits: Iterable[StoredEdit]) -> list[CorrectionRequest]:
@@ -92,18 +79,10 @@ def _asked(edit: StoredEdit) -> tuple[str, str, str]:
     return edit.text_sha256, edit.concept, edit.target
 
 
-def _is_json(line: bytes) -> bool:
+def _request(value: Any) -> CorrectionRequest | None:
     try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _request(line: bytes) -> CorrectionRequest | None:
-    try:
-        request = CorrectionRequest(**json.loads(line))
-    except (ValueError, TypeError):
+        request = CorrectionRequest(**value)
+    except TypeError:
         return None
     is_text = all(isinstance(value, str) for value in request[:3])
     return request if is_text and isinstance(request.label, str | None) else None

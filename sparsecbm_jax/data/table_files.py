@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.data.schema import SPLITS, DataError
+from sparsecbm_jax.runtime.json_files import read_json, read_json_lines, read_text
 
 Row = dict[str, Any]
 
@@ -74,50 +74,27 @@ def _split_words(stem: str) -> set[str]:
     return set(re.split(r"[^a-z]+", stem.lower()))
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start}); "
-            f"convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
-        ) from error
-
-
 def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        hint = "; if every line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path}: line {error.lineno}, column {error.colno}: broken JSON, {error.msg}{hint}") from error
+    expected = "an array of objects, one for each row (where every line is an object of its own, name the file .jsonl)"
+    rows = read_json(path, expected, error=DataError)
     if not isinstance(rows, list):
-        raise DataError(f"{path}: holds one {type(rows).__name__}; expected an array of objects, one for each row")
-    return [_as_row(path, f"row {i}", row) for i, row in enumerate(rows)]
+        raise DataError(f"{path}: holds one {type(rows).__name__}; expected {expected}")
+    return [_as_row(f"{path}: row {i}", row) for i, row in enumerate(rows)]
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    # Not splitlines(): a JSON string may hold other line breaks, such as U+2028, as they are.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_as_row(path, f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number}, column {error.colno}: broken JSON, {error.msg}") from error
-    return rows
+    lines = read_json_lines(path, "an object on each line", is_by_hand=True, error=DataError)
+    return [_as_row(where, value) for where, value in lines]
 
 
-def _as_row(path: Path, where: str, value: Any) -> Row:
+def _as_row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{path}: {where} is a {type(value).__name__}; expected an object with a key for each column")
+        raise DataError(f"{where} is a {type(value).__name__}; expected an object with a key for each column")
     return value
 
 
 def _read_csv(path: Path) -> list[Row]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, "a table", error=DataError), newline=""), strict=True)
     rows: list[Row] = []
     try:
         header = next(reader, [])

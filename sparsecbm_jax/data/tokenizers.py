@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from os import PathLike
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sparsecbm_jax.data.schema import DataError
+from sparsecbm_jax.runtime.json_files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +76,8 @@ def _is_of_no_special_class(directory: Path) -> bool:
     settings = directory / "tokenizer_config.json"
     if not (settings.is_file() and (directory / "tokenizer.json").is_file()):
         return False
-    return json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in _GENERAL_CLASSES
+    found = read_json_object(settings, "settings of a tokeniser", error=DataError)
+    return found.get("tokenizer_class") in _GENERAL_CLASSES
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:

@@ -1,12 +1,12 @@
 """Scores of several runs beside each other: mean and standard deviation over seeds."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsecbm_jax.evaluation import metrics
 from sparsecbm_jax.evaluation.tables import COLUMNS, percent, sections_of
+from sparsecbm_jax.runtime.json_files import read_json_object
 from sparsecbm_jax.runtime.run_directory import read_run, run_differences
 
 METRICS_FILE = "metrics.json"
@@ -46,18 +46,7 @@ def read_metrics(workdir: str | Path) -> dict[str, Any]:
         FileNotFoundError: the directory has none.
         ValueError: the file is not a JSON object.
     """
-    path = Path(workdir) / METRICS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; expected the directory of a finished run, which holds {METRICS_FILE}"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_json_object(Path(workdir) / METRICS_FILE, "the scores that a finished run leaves in its directory")
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:

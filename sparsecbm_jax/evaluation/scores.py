@@ -170,32 +170,3 @@ def _scores(confusion: ArrayLike, calibration: ArrayLike, log_loss: ArrayLike) -
     }
     counted = float(np.sum(np.asarray(confusion)))
     return {**(scores if counted else dict.fromkeys(scores)), "num": counted}
-
-
-def majority_baseline(
-    concepts: Int[np.ndarray, "N K"], labels: Int[np.ndarray, " N"], schema: Schema
-) -> dict[str, Any]:
-    """Accuracy of always predicting the most frequent class of each concept, and the most frequent label.
-
-    Args:
-        concepts: class of each concept of each row; negative cells are missing.
-        labels: label of each row; negative ones are missing.
-        schema: names and sizes.
-
-    Returns:
-        `{"concept": pooled over all cells, "task": ..., "concepts": {name: ...}}`; None where nothing is labelled.
-    """
-
-    def counts(values: np.ndarray, size: int) -> np.ndarray:
-        return np.bincount(values[values >= 0], minlength=size)
-
-    def share(most: int, total: int) -> float | None:
-        return float(most / total) if total else None
-
-    each = np.stack([counts(column, schema.num_classes) for column in np.asarray(concepts).T])
-    of_labels = counts(np.asarray(labels), schema.num_labels)
-    return {
-        "concept": share(each.max(axis=1).sum(), each.sum()),
-        "task": share(of_labels.max(), of_labels.sum()),
-        "concepts": {name: share(row.max(), row.sum()) for name, row in zip(schema.concepts, each, strict=True)},
-    }

@@ -6,7 +6,6 @@ was never acknowledged: it is put aside, beside the log, when the log is next op
 the last is an error, and nothing is changed.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.intervention.stored_edit import StoredEdit, apply_stored, overlapping, undo_stored
-from sparsecbm_jax.runtime.json_files import write_atomically
+from sparsecbm_jax.runtime.json_files import append_line, write_atomically
 
 FORMAT = "sparsecbm_jax edit log 1"
 
@@ -207,22 +206,7 @@ class EditLog:
     def _write(self, kind: str, edit: StoredEdit, body: Mapping[str, Any]) -> None:
         if self._lock is None:
             raise EditLogError(f"{self.path}: the log is {'read only' if self._is_read_only else 'closed'}")
-        data = _line({"kind": kind, kind: body})
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            size = os.fstat(file).st_size
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(file, view) :]
-                os.fsync(file)
-            except OSError:
-                # Not acknowledged, so not to be there for a reader who comes when the disk has room again.
-                with contextlib.suppress(OSError):
-                    os.ftruncate(file, size)
-                raise
-        finally:
-            os.close(file)
+        append_line(self.path, _line({"kind": kind, kind: body}), is_synced=True, must_exist=True)
         self._note(kind, edit)
 
     def _note(self, kind: str, edit: StoredEdit) -> None:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Int
 from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.intervention.mask_edit import MaskEdit
-from sparsecbm_jax.runtime.json_files import write_atomically
+from sparsecbm_jax.runtime.json_files import read_json, write_json
 
 FORMAT = "sparsecbm_jax edit 1"
 _KEPT, _PRUNED = True, False
@@ -111,7 +111,7 @@ class StoredEdit:
 
     def save(self, path: str | Path) -> Path:
         """Writes the edit to a file of its own, whole or not at all."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict(), indent=1)
         return Path(path)
 
     @classmethod
@@ -121,11 +121,7 @@ class StoredEdit:
         Raises:
             ValueError: naming the file, if it is not an edit.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not JSON ({error}); expected a saved edit") from None
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(read_json(Path(path), "a saved edit"), str(path))
 
 
 def text_hash(text: str) -> str:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsecbm_jax.model.strategies import STRATEGIES
+
 _SCORES = (
     ("accuracy", "accuracy"),
     ("majority_accuracy", "majority"),
@@ -90,7 +92,7 @@ def describe(config: Mapping[str, Any]) -> str:
     Args:
         config: what the model's `config.json` holds.
     """
-    if config["strategy"] == "standard":
+    if not STRATEGIES[config["strategy"]].has_bottleneck:
         what = "A text classifier without concepts, fine-tuned for comparison with concept-bottleneck models."
     else:
         what = (
@@ -116,7 +118,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     found["strategy"] = config["strategy"]
     if "dataset" in metadata:
         found["trained on"] = str(metadata["dataset"])
-    if config["strategy"] != "standard":
+    if STRATEGIES[config["strategy"]].has_bottleneck:
         found["weight of the concept loss, γ"] = str(model["gamma"])
     if metadata.get("seed") is not None:
         found["seed"] = str(metadata["seed"])
@@ -133,7 +135,7 @@ def limits(config: Mapping[str, Any]) -> list[str]:
         f"Texts are cut at {config['max_length']} tokens.",
         "It knows only texts like those it was trained on, with their language, subject and biases.",
     ]
-    if config["strategy"] != "standard":
+    if STRATEGIES[config["strategy"]].has_bottleneck:
         found += [
             "Its concepts are predictions, not facts: compare their accuracy with the majority's before use.",
             "What a text says beyond these concepts cannot reach the label.",
@@ -150,11 +152,11 @@ def render(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
         metrics: what its `metrics.json` holds; may be empty.
     """
     schema, sparsity, reports = config["schema"], config["sparsity"], split_reports(metrics)
-    has_concepts = config["strategy"] != "standard"
+    has_bottleneck = STRATEGIES[config["strategy"]].has_bottleneck
     lines = [*_front_matter(name, config, reports), f"# {escape(name)}", "", "## What it is", "", describe(config), ""]
     lines += [f"- {title}: {escape(value)}" for title, value in facts(config).items()]
     lines += ["", "## Concepts and labels", ""]
-    if has_concepts:
+    if has_bottleneck:
         lines += [
             f"- concepts: {_quoted(schema['concepts'])}",
             f"- classes of each concept: {_quoted(schema['classes'])}",

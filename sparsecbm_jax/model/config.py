@@ -1,13 +1,15 @@
 """The model's static description, and the types of its output and heads."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from sparsecbm_jax.backbones import BackboneConfig
+from sparsecbm_jax.config.run_config import RunConfig
+from sparsecbm_jax.data.schema import Schema
 
 Heads = Mapping[str, Mapping[str, Any]]
 Kernels = Mapping[str, Float[Array, "K ..."]]
@@ -49,6 +51,31 @@ class CBMConfig:
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; expected one of {', '.join(map(repr, REMAT_POLICIES))}")
+
+    @classmethod
+    def of_run(
+        cls, run: RunConfig, backbone: BackboneConfig, schema: Schema, *, unroll_layers: bool = False
+    ) -> "CBMConfig":
+        """The model that a run trains.
+
+        Args:
+            run: its settings.
+            backbone: the pretrained backbone, whose dropout rates the settings may replace.
+            schema: of the data.
+            unroll_layers: see `CBMConfig`.
+        """
+        if (rate := run.backbone.dropout) is not None:
+            backbone = replace(backbone, dropout=rate, attention_dropout=rate)
+        return cls(
+            backbone,
+            num_concepts=schema.num_concepts,
+            num_classes=schema.num_classes,
+            num_labels=schema.num_labels,
+            dtype=run.backbone.dtype,
+            remat=run.backbone.remat,
+            unroll_layers=unroll_layers,
+            gamma=run.gamma,
+        )
 
 
 class CBMOutput(NamedTuple):

@@ -24,27 +24,13 @@ from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
-from sparsecbm_jax.core.masks import AnyMasks
 from sparsecbm_jax.core.sharding import SINGLE
-from sparsecbm_jax.core.trees import Params, leaf_at
+from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
 from sparsecbm_jax.model.encode import encode
 from sparsecbm_jax.model.heads import predict_label, project
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
-
-
-def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None = None) -> dict[str, Array]:
-    """θ_k on the maskable kernels for every concept, {path: [K, ...]}.
-
-    Differentiating with respect to these, not to θ, keeps gradients at pruned positions alive; and since concept k
-    enters the loss only through its own copy, the gradient of the joint loss is that of L_k through subnetwork k.
-    """
-    if any(map(masks_lib.is_packed, masks.values())):
-        if num_concepts is None:
-            raise ValueError("packed masks do not know how many concepts they hold; pass num_concepts")
-        masks = masks_lib.unpack(dict(masks), num_concepts)
-    return {path: jnp.where(mask, leaf_at(params, path), 0) for path, mask in masks.items()}
 
 
 def forward(config: CBMConfig, arrays: ModelArrays, batch: Batch, **encode_args: Any) -> CBMOutput:

@@ -8,14 +8,14 @@ from sparsecbm_jax.core.sharding import SINGLE, Axes
 from sparsecbm_jax.model.config import CBMConfig, Heads
 
 
-def init_heads(rng: Array, config: CBMConfig, strategy: str = "sparse") -> dict[str, dict[str, Array]]:
-    """Random heads: the projector ψ and predictor φ, or the plain classifier of the 'standard' strategy.
+def init_heads(rng: Array, config: CBMConfig, *, has_bottleneck: bool = True) -> dict[str, dict[str, Array]]:
+    """Random heads: the projector ψ and predictor φ, or without a bottleneck a plain classifier.
 
     Kernels are normal with standard deviation 1/√fan_in, biases zero.
     """
     width, k, c, y = config.backbone.output_size, config.num_concepts, config.num_classes, config.num_labels
     projector_rng, predictor_rng = jax.random.split(rng)
-    if strategy == "standard":
+    if not has_bottleneck:
         return {
             "classifier": {
                 "kernel": jax.random.normal(projector_rng, (width, y)) / jnp.sqrt(width),

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsecbm_jax.backbones import BackboneConfig, init_params, maskable_paths
-from sparsecbm_jax.config.names import or_known
+from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.masks import Masks
@@ -38,6 +38,8 @@ from sparsecbm_jax.model import card
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
+from sparsecbm_jax.runtime.json_files import read_json_object
 from sparsecbm_jax.version import __version__
 
 FORMAT_VERSION = 1
@@ -46,7 +48,6 @@ MODEL_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
-STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 
 
 _KEYS = (
@@ -73,10 +74,10 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _abstract(config: CBMConfig, strategy: str) -> dict[str, Any]:
     """Shapes and dtypes of the whole model, without making it."""
-    rng = jax.random.key(0)
+    rng, has_bottleneck = jax.random.key(0), STRATEGIES[strategy].has_bottleneck
     return {
         "params": jax.eval_shape(lambda: init_params(rng, config.backbone)),
-        "heads": jax.eval_shape(lambda: init_heads(rng, config, strategy)),
+        "heads": jax.eval_shape(lambda: init_heads(rng, config, has_bottleneck=has_bottleneck)),
     }
 
 
@@ -101,7 +102,7 @@ def _check_schema(config: CBMConfig, schema: Schema, strategy: str, where: str) 
         raise ArtifactError(f"{where}: strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     for name in ("num_concepts", "num_classes", "num_labels"):
         of_config, of_schema = getattr(config, name), getattr(schema, name)
-        if of_config != of_schema and not (strategy == "standard" and name != "num_labels"):
+        if of_config != of_schema and (STRATEGIES[strategy].has_bottleneck or name == "num_labels"):
             raise ArtifactError(f"{where}: the model has {name} = {of_config}, but its schema {of_schema}")
 
 
@@ -109,7 +110,7 @@ def _check_masks(config: CBMConfig, shapes: Mapping[str, Sequence[int]], wanted:
     known = maskable_paths(config.backbone)
     for path, shape in shapes.items():
         if path not in known:
-            raise ArtifactError(f"{where} has a mask for {path!r}, which is no maskable kernel{or_known(path, known)}")
+            raise ArtifactError(f"{where} has a mask for {path!r}, which is no maskable kernel{_or_known(path, known)}")
         expected = [config.num_concepts, *wanted[f"params/{path}"].shape]
         if list(shape) != expected:
             raise ArtifactError(f"{where}: the mask of {path} is {list(shape)}, expected {expected}")
@@ -134,11 +135,11 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
         TypeError: the metadata or the metrics are not JSON; nothing is written.
     """
     directory = Path(directory)
+    _check_schema(model.config, model.schema, model.strategy, "the model to save")
     wanted = _named(_abstract(model.config, model.strategy))
     tensors = {
         name: sharding.to_host(leaf) for name, leaf in _named({"params": model.params, "heads": model.heads}).items()
     }
-    _check_schema(model.config, model.schema, model.strategy, "the model to save")
     _check_leaves(tensors, wanted, "the model to save")
     masks: Any = None if model.masks is None else {path: sharding.to_host(mask) for path, mask in model.masks.items()}
     if masks is not None:
@@ -239,19 +240,17 @@ def _read_json(path: Path) -> dict[str, Any]:
         inside = path.parent / "model"
         hint = f"; did you mean {inside}?" if (inside / path.name).is_file() else ""
         raise ArtifactError(f"{path} is missing; expected a directory that `sparsecbm_jax.save` wrote{hint}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_json_object(path, "what `sparsecbm_jax.save` wrote", error=ArtifactError)
+
+
+def _or_known(name: str, known: Sequence[str]) -> str:
+    return did_you_mean(name, known, "; did you mean {!r}?") or f"; known are {', '.join(known)}"
 
 
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in content:
         if key not in known:
-            raise ArtifactError(f"{where}: unknown key {key!r}{or_known(key, known)}")
+            raise ArtifactError(f"{where}: unknown key {key!r}{_or_known(key, known)}")
     if absent := [key for key in known if key not in content]:
         raise ArtifactError(f"{where}: lacks {', '.join(absent)}")
 

@@ -90,6 +90,14 @@ class SparseCBM:
         """Widths that texts are padded to, rising; see `data.batches.bucket_length`."""
         return tuple(self.metadata.get("buckets") or BUCKETS)
 
+    def for_few_texts(self) -> "SparseCBM":
+        """The same model with its layers looped over, for single texts and a few passes.
+
+        Layers that are written out (`CBMConfig.unroll_layers`) run faster, but take several times longer to compile,
+        for each width of texts, which so few passes never win back.
+        """
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, unroll_layers=False))
+
 
 def whole_masks(model: SparseCBM) -> Masks:
     """Masks that prune nothing."""

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from sparsecbm_jax.config.run_config import MeshConfig, RunConfig
+from sparsecbm_jax.config.run_config import MeshConfig, RunConfig, check_batch_sizes
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import path_string
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.planning import compiled_cost
 from sparsecbm_jax.planning.programs import (
     LARGE,
@@ -79,13 +80,7 @@ def check_mesh(run: RunConfig, topology: Topology) -> None:
             f"config.mesh is {shape}; expected a product of {topology.num_devices}, the devices of {topology}: set "
             "--config.mesh.fsdp and so on, or --mesh=auto"
         )
-    rows = run.mesh.data * run.mesh.fsdp
-    for name in ("batch_size", "eval_batch_size"):
-        if getattr(run.training, name) % rows:
-            raise ValueError(
-                f"config.training.{name} is {getattr(run.training, name)}; expected a multiple of {rows}, the devices "
-                "along mesh.data and mesh.fsdp"
-            )
+    check_batch_sizes(run)
 
 
 def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
@@ -263,7 +258,7 @@ def propose_meshes(run: RunConfig, topology: Topology) -> list[MeshConfig]:
     hidden states over `tensor`.
     """
     config = model_config(run)
-    backbone, k = config.backbone, config.num_concepts if run.strategy == "sparse" else 1
+    backbone, k = config.backbone, config.num_concepts if STRATEGIES[run.strategy].is_sparse else 1
     ranked = []
     for mesh in _factorisations(topology.num_devices):
         rows = mesh.data * mesh.fsdp

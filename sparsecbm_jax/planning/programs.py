@@ -3,7 +3,6 @@
 They are the very functions that training, pruning and intervening run; nothing is allocated.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsecbm_jax import backbones
-from sparsecbm_jax.backbones.checkpoint_readers import read_json
+from sparsecbm_jax.backbones.pretrained import read_config
 from sparsecbm_jax.config.run_config import MeshConfig, OptimConfig, RunConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
@@ -30,7 +29,7 @@ from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
-from sparsecbm_jax.model.strategies import LOSSES
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.pruning import fisher, patterns
 from sparsecbm_jax.pruning.gradients import subnetwork_gradient
 from sparsecbm_jax.pruning.masks_from_scores import prune_lowest
@@ -71,25 +70,15 @@ def model_config(run: RunConfig) -> CBMConfig:
     """
     name = run.backbone.name
     if Path(name).expanduser().is_dir():
-        backbone = backbones.config_from_hf(read_json(Path(name).expanduser() / "config.json"))
+        backbone = read_config(Path(name).expanduser())
     else:
         backbone = backbones.published_config(name)
-    if run.backbone.dropout is not None:
-        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
     schema = configured_schema(run.data)
     if not (schema.classes and schema.labels):
         raise ValueError(
             "a plan reads no data: with config.data.preset='columns', name config.data.classes and config.data.labels"
         )
-    return CBMConfig(
-        backbone,
-        num_concepts=schema.num_concepts,
-        num_classes=schema.num_classes,
-        num_labels=schema.num_labels,
-        dtype=run.backbone.dtype,
-        remat=run.backbone.remat,
-        gamma=run.gamma,
-    )
+    return CBMConfig.of_run(run, backbone, schema)
 
 
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
@@ -102,7 +91,8 @@ def _unplaced(config: CBMConfig, strategy: str, optim: OptimConfig) -> tuple[Any
     """A key, parameters, heads and the optimiser's state, as shapes that lie nowhere yet."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(functools.partial(backbones.init_params, config=config.backbone), key)
-    heads = jax.eval_shape(functools.partial(init_heads, config=config, strategy=strategy), key)
+    has_bottleneck = STRATEGIES[strategy].has_bottleneck
+    heads = jax.eval_shape(functools.partial(init_heads, config=config, has_bottleneck=has_bottleneck), key)
     tx = train_step.make_optimizer(optim, _NUM_STEPS)
     return key, params, heads, jax.eval_shape(tx.init, {"backbone": params, "heads": heads})
 
@@ -112,7 +102,7 @@ class Shapes:
 
     def __init__(self, run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
         self.run, self.mesh, self.config = run, mesh, model_config(run)
-        self.is_sparse = run.strategy == "sparse"
+        self.is_sparse = STRATEGIES[run.strategy].is_sparse
         backbone = self.config.backbone
         self.length = min(run.data.max_length, backbone.max_length)
         self.tx = train_step.make_optimizer(run.optim, _NUM_STEPS)
@@ -222,7 +212,7 @@ def parts_of(program: str, shapes: Shapes) -> list[Part]:
 
 def _train_step(shapes: Shapes) -> Part:
     run = shapes.run
-    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=LOSSES[run.strategy])
+    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=STRATEGIES[run.strategy].loss)
     batch = shapes.batch(run.training.batch_size, sharding.BATCH_SPEC)
     return Part("train_step", lambda: step.lower(shapes.state, batch, shapes.rng))  # type: ignore[attr-defined]
 

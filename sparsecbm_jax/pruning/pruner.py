@@ -22,6 +22,7 @@ from sparsecbm_jax.data.batches import Batch, Tokenized, fisher_batches
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM, whole_masks
+from sparsecbm_jax.model.strategies import JOINTLY_TRAINED
 from sparsecbm_jax.pruning import fisher, patterns
 from sparsecbm_jax.pruning.criteria import Criterion, make_criterion
 from sparsecbm_jax.pruning.gradients import Kernels, SubnetworkGradients
@@ -198,8 +199,9 @@ def prune_model(
     Raises:
         ValueError: if the model has no concepts to prune for.
     """
-    if model.strategy not in ("joint", "sparse"):
-        raise ValueError(f"the model was trained by strategy {model.strategy!r}; expected 'joint' or 'sparse'")
+    if model.strategy not in JOINTLY_TRAINED:
+        expected = " or ".join(map(repr, JOINTLY_TRAINED))
+        raise ValueError(f"the model was trained by strategy {model.strategy!r}; expected {expected}")
     return prune(
         model.config,
         model.params,

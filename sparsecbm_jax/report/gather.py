@@ -13,12 +13,13 @@ from sparsecbm_jax.intervention.edit_log import EditLog
 from sparsecbm_jax.model import card
 from sparsecbm_jax.model.saved_model import CONFIG_FILE, load
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.report.elements import Figure, Section, Table, percent
 from sparsecbm_jax.report.page import Predictor, predictor_weights
 from sparsecbm_jax.report.run_log import RunLog, read_log
 from sparsecbm_jax.report.sections import intervention, scores, subnetworks, sweep, training
 from sparsecbm_jax.report.sections.decisions import gallery_section
-from sparsecbm_jax.runtime.json_files import read_json
+from sparsecbm_jax.runtime.json_files import read_json_object
 from sparsecbm_jax.training.metrics_log import LOG_FILE
 
 EDIT_LOG = "edits.log"
@@ -201,10 +202,10 @@ def _sweep(folder: Path) -> _Part:
 def _model_card(found: _Run) -> _Part:
     if found.model is None:
         return f"the run has no {MODEL}/"
-    config = read_json(found.workdir / MODEL / CONFIG_FILE, "a saved model")
+    config = read_json_object(found.workdir / MODEL / CONFIG_FILE, "a saved model")
     schema = config["schema"]
     rows = [[name, value] for name, value in card.facts(config).items()]
-    if config["strategy"] != "standard":
+    if STRATEGIES[config["strategy"]].has_bottleneck:
         rows += [["concepts", ", ".join(schema["concepts"])], ["classes of each", ", ".join(schema["classes"])]]
     rows.append(["labels", ", ".join(schema["labels"])])
     if config["sparsity"] is not None:

@@ -6,23 +6,12 @@ import json
 import typing
 from pathlib import Path
 
-
-def read_lines(path: Path) -> list[dict[str, typing.Any]]:
-    """What was found before; a last line that was cut short is dropped from the file."""
-    from sparsecbm_jax.runtime.json_files import write_atomically
-
-    if not path.is_file():
-        return []
-    whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-    if torn:
-        write_atomically(path, f"{whole}\n" if whole else "")
-    return [json.loads(line) for line in whole.split("\n") if line]
+from sparsecbm_jax.runtime.json_files import append_json_line, read_json_lines
 
 
-def append_line(path: Path, record: typing.Mapping[str, typing.Any]) -> None:
-    """Adds a result to the file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def read_results(path: Path) -> list[dict[str, typing.Any]]:
+    """What was found before: the lines of a file that `append_json_line` wrote; none where there is no file."""
+    return [value for _, value in read_json_lines(path, "a result of an earlier start")] if path.exists() else []
 
 
 class Results:
@@ -30,7 +19,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found = {json.dumps(line["key"]): line["value"] for line in read_lines(path)}
+        self._found = {json.dumps(line["key"]): line["value"] for line in read_results(path)}
 
     def once(self, key: typing.Sequence[typing.Any], make: typing.Callable[[], typing.Any]) -> typing.Any:
         """The value of a key; made and written down where it is not there yet.
@@ -43,7 +32,7 @@ class Results:
         if name not in self._found:
             # Through JSON, so that a value is the same whether it was made now or before.
             self._found[name] = json.loads(json.dumps(make()))
-            append_line(self._path, {"key": list(key), "value": self._found[name]})
+            append_json_line(self._path, {"key": list(key), "value": self._found[name]})
         return self._found[name]
 
     def __contains__(self, key: typing.Sequence[typing.Any]) -> bool:

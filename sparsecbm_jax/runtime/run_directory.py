@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sparsecbm_jax.runtime.json_files import write_atomically
+from sparsecbm_jax.runtime.json_files import read_json_object, write_json
 
 RUN_FILE = "run.json"
 
@@ -60,15 +60,7 @@ def read_run(workdir: str | Path) -> dict[str, Any] | None:
     path = Path(workdir) / RUN_FILE
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunMismatchError(
-            f"{path} cannot be read ({error}); expected the configuration of a run as JSON"
-        ) from error
-    if not isinstance(content, dict):
-        raise RunMismatchError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_json_object(path, "the configuration of a run", error=RunMismatchError)
 
 
 def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:
@@ -87,8 +79,7 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: It
     saved = read_run(workdir)
     if saved is None:
         if jax.process_index() == 0:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(workdir) / RUN_FILE, json.dumps(config, indent=2) + "\n")
+            write_json(Path(workdir) / RUN_FILE, config)
         return
     if differences := run_differences(saved, config, ignore):
         raise RunMismatchError(

@@ -11,6 +11,7 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.evaluation import scores
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.preemption import StopSignal
 from sparsecbm_jax.training.label_predictor import with_fitted_predictor
 from sparsecbm_jax.training.setup import Prepared, placed_batches
@@ -40,7 +41,7 @@ def final_model(
     run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any], stop: StopSignal
 ) -> tuple[SparseCBM, dict[str, Any]]:
     """The model of the kept epoch, what is fitted last fitted, and its scores on validation and test."""
-    if run.strategy in ("independent", "sequential"):
+    if STRATEGIES[run.strategy].predictor_inputs:
         state = with_fitted_predictor(run, prepared, mesh, state)
     config, schema = prepared.config, prepared.dataset.schema
     metrics: dict[str, Any] = {

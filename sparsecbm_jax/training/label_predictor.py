@@ -15,6 +15,7 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import predict_label
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.training.setup import Prepared, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
 
@@ -23,7 +24,7 @@ def with_fitted_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state:
     """Second stage of 'independent' and 'sequential': φ on gold or on predicted activations."""
     train_split = prepared.splits["train"]
     classes = prepared.config.num_classes
-    if run.strategy == "independent":
+    if STRATEGIES[run.strategy].predictor_inputs == "gold":
         # A missing cell (−1) activates no class.
         activations = np.asarray(jax.nn.one_hot(train_split.concepts, classes))
         labels = train_split.labels

@@ -19,7 +19,7 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.data.batches import Tokenized, fisher_batches, num_batches, train_batches
 from sparsecbm_jax.model.config import Heads
 from sparsecbm_jax.model.losses import LossFn
-from sparsecbm_jax.model.strategies import LOSSES, SCORED_PARTS
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.pruning import pruner
 from sparsecbm_jax.pruning.criteria import Criterion
 from sparsecbm_jax.pruning.schedule import PruningEvent, schedule
@@ -75,7 +75,7 @@ class TrainingLoop:
         self.train_split = prepared.splits["train"]
         self.steps_per_epoch = num_batches(self.train_split.num_examples, run.training.batch_size)
         self.events: list[PruningEvent] = []
-        if run.strategy == "sparse":
+        if STRATEGIES[run.strategy].is_sparse:
             self.events = schedule(run.sparsity, prepared.config.num_concepts, self.steps_per_epoch)
             masks_lib.packed_dtype(prepared.config.num_concepts)
         _check_can_be_scored(run.strategy, prepared.splits["validation"])
@@ -83,7 +83,7 @@ class TrainingLoop:
         self.tx = make_optimizer(run.optim, run.training.num_epochs * self.steps_per_epoch)
         self.state = init_state(prepared.params, heads, self.tx, mesh)
         self.step_fn = make_train_step(
-            prepared.config, self.tx, mesh, loss_fn=LOSSES[run.strategy] if loss_fn is None else loss_fn
+            prepared.config, self.tx, mesh, loss_fn=STRATEGIES[run.strategy].loss if loss_fn is None else loss_fn
         )
         self.rng = jax.random.fold_in(jax.random.key(run.seed), 1)
         self.meta: dict[str, Any] = {"events_done": 0, "best_score": None, "best_epoch": None, "seconds": 0.0}
@@ -277,7 +277,7 @@ class TrainingLoop:
             kept = (self.state.params, self.state.heads, self.state.packed)
             self.best.save(self.step, kept, {"epoch": epoch, "has_masks": self.state.packed is not None})
         shown = {name: report[name]["accuracy"] for name in ("concept", "task") if name in report}
-        if self.settings.strategy in ("independent", "sequential"):
+        if STRATEGIES[self.settings.strategy].predictor_inputs:
             shown.pop("task")
         self.log.write(self.step, "validation", {"epoch": epoch, **{f"{k}_accuracy": v for k, v in shown.items()}})
         text = ", ".join(f"{name} {100 * (v or 0):.1f} %" for name, v in shown.items())
@@ -311,11 +311,11 @@ class TrainingLoop:
 
 def _selection_score(strategy: str, report: Mapping[str, Any]) -> float:
     """Mean of validation concept and task accuracy, of those that the strategy has trained by then."""
-    values = [report[name]["accuracy"] for name in SCORED_PARTS.get(strategy, ("concept", "task"))]
+    values = [report[name]["accuracy"] for name in STRATEGIES[strategy].trains]
     return float(np.mean([value for value in values if value is not None]))
 
 
 def _check_can_be_scored(strategy: str, validation: Tokenized) -> None:
     labels = {"concept": validation.concepts, "task": validation.labels}
-    if not any((labels[name] >= 0).any() for name in SCORED_PARTS.get(strategy, ("concept", "task"))):
+    if not any((labels[name] >= 0).any() for name in STRATEGIES[strategy].trains):
         raise ValueError(f"the validation split has no label that strategy {strategy!r} could be scored on")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsecbm_jax.runtime.json_files import write_atomically
+from sparsecbm_jax.runtime.json_files import read_json_lines, write_atomically
 
 LOG_FILE = "metrics.jsonl"
 
@@ -27,13 +27,13 @@ class MetricsLog:
         if not is_writer:
             return
         path = workdir / LOG_FILE
-        records = [(line, json.loads(line)) for line in _lines(path)] if step else []
+        earlier = read_json_lines(path, "what this run logged before") if step and path.is_file() else ()
         kept = [
-            line
-            for line, record in records
+            record
+            for _, record in earlier
             if record["step"] < step or (record["step"] == step and record["kind"] not in redone)
         ]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
@@ -56,17 +56,3 @@ class MetricsLog:
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole records of a log; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    while lines:
-        try:
-            json.loads(lines[-1])
-            break
-        except ValueError:
-            lines.pop()
-    return lines

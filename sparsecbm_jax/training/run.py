@@ -6,7 +6,6 @@ one with the best mean of validation concept and task accuracy is kept, and the 
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsecbm_jax.config.run_config import RunConfig, to_dict
+from sparsecbm_jax.config.run_config import RunConfig, check_batch_sizes, to_dict
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import leaf_at
+from sparsecbm_jax.evaluation.run_summary import read_metrics
 from sparsecbm_jax.evaluation.tables import render_table
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.losses import LossFn
 from sparsecbm_jax.model.saved_model import load, save
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
+from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.pruning.criteria import Criterion
 from sparsecbm_jax.runtime.checkpoints import Checkpointer
-from sparsecbm_jax.runtime.json_files import write_atomically
+from sparsecbm_jax.runtime.json_files import write_json
 from sparsecbm_jax.runtime.preemption import StopSignal
 from sparsecbm_jax.runtime.run_directory import check_same_run, read_run
 from sparsecbm_jax.training import vocabulary
@@ -82,17 +83,11 @@ def train(
         check_same_run(workdir, described, ignore=_UNRELATED)
     if (workdir / "metrics.json").is_file() and (workdir / "model").is_dir():
         model = load(workdir / "model")
-        metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_metrics(workdir)
         print_once(f"{workdir} holds this run, finished already:\n{render_table(metrics['test'])}")
         return TrainResult(model, metrics, workdir)
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.concept)
-    rows = run.mesh.data * run.mesh.fsdp
-    for name in ("batch_size", "eval_batch_size"):
-        if getattr(run.training, name) % rows:
-            raise ValueError(
-                f"config.training.{name} is {getattr(run.training, name)}, but must be a multiple of {rows}, "
-                "the devices along mesh.data and mesh.fsdp"
-            )
+    check_batch_sizes(run)
     prepared = prepare(run, mesh)
     if start is not None:
         if (start.config.backbone, start.schema) != (prepared.config.backbone, prepared.dataset.schema):
@@ -108,7 +103,8 @@ def train(
         Checkpointer(workdir / "scores", prepared.config.num_concepts * run.sparsity.reestimations) as scores,
     ):
         small = vocabulary.restrict(prepared.config, prepared.params, prepared.splits)
-        heads = init_heads(jax.random.key(run.seed), small.config, run.strategy) if start is None else start.heads
+        has_bottleneck, key = STRATEGIES[run.strategy].has_bottleneck, jax.random.key(run.seed)
+        heads = init_heads(key, small.config, has_bottleneck=has_bottleneck) if start is None else start.heads
         in_use = prepared._replace(config=small.config, params=small.params, splits=small.splits)
         loop = TrainingLoop(
             run, in_use, heads, mesh, checkpoints, best, scores, workdir, loss_fn, criterion, stop, profile
@@ -126,7 +122,7 @@ def train(
     model = dataclasses.replace(model, config=prepared.config, params=whole)
     save(model, workdir / "model")
     if jax.process_index() == 0:
-        write_atomically(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_json(workdir / "metrics.json", metrics)
     print_once(f"test, epoch {metrics['best_epoch'] + 1} kept:\n{render_table(metrics['test'])}")
     print_once(f"saved {workdir / 'model'} and {workdir / 'metrics.json'}")
     return TrainResult(model, metrics, workdir)

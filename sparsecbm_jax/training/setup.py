@@ -1,6 +1,5 @@
 """What a run starts from: data in tokens, the backbone's configuration and its pretrained parameters."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,24 +70,12 @@ def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
         backbone, params = backbones.load_pretrained(
             name, shardings=None if mesh is None else lambda tree: sharding.shardings(mesh, sharding.param_specs(tree))
         )
-    if run.backbone.dropout is not None:
-        backbone = dataclasses.replace(backbone, dropout=run.backbone.dropout, attention_dropout=run.backbone.dropout)
-    schema = dataset.schema
     max_length = min(run.data.max_length, backbone.max_length)
     splits = {split: tokenize(examples, tokenizer, max_length) for split, examples in dataset.splits.items()}
     num_steps = num_batches(splits["train"].num_examples, run.training.batch_size) * run.training.num_epochs
     is_short = num_steps < _LONG_FROM_STEPS
     is_unrolled = jax.default_backend() == "cpu" and not is_short and backbone.num_layers <= _UNROLL_UP_TO_LAYERS
-    config = CBMConfig(
-        backbone,
-        num_concepts=schema.num_concepts,
-        num_classes=schema.num_classes,
-        num_labels=schema.num_labels,
-        dtype=run.backbone.dtype,
-        remat=run.backbone.remat,
-        unroll_layers=is_unrolled,
-        gamma=run.gamma,
-    )
+    config = CBMConfig.of_run(run, backbone, dataset.schema, unroll_layers=is_unrolled)
     buckets = tuple(width for width in BUCKETS if not is_short or width >= _LEAST_WIDTH_OF_SHORT_RUNS)
     return Prepared(dataset, splits, tokenizer, config, params, buckets)
 

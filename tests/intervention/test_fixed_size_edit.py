@@ -13,7 +13,7 @@ import pytest
 
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.selection import count_true
-from sparsecbm_jax.correction.corrections import correct, propose
+from sparsecbm_jax.correction.corrections import correct
 from sparsecbm_jax.correction.report import render_correction
 from sparsecbm_jax.correction.request_file import CorrectionRequest
 from sparsecbm_jax.data.batches import Batch
@@ -22,7 +22,7 @@ from sparsecbm_jax.intervention import editors
 from sparsecbm_jax.intervention.fixed_size_edit import _change_count, intervene
 from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, apply, num_changed, undo
 from sparsecbm_jax.intervention.ranking import EditCosts, project_out, signed
-from sparsecbm_jax.model.predictions import Predictions, predict, text_batches
+from sparsecbm_jax.model.predictions import predict, text_batches
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 
 from tests.support.numpy_model import (
@@ -362,20 +362,3 @@ def test_float64_positions_are_those_of_an_independent_model(float64: None, sali
     for positions, found in ((dropped, edit.dropped), (grown, edit.grown)):
         flat = np.concatenate([np.asarray(found[path]).ravel() for path in paths])
         np.testing.assert_array_equal(np.flatnonzero(flat), np.sort(positions))
-
-
-def test_unsure_readings_are_proposed_without_a_label(model: SparseCBM) -> None:
-    concepts = np.array([[[0.5, 0.4, 0.1], [0.98, 0.01, 0.01], [0.32, 0.3, 0.38]]] * 2)
-    concepts[1] = [0.0, 1.0, 0.0]
-    predictions = Predictions(concepts, np.zeros((2, 2)), concepts.argmax(-1), np.zeros(2, int))
-    found = propose(predictions, model.schema, max_margin=0.11)
-    assert [(one.row, one.concept, one.reading, one.runner_up) for one in found] == [
-        (0, "service", "unknown", "Negative"),
-        (0, "food", "Negative", "Positive"),
-    ]
-    assert found[1].margin == pytest.approx(0.1)
-    assert found[1].entropy == pytest.approx(-(0.5 * np.log(0.5) + 0.4 * np.log(0.4) + 0.1 * np.log(0.1)))
-    assert propose(predictions, model.schema, min_entropy=1.0) == found[:1]
-    assert not propose(predictions, model.schema, max_margin=0.0)
-    with pytest.raises(ValueError, match="expected at least one threshold"):
-        propose(predictions, model.schema)

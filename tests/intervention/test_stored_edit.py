@@ -113,7 +113,7 @@ def test_a_wrong_file_is_refused_by_what_is_wrong(tmp_path: Path, change: dict[s
     with pytest.raises(ValueError, match=message):
         StoredEdit.load(path)
     path.write_bytes(b"\xff{")
-    with pytest.raises(ValueError, match=r"edit\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"edit\.json: line 1 is not UTF-8"):
         StoredEdit.load(path)
 
 

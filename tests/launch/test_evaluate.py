@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused(folder: Path, arguments: str, message: str) -
 
 def test_only_dense_models_are_compared_with(folder: Path, tmp_path: Path) -> None:
     result = evaluate(folder, f"--workdir={tmp_path / 'edits'}", f"--dense={folder / 'model'}")
-    assert result.returncode == 2 and "strategy 'sparse'; expected one of joint, standard" in result.stderr
+    assert result.returncode == 2 and "strategy 'sparse'; expected one of standard, independent" in result.stderr
     assert not (tmp_path / "edits").exists()
 
 
@@ -138,7 +138,7 @@ def test_corrections_of_a_file_are_kept(folder: Path, tmp_path: Path) -> None:
     assert len(kept.read_text().splitlines()) == 3
     kept.write_text('{"text": "fine", "concept": "food"}\n')
     refused = run_main("intervene.py", *asked, f"--requests={kept}")
-    assert refused.returncode == 2 and f"{kept}, line 1: expected a JSON object" in refused.stderr
+    assert refused.returncode == 2 and f"{kept}: line 1: expected a JSON object" in refused.stderr
 
 
 def test_the_live_page_keeps_corrections_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:

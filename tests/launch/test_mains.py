@@ -71,7 +71,7 @@ def test_presets_of_the_papers_table_2(dataset: str, backbone: str) -> None:
 
 
 def test_misspelt_choices_are_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown backbone preset 'brt' .did you mean 'bert'"):
+    with pytest.raises(ValueError, match=r"there is no backbone preset 'brt' .did you mean 'bert'"):
         common.get_config("brt")
     with pytest.raises(ValueError, match="bert,generatd expects one backbone"):
         importlib.import_module("configs.imdb_c").get_config("bert,generatd")
@@ -91,7 +91,7 @@ def test_a_config_file_cannot_add_a_key() -> None:
             "error: unknown key config.traning.batch_size; did you mean config.training.batch_size?",
         ),
         (["--config=configs/quikstart.py"], "error: no config file 'configs/quikstart.py'; did you mean configs/quick"),
-        (["--config=configs/cebab.py:brt", "--workdir=x"], "error: unknown backbone preset 'brt'"),
+        (["--config=configs/cebab.py:brt", "--workdir=x"], "error: there is no backbone preset 'brt'"),
         (["--config=configs/quickstart.py", "--wrkdir=x"], "error: unknown flag --wrkdir; did you mean --workdir?"),
         (["--config=configs/quickstart.py", "--config.gamma=-1", "--workdir=x"], "error: config.gamma is -1.0;"),
         (["--config=configs/quickstart.py", "--workdir=my", "run"], "error: 'run' belongs to no flag;"),

@@ -16,8 +16,8 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model import encode
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.encode import pool
-from sparsecbm_jax.model.forward import effective_kernels, make_forward
 from sparsecbm_jax.model.forward import forward as run_forward
+from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.losses import joint_loss, subnetwork_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
@@ -147,7 +147,7 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
     config, params, masks, heads = build(tiny_backbone_config)
     # With every cell labelled, mean_k and the single L_k differ by the factor K in the concept term only.
     batch = random_batch()._replace(concepts=np.ones((4, NUM_CONCEPTS), np.int32), label=np.ones(4, np.int32))
-    kernels = effective_kernels(params, masks)
+    kernels = {path: jnp.where(mask, leaf_at(params, path), 0) for path, mask in masks.items()}
     config_sum = dataclasses.replace(config, gamma=config.gamma * NUM_CONCEPTS)
 
     def joint(effective: dict) -> jax.Array:

@@ -81,7 +81,8 @@ def make_model(tokenizer, strategy="sparse", masked=True, **backbone):
             path: jax.random.bernoulli(jax.random.fold_in(jax.random.key(1), index), 0.4, mask.shape)
             for index, (path, mask) in enumerate(masks.items())
         }
-    heads = jax.tree.map(lambda leaf: leaf * 4, init_heads(jax.random.key(2), config, strategy))
+    heads = init_heads(jax.random.key(2), config, has_bottleneck=strategy != "standard")
+    heads = jax.tree.map(lambda leaf: leaf * 4, heads)
     metadata = {"seed": 3, "dataset": "sample", "backbone": "tiny", "max_length": 48, "metrics": METRICS}
     return SparseCBM(config, params, masks, heads, SCHEMA, tokenizer, strategy, metadata)
 

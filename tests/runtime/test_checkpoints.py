@@ -230,7 +230,7 @@ def test_a_different_run_is_refused_with_every_key(tmp_path):
 
 def test_damaged_run_file_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"seed": ')
-    with pytest.raises(RunMismatchError, match=r"run\.json cannot be read"):
+    with pytest.raises(RunMismatchError, match=r"run\.json is not JSON"):
         check_same_run(tmp_path, CONFIG)
 
 

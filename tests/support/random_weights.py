@@ -38,7 +38,8 @@ def random_heads(config: CBMConfig, seed: int = 0, strategy: str = "sparse") -> 
         fan_in = leaf.shape[1] if is_projector else np.prod(leaf.shape[:-1])
         return jnp.asarray(rng.normal(scale=fan_in**-0.5, size=leaf.shape).astype(np.float32))
 
-    shapes = jax.eval_shape(functools.partial(init_heads, config=config, strategy=strategy), jax.random.key(0))
+    init = functools.partial(init_heads, config=config, has_bottleneck=strategy != "standard")
+    shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 

@@ -49,7 +49,8 @@ def tiny_model(
     config = CBMConfig(backbone, SCHEMA.num_concepts, SCHEMA.num_classes, SCHEMA.num_labels, dtype=dtype)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf * 12.0 if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), backbone))
-    heads = jax.tree.map(lambda leaf: leaf + 0.1, init_heads(jax.random.key(1), config, strategy))
+    heads = init_heads(jax.random.key(1), config, has_bottleneck=strategy != "standard")
+    heads = jax.tree.map(lambda leaf: leaf + 0.1, heads)
     masks = None
     if strategy == "sparse":
         masks = {

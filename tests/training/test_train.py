@@ -116,7 +116,7 @@ def test_a_finished_run_is_given_back_and_another_refused(
 def test_a_run_that_could_not_start_leaves_the_folder_free(tmp_path: Path) -> None:
     for changes, message in (
         ({"data": {"path": str(tmp_path / "absent")}}, "does not exist"),
-        ({"training": {"eval_batch_size": 17}, "mesh": {"data": 2}}, "eval_batch_size is 17, but must be a multiple"),
+        ({"training": {"eval_batch_size": 17}, "mesh": {"data": 2}}, "eval_batch_size is 17; expected a multiple of 2"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tiny_run(**changes), tmp_path / "run")

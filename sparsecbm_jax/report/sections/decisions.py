@@ -1,6 +1,5 @@
 """A few held-out decisions of a model, chosen by a rule: the first that is right, that is wrong, that is mixed."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,8 +49,7 @@ def gallery_section(model: SparseCBM, examples: Examples) -> Section | None:
     Returns:
         The section; None where none of the first rows is any of these.
     """
-    # Written-out layers would cost more to compile than these few passes can win back.
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, unroll_layers=False))
+    model = model.for_few_texts()
     unknown = model.schema.unknown_class
     kinds: dict[str, Callable[[_Row], bool]] = {
         "all right": lambda row: row.is_right,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsecbm_jax.model.strategies import JOINTLY_TRAINED, STRATEGIES
 from sparsecbm_jax.report import plots
 from sparsecbm_jax.report.elements import Figure, Section, Table, percent, render_markdown
 from sparsecbm_jax.runtime.json_files import read_json
@@ -21,12 +22,6 @@ _PARTS = ("single", "minimal", "sequential")
 # Parts as version 0.1.0 called them.
 _FORMER = {"undone": "single", "streams": "sequential"}
 TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
-DENSE = {
-    "joint": "dense joint model",
-    "standard": "dense model of the task alone",
-    "independent": "dense model of the concepts alone",
-    "sequential": "dense model of the concepts alone",
-}
 STYLES = {"magnitude": 1, "signed": 0, "random": 2}
 
 
@@ -90,7 +85,7 @@ def _single(report: SuiteReport) -> Section:
     rows.append(["oracle activation", *"–––", "set", percent(found["oracle"]["task"]), *"–––"])
     for dense in found["dense"]:
         scores = [percent(dense[name]) for name in ("concept", "task")]
-        rows.append([DENSE[dense["strategy"]], *"–––", *scores, *"–––"])
+        rows.append([STRATEGIES[dense["strategy"]].title, *"–––", *scores, *"–––"])
     heads = "ranking", "r", "changed", "repaired", "concepts", "task", "held-out concept", "held-out task", "seconds"
     num_cells, sides = found["points"][0]["num_cells"], len(found["points"][0]["side"])
     words = (
@@ -198,7 +193,10 @@ def _draw_single(report: SuiteReport, pyplot: Any) -> Any:
                 axes[1, column].plot(where, [statistics.mean(c) for c in changes], **style)
                 low, high = [min(c) for c in changes], [max(c) for c in changes]
                 axes[1, column].fill_between(where, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    lines = [(DENSE[one["strategy"]], "--" if one["strategy"] == "joint" else "-.", one) for one in found["dense"]]
+    lines = [
+        (STRATEGIES[one["strategy"]].title, "--" if one["strategy"] in JOINTLY_TRAINED else "-.", one)
+        for one in found["dense"]
+    ]
     for label, dash, scores in [*lines, ("oracle activation", ":", found["oracle"])]:
         for column, name in enumerate(("concept", "task")):
             if scores and scores.get(name) is not None:
