@@ -28,9 +28,10 @@ from sparsecbm_jax.core.masks import AnyMasks, Masks
 from sparsecbm_jax.core.sharding import SINGLE
 from sparsecbm_jax.core.trees import Params, leaf_at
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
+from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads, Kernels
 from sparsecbm_jax.model.encode import encode
 from sparsecbm_jax.model.heads import predict_label, project
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 
 def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None = None) -> dict[str, Array]:
@@ -47,15 +48,23 @@ def effective_kernels(params: Params, masks: AnyMasks, num_concepts: int | None 
 
 
 def forward(
-    config: CBMConfig, params: Params, masks: AnyMasks | None, heads: Heads, batch: Batch, **encode_args: Any
+    config: CBMConfig,
+    params: Params,
+    masks: AnyMasks | None,
+    heads: Heads,
+    batch: Batch,
+    *,
+    kernels: Kernels | None = None,
+    **encode_args: Any,
 ) -> CBMOutput:
     """The whole model, text to label; see `encode` for the keyword arguments.
 
     Args:
         masks: None runs the dense model, one pass for all concepts.
+        kernels: of every concept, in place of masked parameters; see `effective_kernels`.
     """
     axes = encode_args.get("axes", SINGLE)
-    z = encode(config, params, batch, masks=masks, **encode_args)
+    z = encode(config, SubnetworkWeights(params, masks, kernels), batch, **encode_args)
     if "classifier" in heads:
         logits = z[:, 0] @ heads["classifier"]["kernel"] + heads["classifier"]["bias"]
         empty = jnp.zeros((z.shape[0], 0, config.num_classes), z.dtype)
@@ -84,7 +93,8 @@ def subnetwork_output(
     Returns:
         u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
     """
-    z = encode(config, params, batch, kernels={path: kernel[None] for path, kernel in kernels.items()})
+    alone = {path: kernel[None] for path, kernel in kernels.items()}
+    z = encode(config, SubnetworkWeights(params, kernels=alone), batch)
     projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
     u = project({"projector": projector}, z)
     others = jax.lax.stop_gradient(activations)

@@ -13,11 +13,13 @@ from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.model import encode, forward
+from sparsecbm_jax.model import encode as encode_lib
+from sparsecbm_jax.model import forward as forward_lib
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.encode import pool
 from sparsecbm_jax.model.forward import effective_kernels, make_forward
 from sparsecbm_jax.model.losses import joint_loss, subnetwork_loss
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 from tests.support.random_weights import random_heads, random_masks, random_params
 
@@ -47,8 +49,8 @@ def build(
 
 
 # Compiled once for each shape; without `jit` the scan over layers is compiled again in every call.
-forward = jax.jit(forward.forward, static_argnums=0)
-encode = jax.jit(encode.encode, static_argnums=0)
+forward = jax.jit(forward_lib.forward, static_argnums=0)
+encode = jax.jit(encode_lib.encode, static_argnums=0)
 encode_dense = jax.jit(backbones.encode_dense, static_argnums=0)
 
 
@@ -92,10 +94,10 @@ def test_opt_projections_are_masked_per_concept(opt_350m_like: BackboneConfig) -
     config, params, masks, _ = build(opt_350m_like)
     assert {"embed/project_in/kernel", "finish/project_out/kernel"} <= set(masks)
     batch = random_batch()
-    z = encode(config, params, batch, masks=masks)
+    z = encode(config, SubnetworkWeights(params, masks), batch)
     for k in range(NUM_CONCEPTS):
         subnetwork = masks_lib.apply(params, masks, k)
-        dense = encode(config, subnetwork, batch)[:, 0]
+        dense = encode(config, SubnetworkWeights(subnetwork), batch)[:, 0]
         chex.assert_trees_all_close(z[:, k], dense, atol=CLOSE)
 
 
@@ -148,7 +150,7 @@ def test_joint_gradient_of_a_kernel_copy_is_that_of_its_own_loss(tiny_backbone_c
 
     def joint(effective: dict) -> jax.Array:
         return joint_loss(
-            config_sum, forward.forward(config_sum, params, None, heads, batch, kernels=effective), batch
+            config_sum, forward_lib.forward(config_sum, params, None, heads, batch, kernels=effective), batch
         )[0]
 
     together = jax.jit(jax.grad(joint))(kernels)
@@ -173,7 +175,7 @@ def test_pruned_weights_get_no_gradient_through_the_masks(tiny_backbone_config: 
     @jax.jit
     @jax.grad
     def gradient(p: dict) -> jax.Array:
-        return joint_loss(config, forward.forward(config, p, masks, heads, batch), batch)[0]
+        return joint_loss(config, forward_lib.forward(config, p, masks, heads, batch), batch)[0]
 
     grads = gradient(params)
     for path, mask in masks.items():
@@ -217,7 +219,7 @@ def test_remat_changes_no_gradient(tiny_backbone_config: BackboneConfig, remat: 
 
     def gradient(config: CBMConfig) -> dict:
         def loss(p: dict) -> jax.Array:
-            return joint_loss(config, forward.forward(config, p, masks, heads, batch), batch)[0]
+            return joint_loss(config, forward_lib.forward(config, p, masks, heads, batch), batch)[0]
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -230,9 +232,10 @@ def test_own_word_embeddings_per_concept(tiny_backbone_config: BackboneConfig) -
     config, params, masks, _ = build(tiny_backbone_config)
     batch = random_batch()
     words = params["embed"]["word"]["embedding"][batch.input_ids]
-    z = encode(config, params, batch, masks=masks)
-    shared = encode(config, params, batch, masks=masks, word_embeddings=words)
-    apart = encode(config, params, batch, masks=masks, word_embeddings=jnp.stack([words, 0 * words, words]))
+    weights = SubnetworkWeights(params, masks)
+    z = encode(config, weights, batch)
+    shared = encode(config, weights, batch, word_embeddings=words)
+    apart = encode(config, weights, batch, word_embeddings=jnp.stack([words, 0 * words, words]))
     chex.assert_trees_all_close(z, shared, atol=EXACT)
     chex.assert_trees_all_close(z[:, [0, 2]], apart[:, [0, 2]], atol=EXACT)
     assert float(jnp.abs(z[:, 1] - apart[:, 1]).max()) > 1e-3

@@ -19,6 +19,7 @@ from sparsecbm_jax.model.forward import concept_logits
 from sparsecbm_jax.model.heads import predict_label, project
 from sparsecbm_jax.model.losses import least_margin
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 
 def random_share(drop_fraction: float, seed: int = 0) -> Editor:
@@ -113,7 +114,7 @@ def _entropy_and_margin(logits: Float[Array, "B C"], target: Array, batch: Batch
 def _projector_sgd(
     config: CBMConfig, state: ModelArrays, batch: Batch, concept: Array, target: Array, rate: Array, max_steps: Array
 ) -> Heads:
-    z = encode(config, state.params, batch, kernels=_kernels(state, concept))
+    z = encode(config, SubnetworkWeights(state.params, kernels=_kernels(state, concept)), batch)
 
     def loss_and_margin(projector: Params) -> tuple[Array, Array]:
         return _entropy_and_margin(_project({"projector": projector}, z, concept), target, batch)
@@ -128,7 +129,7 @@ def _fine_tune(
     config: CBMConfig, state: ModelArrays, batch: Batch, concept: Array, target: Array, rate: Array, max_steps: Array
 ) -> Params:
     def loss_and_margin(params: Params) -> tuple[Array, Array]:
-        z = encode(config, params, batch, kernels=_kernels(state._replace(params=params), concept))
+        z = encode(config, SubnetworkWeights(params, kernels=_kernels(state._replace(params=params), concept)), batch)
         return _entropy_and_margin(_project(state.heads, z, concept), target, batch)
 
     return _descend(loss_and_margin, state.params, rate, max_steps)
