@@ -37,7 +37,7 @@ def main() -> None:
     from sparsecbm_jax.data.batches import fisher_batches
     from sparsecbm_jax.evaluation.tables import render_table
     from sparsecbm_jax.model import saved_model
-    from sparsecbm_jax.model.sparse_cbm import whole_masks
+    from sparsecbm_jax.model.sparse_cbm import ModelArrays, whole_masks
     from sparsecbm_jax.pruning import pruner
     from sparsecbm_jax.pruning.score_store import StoredScores
     from sparsecbm_jax.runtime import checkpoints
@@ -72,9 +72,8 @@ def main() -> None:
         pruned = pruner.prune_model(model, splits["train"], run, make_bar=bar, store=store)
     if FLAGS.optimal_update:
         batches = fisher_batches(splits["train"], run.pruner, seed=run.seed)
-        params = pruner.optimal_update(
-            model.config, model.params, start, pruned, model.heads, batches, pruner=run.pruner
-        )
+        arrays = ModelArrays(model.params, start, model.heads)
+        params = pruner.optimal_update(model.config, arrays, pruned, batches, pruner=run.pruner)
         model = dataclasses.replace(model, params=params)
         found = found._replace(model=model)
     grown = (peak_memory() - before) / 2**20
