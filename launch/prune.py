@@ -1,4 +1,4 @@
-"""Prunes a saved model anew, without training it: other sparsities, criteria and patterns, in minutes.
+"""Prunes a saved model again, without training it: other sparsities, criteria and patterns, in minutes.
 
 python launch/prune.py --model=runs/cebab/model --config=configs/cebab_minilm.py --config.data.path=DIR \
     --config.sparsity.final=0.9 --config.pruner.criterion=magnitude --save=runs/pruned
@@ -29,6 +29,7 @@ flags.DEFINE_string("scores", None, "Folder to keep the scores in, and to take t
 
 
 def main() -> None:
+    """Prunes the model of --model and saves it to --save."""
     run = command_line.run_config()
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")

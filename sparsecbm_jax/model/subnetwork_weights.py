@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
     @property
     def is_shared(self) -> bool:
-        """Whether all subnetworks have the same weights here."""
+        """Says whether all subnetworks have the same weights here."""
         return not (self.bits or self.kernels)
 
 
@@ -114,7 +114,7 @@ class LocalSubnetworks:
 
     @property
     def has_split_table(self) -> bool:
-        """Whether the columns of the token table lie on several devices; see `look_up_words`."""
+        """Says whether the columns of the token table lie on several devices; see `look_up_words`."""
         return self._axes.size("fsdp") > 1
 
     def look_up_words(self, table: Float[Array, "V columns"], input_ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:

@@ -27,7 +27,7 @@ def compiling_for(platform: str | None) -> Iterator[None]:
 
 
 def is_for_cpu() -> bool:
-    """Whether what is traced now will run on a CPU."""
+    """Says whether what is traced now will run on a CPU."""
     return (_platform or jax.default_backend()) == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""What is pruned together: single weights, groups of consecutive inputs, whole blocks, N of M, and greedy OBS.
+"""Pruning patterns: single weights, groups of consecutive inputs, whole blocks, N of M, and greedy OBS.
 
 A pattern turns the weights and the inverse Fisher of blocks into one score a weight. Weights that go together share
 their score: ρ_Q / |Q|, the loss increase a weight, so that groups of all sizes compete on what they cost.

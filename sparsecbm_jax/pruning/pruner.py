@@ -58,7 +58,7 @@ class _NoBar:
 
 @dataclasses.dataclass(frozen=True)
 class PruningOptions:
-    """How weights are scored, and how masks are made from the scores.
+    """Says how weights are scored, and how masks are made from the scores.
 
     Attributes:
         pruner: how weights are scored.
@@ -76,7 +76,7 @@ class PruningOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PruningHooks:
-    """What is told of pruning while it goes on, and where its scores are kept.
+    """Watches pruning while it goes on, and keeps its scores.
 
     Attributes:
         reports: gets what the criterion did, cut by cut and concept by concept.
@@ -107,7 +107,7 @@ def prune(
         batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
         sparsity: pruned fraction, one for all or one for each concept.
         options: how weights are scored and cut.
-        hooks: what is told of it, and where scores are kept.
+        hooks: what watches it, and keeps its scores.
 
     Returns:
         New masks.

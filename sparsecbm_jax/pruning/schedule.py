@@ -1,4 +1,4 @@
-"""When masks are cut, and how far."""
+"""The pruning schedule: the steps at which masks are cut, and the sparsities that they reach."""
 
 from typing import NamedTuple
 

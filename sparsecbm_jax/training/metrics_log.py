@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress bars, metrics as JSON lines and, where installed, TensorBoard."""
+"""A run's log: lines for people, metrics as JSON lines and, where installed, TensorBoard."""
 
 import importlib.util
 import json
@@ -6,9 +6,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sparsecbm_jax.runtime.json_files import write_atomically
 
 LOG_FILE = "metrics.jsonl"
+
+
+def print_once(text: str) -> None:
+    """Prints a line, on one of the run's processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class MetricsLog:
@@ -59,7 +67,7 @@ class MetricsLog:
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole records of a log; a last line that a crash cut short is left out."""
+    """Reads whole records of a log; a last line that a crash cut short is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
