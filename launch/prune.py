@@ -1,4 +1,4 @@
-"""Prunes a saved model anew, without training it: other sparsities, criteria and patterns, in minutes.
+"""Prunes a saved model again, without training it: other sparsities, criteria and patterns, in minutes.
 
 python launch/prune.py --model=runs/cebab/model --config=configs/cebab_minilm.py --config.data.path=DIR \
     --config.sparsity.final=0.9 --config.pruner.criterion=magnitude --save=runs/pruned
@@ -29,6 +29,7 @@ flags.DEFINE_string("scores", None, "Folder to keep the scores in, and to take t
 
 
 def main() -> None:
+    """Prunes the model of --model and saves it to --save."""
     run = command_line.run_config()
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")
@@ -37,7 +38,7 @@ def main() -> None:
     from sparsecbm_jax.data.batches import fisher_batches
     from sparsecbm_jax.evaluation.tables import render_table
     from sparsecbm_jax.model import saved_model
-    from sparsecbm_jax.model.sparse_cbm import whole_masks
+    from sparsecbm_jax.model.sparse_cbm import ModelArrays, whole_masks
     from sparsecbm_jax.pruning import pruner
     from sparsecbm_jax.pruning.score_store import StoredScores
     from sparsecbm_jax.runtime import checkpoints
@@ -72,9 +73,8 @@ def main() -> None:
         pruned = pruner.prune_model(model, splits["train"], run, make_bar=bar, store=store)
     if FLAGS.optimal_update:
         batches = fisher_batches(splits["train"], run.pruner, seed=run.seed)
-        params = pruner.optimal_update(
-            model.config, model.params, start, pruned, model.heads, batches, pruner=run.pruner
-        )
+        arrays = ModelArrays(model.params, start, model.heads)
+        params = pruner.optimal_update(model.config, arrays, pruned, batches, pruner=run.pruner)
         model = dataclasses.replace(model, params=params)
         found = found._replace(model=model)
     grown = (peak_memory() - before) / 2**20

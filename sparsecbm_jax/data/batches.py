@@ -6,6 +6,7 @@ have `example_weight` 0. Texts of similar length share batches, so that little o
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """One step's input: NumPy arrays here, jax arrays once they are on a device.
+    """Holds one step's input: NumPy arrays here, jax arrays once they are on a device.
 
     Concepts and label are -1 where there is no label; `example_weight` is 0 on rows that only fill the batch up.
     """
@@ -41,8 +42,21 @@ class Batch(NamedTuple):
     row_ids: Int[Any, " B"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """Names one of the processes that read the same batches; each yields consecutive rows of its own of every batch.
+
+    Attributes:
+        index: this process, from 0.
+        count: the number of processes; divides the rows of a batch.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
 class Tokenized(NamedTuple):
-    """A split as token ids: text n is `tokens[starts[n]:starts[n + 1]]`, special tokens included."""
+    """Holds a split as token ids: text n is `tokens[starts[n]:starts[n + 1]]`, special tokens included."""
 
     tokens: Int[np.ndarray, " M"]
     starts: Int[np.ndarray, " N+1"]
@@ -68,9 +82,9 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length:
     """Turns texts to token ids, cut at `max_length`; how many were cut is kept and logged.
 
     Args:
-        examples: A split.
-        tokenizer: A fast tokeniser with a pad token, as `load_tokenizer` gives it.
-        max_length: Most tokens of a text, special tokens included; at least 3.
+        examples: a split.
+        tokenizer: a fast tokeniser with a pad token, as `load_tokenizer` gives it.
+        max_length: most tokens of a text, special tokens included; at least 3.
     """
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}: at least 3 is expected, two special tokens and one of the text")
@@ -132,8 +146,7 @@ def train_batches(
     epoch: int,
     start_batch: int = 0,
     buckets: Sequence[int] = BUCKETS,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: Process = Process(),
 ) -> Iterator[Batch]:
     """Yields an epoch's batches in an order that depends on (seed, epoch) alone.
 
@@ -141,17 +154,18 @@ def train_batches(
     Every row comes exactly once.
 
     Args:
-        tokenized: The train split.
-        batch_size: Rows of a batch over all processes, B; divisible by `process_count`.
-        seed: The run's seed.
-        epoch: Epoch, from 0.
-        start_batch: Batches already done; the rest are the same as without it.
-        buckets: Widths of a batch, rising.
-        process_index: This process. It yields its own B / process_count consecutive rows of every batch, and every
-            process sees the same order and the same width.
-        process_count: Number of processes.
+        tokenized: the train split.
+        batch_size: rows of a batch over all processes, B.
+        seed: the run's seed.
+        epoch: epoch, from 0.
+        start_batch: batches already done; the rest are the same as without it.
+        buckets: widths of a batch, rising.
+        process: this process; all of them see the same order and the same widths.
+
+    Raises:
+        ValueError: if the processes do not divide the rows.
     """
-    local = _local_rows(batch_size, process_index, process_count)
+    local = _local_rows(batch_size, process)
     order = _train_order(tokenized.lengths, batch_size, seed, epoch)
     return (_make_batch(tokenized, rows, local, batch_size, buckets) for rows in order[start_batch:])
 
@@ -161,11 +175,10 @@ def eval_batches(
     *,
     batch_size: int,
     buckets: Sequence[int] = BUCKETS,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: Process = Process(),
 ) -> Iterator[Batch]:
     """Yields every row exactly once, shortest texts first; arguments as in `train_batches`."""
-    local = _local_rows(batch_size, process_index, process_count)
+    local = _local_rows(batch_size, process)
     order = np.argsort(tokenized.lengths, kind="stable")
     return (_make_batch(tokenized, rows, local, batch_size, buckets) for rows in _chunks(order, batch_size))
 
@@ -185,13 +198,13 @@ def batch_of(
     return _make_batch(tokenized, chosen, slice(0, size), size, buckets)
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size = {batch_size} is not a positive multiple of process_count = {process_count}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index = {process_index} is not in [0, process_count = {process_count})")
-    rows = batch_size // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
+def _local_rows(batch_size: int, process: Process) -> slice:
+    if batch_size < 1 or batch_size % process.count:
+        raise ValueError(f"batch_size = {batch_size} is not a positive multiple of process_count = {process.count}")
+    if not 0 <= process.index < process.count:
+        raise ValueError(f"process_index = {process.index} is not in [0, process_count = {process.count})")
+    rows = batch_size // process.count
+    return slice(process.index * rows, (process.index + 1) * rows)
 
 
 def _chunks(rows: Int[np.ndarray, " N"], size: int) -> list[Int[np.ndarray, " n"]]:
@@ -241,15 +254,21 @@ _FISHER_BUCKETS = (32, 64, 128, 256, 512)
 
 
 def fisher_batches(split: Tokenized, config: PrunerConfig, *, seed: int, event: int = 0) -> list[Batch]:
-    """Batches that the gradients of an event are taken from: an order of their own, a function of (seed, event).
+    """Makes the batches that the gradients of an event are taken from, in an order that depends on (seed, event) alone.
 
-    Rows come in few widths, so that few programs are compiled; a batch that padding fills up is left out where whole
-    ones are to be had.
+    Rows come in few widths, so that few programs are compiled; a batch that padding fills up is left out where there
+    are whole ones.
+
+    Args:
+        split: the train split.
+        config: of it `num_grads`, `grad_batch_size` and `per_example` count.
+        seed: the run's seed.
+        event: number of the pruning event, from 0.
     """
     wanted = num_fisher_batches(config)
     batches: list[Batch] = []
     while len(batches) < wanted:
-        stream = list(
+        in_order = list(
             train_batches(
                 split,
                 batch_size=config.grad_batch_size,
@@ -258,11 +277,11 @@ def fisher_batches(split: Tokenized, config: PrunerConfig, *, seed: int, event: 
                 buckets=_FISHER_BUCKETS,
             )
         )
-        whole = [batch for batch in stream if batch.example_weight.all()]
-        batches += (whole or stream)[: wanted - len(batches)]
+        whole = [batch for batch in in_order if batch.example_weight.all()]
+        batches += (whole or in_order)[: wanted - len(batches)]
     return batches
 
 
 def num_fisher_batches(config: PrunerConfig) -> int:
-    """Minibatches that hold `num_grads` gradients."""
+    """Counts the minibatches that hold `num_grads` gradients."""
     return int(np.ceil(config.num_grads / config.grad_batch_size)) if config.per_example else config.num_grads

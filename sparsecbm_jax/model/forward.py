@@ -27,24 +27,28 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.sharding import SINGLE
 from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
+from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads, Kernels
 from sparsecbm_jax.model.encode import encode
 from sparsecbm_jax.model.heads import predict_label, project
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 
-def forward(config: CBMConfig, arrays: ModelArrays, batch: Batch, **encode_args: Any) -> CBMOutput:
+def forward(
+    config: CBMConfig, arrays: ModelArrays, batch: Batch, *, kernels: Kernels | None = None, **encode_args: Any
+) -> CBMOutput:
     """Runs the whole model, text to label (Eq. 1 and 3).
 
     Args:
         config: the model's static description.
         arrays: parameters, masks and heads; without masks the dense model runs, one pass for all concepts.
         batch: texts of any labels, which are not read.
+        kernels: effective kernels of every concept, {path: [K, ...]}, in place of masked parameters.
         **encode_args: as for `encode`.
     """
     params, masks, heads = arrays
     axes = encode_args.get("axes", SINGLE)
-    z = encode(config, params, batch, masks=masks, **encode_args)
+    z = encode(config, SubnetworkWeights(params, masks, kernels), batch, **encode_args)
     if "classifier" in heads:
         logits = z[:, 0] @ heads["classifier"]["kernel"] + heads["classifier"]["bias"]
         empty = jnp.zeros((z.shape[0], 0, config.num_classes), z.dtype)
@@ -73,7 +77,8 @@ def subnetwork_output(
     Returns:
         u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
     """
-    z = encode(config, params, batch, kernels={path: kernel[None] for path, kernel in kernels.items()})
+    alone = {path: kernel[None] for path, kernel in kernels.items()}
+    z = encode(config, SubnetworkWeights(params, kernels=alone), batch)
     projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
     u = project({"projector": projector}, z)
     others = jax.lax.stop_gradient(activations)

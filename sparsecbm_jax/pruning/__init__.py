@@ -1,4 +1,4 @@
-"""Which weights a concept keeps: gradients, Fisher, scores (ρ_Q and its rivals), and masks cut by them."""
+"""Which weights a concept keeps: gradients, Fisher, scores (ρ_Q and its baselines), and masks cut by them."""
 
 from sparsecbm_jax.config import moved_names
 from sparsecbm_jax.pruning.criteria import Criterion, make_criterion

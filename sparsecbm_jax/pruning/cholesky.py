@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 # Blocks taken at a time on CPU (at b = 64 in float32 a megabyte, which stays in a core's cache) and elsewhere.
 SLICE, WIDE_SLICE = 64, 4096
-# The platform that programs are traced for, where it is not the one at hand.
+# The platform that programs are traced for, where it is not the one that this process has.
 _platform: str | None = None
 # Blocks up to this size are eliminated, so many pivots at a time.
 _ELIMINATED, _PIVOTS = 24, 2
@@ -17,7 +17,7 @@ _ELIMINATED, _PIVOTS = 24, 2
 
 @contextlib.contextmanager
 def compiling_for(platform: str | None) -> Iterator[None]:
-    """Programs traced inside are cut for this platform; for the one at hand where it is None."""
+    """Cuts programs that are traced inside for this platform; where it is None, for the one that this process has."""
     global _platform
     before, _platform = _platform, platform
     try:
@@ -27,7 +27,7 @@ def compiling_for(platform: str | None) -> Iterator[None]:
 
 
 def is_for_cpu() -> bool:
-    """Whether what is traced now will run on a CPU."""
+    """Says whether what is traced now will run on a CPU."""
     return (_platform or jax.default_backend()) == "cpu"
 
 
@@ -51,32 +51,32 @@ def inverse(matrices: Float[Array, "N b b"]) -> Float[Array, "N b b"]:
 
 
 def root(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
-    """L⁻¹ of a slice of symmetric positive-definite blocks A = L Lᵀ, so that A⁻¹ = L⁻ᵀ L⁻¹; NaN where there is none."""
+    """Computes L⁻¹ of symmetric positive-definite blocks A = L Lᵀ, so that A⁻¹ = L⁻ᵀ L⁻¹; NaN where there is none."""
     scaled, scale = _scaled(blocks)
     return _joined(_root_parts(scaled)) * scale[:, None, :]
 
 
 def invert(blocks: Float[Array, "S b b"]) -> Float[Array, "S b b"]:
-    """A⁻¹ of a slice of blocks; of many, `inverse`."""
+    """Computes A⁻¹ of a slice of blocks; see `inverse` for many."""
     lower = root(blocks)
     return product("ski,skj->sij", lower, lower)
 
 
 def inverse_diagonal(blocks: Float[Array, "S b b"]) -> Float[Array, "S b"]:
-    """diag A⁻¹ alone: the sums of squares of the columns of L⁻¹."""
+    """Computes diag A⁻¹ alone: the sums of squares of the columns of L⁻¹."""
     scaled, scale = _scaled(blocks)
     sums = [jnp.sum(part**2, axis=1) for part in _root_parts(scaled)]
     return (sums[0] if len(sums) == 1 else jnp.concatenate([sums[0] + sums[1], sums[2]], axis=1)) * scale**2
 
 
 def _scaled(blocks: Float[Array, "S b b"]) -> tuple[Float[Array, "S b b"], Float[Array, "S b"]]:
-    """The blocks with ones on their diagonal, about as well conditioned as can be, and what they were scaled by."""
+    """Scales blocks to ones on their diagonal, about as well conditioned as can be; returns the scale, too."""
     scale = jax.lax.rsqrt(jnp.diagonal(blocks, axis1=1, axis2=2))
     return blocks * scale[:, :, None] * scale[:, None, :], scale
 
 
 def _root_parts(blocks: Float[Array, "S b b"]) -> list[Float[Array, "S i j"]]:
-    """L⁻¹ as it is (small blocks), or its upper left, lower left and lower right part, from halves of the blocks."""
+    """Computes L⁻¹ whole (small blocks), or its upper left, lower left and lower right part, by halves."""
     size = blocks.shape[-1]
     if size <= _ELIMINATED:
         # Blocks on the last axis, so that every step is a long vector operation.
@@ -98,7 +98,7 @@ def _joined(parts: list[Float[Array, "S i j"]]) -> Float[Array, "S b b"]:
 
 
 def _eliminate(work: Float[Array, "n n S"]) -> Float[Array, "n n S"]:
-    """L⁻¹ by Gaussian elimination of [A, I], `_PIVOTS` at a time and in place; see `inverse`."""
+    """Computes L⁻¹ by Gaussian elimination of [A, I], `_PIVOTS` at a time and in place; see `inverse`."""
     size = work.shape[0]
     # Static pivots, since a traced one costs ten times as much on CPU.
     for start in range(0, size, _PIVOTS):
@@ -117,7 +117,7 @@ def _eliminate(work: Float[Array, "n n S"]) -> Float[Array, "n n S"]:
 
 
 def _factor(square: Float[Array, "p p S"]) -> tuple[Float[Array, "p p S"], Float[Array, "p p S"]]:
-    """Rᵀ and R⁻¹ of the pivots themselves, one after the other; zero to the bit where they are triangular."""
+    """Computes Rᵀ and R⁻¹ of the pivots themselves, one by one; zero to the bit where they are triangular."""
     size = square.shape[0]
     unit = jnp.broadcast_to(jnp.eye(size, dtype=square.dtype)[:, :, None], square.shape)
     both = jnp.concatenate([square, unit], axis=1)
@@ -129,7 +129,7 @@ def _factor(square: Float[Array, "p p S"]) -> tuple[Float[Array, "p p S"], Float
 
 
 def product(subscripts: str, *leaves: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An einsum at full precision on every accelerator."""
+    """Computes an einsum at full precision on every accelerator."""
     return jnp.einsum(subscripts, *leaves, precision=jax.lax.Precision.HIGHEST)
 
 

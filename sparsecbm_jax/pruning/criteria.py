@@ -1,8 +1,7 @@
 """Pruning criteria: one function from a concept's weights and gradients to scores, lowest pruned first.
 
-`blockwise.woodfisher_scores` is the paper's; the others are what it is compared with, and any function of that shape
-takes its place. The gradients are those of L_k at θ_k and may be gone through several times; nobody who does not need
-them computes any.
+`woodfisher_scores` is the paper's; the others are its baselines, and any function of that shape takes its place. The
+gradients are those of L_k at θ_k and may be iterated over several times; a criterion that needs none computes none.
 """
 
 import functools
@@ -23,11 +22,15 @@ Criterion = Callable[[Kernels, Iterable[Kernels]], Kernels]
 
 
 def make_criterion(config: PrunerConfig, *, seed: int = 0, report: ScoreReport | None = None) -> Criterion:
-    """The criterion that `config.criterion` names, its scores made those of units of `config.pattern`.
+    """Makes the criterion that `config.criterion` names; its scores are those of units of `config.pattern`.
 
     Args:
+        config: how weights are scored.
         seed: of the criterion 'random'.
         report: filled with what the criterion did.
+
+    Returns:
+        A function (kernels, gradients) → scores of the kernels' shapes.
     """
     if config.criterion == "woodfisher":
         return functools.partial(woodfisher_scores, config=config, report=report)
@@ -37,12 +40,12 @@ def make_criterion(config: PrunerConfig, *, seed: int = 0, report: ScoreReport |
 
 
 def magnitude_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
-    """|w|: no gradient is taken, since the stream is never read."""
+    """Scores by |w|; no gradient is taken, since none is asked for."""
     return {path: jnp.abs(kernel) for path, kernel in kernels.items()}
 
 
 def random_scores(kernels: Kernels, gradients: Iterable[Kernels], *, seed: int = 0) -> Kernels:
-    """Uniform noise, its own for every concept and kernel."""
+    """Scores by uniform noise, its own for every concept and kernel."""
     key = jax.random.fold_in(jax.random.key(seed), getattr(gradients, "concept", 0))
     return {
         path: jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), kernel.shape)
@@ -51,7 +54,7 @@ def random_scores(kernels: Kernels, gradients: Iterable[Kernels], *, seed: int =
 
 
 def _mean(kernels: Kernels, gradients: Iterable[Kernels], power: int) -> dict[str, Array]:
-    """Mean of g or of g² over the stream."""
+    """Averages g or g² over the gradients."""
     total, count = {path: jnp.zeros_like(kernel) for path, kernel in kernels.items()}, 0
     for gradient in gradients:
         total, count = _add_power(total, {path: gradient[path] for path in total}, power), count + 1
@@ -66,14 +69,18 @@ def _add_power(total: dict[str, Array], gradient: dict[str, Array], power: int) 
 
 
 def snip_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
-    """|w · mean g|: what the loss would change by, to first order. Reference: Lee et al. 2019 (SNIP)."""
+    """Scores by |w · mean g|, what the loss would change by to first order.
+
+    Reference: Lee et al. 2019 (SNIP).
+    """
     mean = _mean(kernels, gradients, 1)
     return {path: jnp.abs(kernel * mean[path]) for path, kernel in kernels.items()}
 
 
 def movement_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
-    """−w · mean g: how far descent would move a weight away from zero. Reference: Sanh et al. 2020.
+    """Scores by −w · mean g, how far descent would move a weight away from zero.
 
+    Reference: Sanh et al. 2020.
     Deviation: their score is summed over training steps, this one over gradients at the weights as they are.
     """
     mean = _mean(kernels, gradients, 1)
@@ -81,33 +88,44 @@ def movement_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
 
 
 def taylor_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
-    """Mean of (w g)² over the gradients. Reference: Molchanov et al. 2019."""
+    """Scores by the mean of (w g)² over the gradients.
+
+    Reference: Molchanov et al. 2019.
+    """
     mean = _mean(kernels, gradients, 2)
     return {path: kernel**2 * mean[path] for path, kernel in kernels.items()}
 
 
 def diagonal_fisher_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
-    """½ w² (mean g² + ζ), ζ a tenth of a kernel's mean: WoodFisher with blocks of one. Reference: Theis et al. 2018."""
+    """Scores by ½ w² (mean g² + ζ), ζ a tenth of a kernel's mean: WoodFisher with blocks of one.
+
+    Reference: Theis et al. 2018.
+    """
     mean = _mean(kernels, gradients, 2)
     return {path: 0.5 * kernel**2 * (mean[path] + 0.1 * mean[path].mean()) for path, kernel in kernels.items()}
 
 
 def wanda_scores(kernels: Kernels, gradients: Any) -> Kernels:
-    """|w_ij| ‖x_i‖₂, with the inputs x of the subnetwork; no gradient is taken. Reference: Sun et al. 2023 (Wanda).
+    """Scores by |w_ij| ‖x_i‖₂, with the inputs x of the subnetwork; no gradient is taken.
 
     They compare within an output unit: config.sparsity.scope = 'per_row'.
 
+    Reference: Sun et al. 2023 (Wanda).
+
     Args:
-        gradients: a `fisher.SubnetworkGradients`, of which `input_norms` alone is asked.
+        kernels: θ_k on the maskable kernels.
+        gradients: a `SubnetworkGradients`, of which only `input_norms` is called.
     """
     norms = gradients.input_norms()
     return {path: jnp.abs(kernel) * norms[path][..., None] for path, kernel in kernels.items()}
 
 
 def m_fac_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
-    """ρ of single weights with all kernels as one block, by m × m algebra; ζ is a tenth of mean g².
+    """Scores by ρ of single weights with all kernels as one block, by m × m algebra; ζ is a tenth of mean g².
 
-    Keeps the m gradients: 4·m bytes a weight. Reference: Frantar, Kurtic & Alistarh 2021 (M-FAC).
+    The m gradients stay in memory: 4·m bytes a weight.
+
+    Reference: Frantar, Kurtic & Alistarh 2021 (M-FAC).
     """
     rows = list(gradients)
     if not rows:

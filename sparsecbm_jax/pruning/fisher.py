@@ -1,4 +1,4 @@
-"""Gradients of L_k through subnetwork k, and the Fisher blocks that they add up to.
+"""The Fisher blocks that a subnetwork's gradients add up to, within a stated memory.
 
 One concept at a time: the Gram of a concept takes 4·b bytes a weight, so K of them together would not fit where one
 does. Where even that does not fit, several passes over the gradients each take some pieces of the kernels.
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
     def of(
         self, leaf: Float[Array, "*layers inputs outputs"], mesh: Mesh | None = None
     ) -> Float[Array, "inputs units"]:
-        """This piece of a leaf, its units over the devices of a mesh; see `sharding.spread_units`."""
+        """Cuts this piece from a leaf, its units over the devices of a mesh; see `sharding.spread_units`."""
         inputs, units = leaf.shape[-2], self.stop - self.start
         if self.layer is None:
             return _slice(leaf, (0, self.start), (inputs, units), mesh)
@@ -64,7 +64,7 @@ def _slice(
 
 
 class Accumulated(NamedTuple):
-    """What one pass over the gradients leaves.
+    """Holds what one pass over the gradients adds up to.
 
     Attributes:
         states: of each piece, Σ_i g_i g_iᵀ of every block [blocks of inputs, units, b, b] (`accumulate`), or the list
@@ -79,7 +79,7 @@ class Accumulated(NamedTuple):
 
 
 def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...]]:
-    """Which pieces each pass over the gradients accumulates, so that none takes more than `config.fisher_memory`.
+    """Plans which pieces each pass over the gradients accumulates, none in more than `config.fisher_memory`.
 
     Raises:
         ValueError: if that is too little for one output unit.
@@ -109,9 +109,9 @@ def plan_passes(kernels: Kernels, config: PrunerConfig) -> list[tuple[Piece, ...
 
 
 def _whole_bytes(kernels: Kernels) -> int:
-    """What two gradients of the whole backbone, alive while they are cut to pieces, its kernels and their scores take.
+    """Counts the bytes of the kernels, their scores and two gradients, which are alive while they are cut to pieces.
 
-    Of one device, as is all that is planned.
+    Those of one device, as is all that is planned.
     """
     shapes = [
         kernel.sharding.shard_shape(kernel.shape) if sharding.mesh_of(kernel) is not None else kernel.shape
@@ -130,7 +130,7 @@ def _padded(inputs: int, config: PrunerConfig) -> int:
 
 
 def _bytes(config: PrunerConfig) -> tuple[int, int]:
-    """Bytes a weight that a piece takes through a pass, and those that it takes while it is worked on."""
+    """Counts bytes a weight that a piece takes through a pass, and those that it takes while it is worked on."""
     if woodfisher.form(config.num_grads, config.block_size) == "dual":
         return _FLOAT * config.num_grads, _FLOAT * config.num_grads
     # The sums are added to in place; what is worked on is scores.
@@ -147,7 +147,7 @@ def _pass_bytes(pieces: Sequence[Piece], kernels: Kernels, config: PrunerConfig)
 
 
 def describe_plan(kernels: Kernels, config: PrunerConfig) -> str:
-    """The plan of `plan_passes` in a sentence."""
+    """Says the plan of `plan_passes` in a sentence."""
     passes = plan_passes(kernels, config)
     peak = _whole_bytes(kernels) + max(_pass_bytes(pieces, kernels, config) for pieces in passes)
     form = woodfisher.form(config.num_grads, config.block_size)
@@ -167,30 +167,30 @@ def _cut(
     pieces: tuple[Piece, ...],
     mesh: Mesh | None,
 ) -> tuple[list[Float[Array, "inputs units"]], dict[str, Float[Array, "*layers units"]]]:
-    """The pieces of a gradient, and `squares` with those of its leaves added, unit by unit."""
+    """Cuts a gradient to pieces, and adds the squares of its leaves to `squares`, unit by unit."""
     added = {path: squares[path] + jnp.sum(leaf**2, axis=-2) for path, leaf in gradient.items()}
     return [piece.of(gradient[piece.path], mesh) for piece in pieces], added
 
 
 class _Cuts:
-    """Each gradient's pieces; afterwards, how many gradients there were and their squares.
+    """Iterates over each gradient's pieces; afterwards, knows how many gradients there were and their squares.
 
     Raises:
-        ValueError: if the stream is empty.
+        ValueError: if there is no gradient.
     """
 
-    def __init__(self, stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None) -> None:
+    def __init__(self, gradients: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None) -> None:
         self.num_grads, self._squares = 0, dict[str, Array]()
-        self._stream, self._pieces, self._mesh = stream, pieces, mesh
+        self._gradients, self._pieces, self._mesh = gradients, pieces, mesh
 
     @property
     def squares(self) -> dict[str, Float[Array, ""]]:
-        """Added up in float64: one unit with large gradients would swallow the others', more or less on each mesh."""
+        """{path: Σ_i ‖g_i‖²}, in float64: one unit with large gradients would swallow the others', as the mesh is."""
         sums = {path: np.sum(sharding.to_host(leaf), dtype=np.float64) for path, leaf in self._squares.items()}
         return {path: jnp.float32(total) for path, total in sums.items()}
 
     def __iter__(self) -> Iterator[list[Float[Array, "inputs units"]]]:
-        for gradient in self._stream:
+        for gradient in self._gradients:
             squares = self._squares or {path: jnp.zeros_like(leaf[..., 0, :]) for path, leaf in gradient.items()}
             cut, self._squares = _cut(gradient, squares, self._pieces, self._mesh)
             self.num_grads += 1
@@ -219,15 +219,18 @@ def _no_gram(cut: Float[Array, "inputs U"], block_size: int, mesh: Mesh | None) 
 
 
 def accumulate(
-    stream: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int, mesh: Mesh | None = None
+    gradients: Iterable[Kernels], pieces: tuple[Piece, ...], block_size: int, mesh: Mesh | None = None
 ) -> Accumulated:
-    """Adds up the outer products of a stream of gradients, piece by piece.
+    """Adds up the outer products of gradients, piece by piece.
 
     Args:
+        gradients: of one pass.
+        pieces: what is added up; the rest of a gradient is dropped.
+        block_size: b.
         mesh: over whose devices the units of each piece are spread.
 
     Raises:
-        ValueError: if the stream is empty.
+        ValueError: if there is no gradient.
     """
     states: list[Array] = []
     buffer: list[list[Array]] = []
@@ -237,7 +240,7 @@ def accumulate(
             states[i] = _add(states[i], [cut[i] for cut in buffer], mesh)
         buffer.clear()
 
-    cuts = _Cuts(stream, pieces, mesh)
+    cuts = _Cuts(gradients, pieces, mesh)
     for cut in cuts:
         states = states or [_no_gram(leaf, block_size, mesh) for leaf in cut]
         buffer.append(cut)
@@ -248,14 +251,14 @@ def accumulate(
     return Accumulated(states, cuts.squares, cuts.num_grads)
 
 
-def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None = None) -> Accumulated:
+def keep(gradients: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None = None) -> Accumulated:
     """Keeps the gradients of the pieces as they are, for the dual form; see `accumulate`.
 
     Raises:
-        ValueError: if the stream is empty.
+        ValueError: if there is no gradient.
     """
     states: list[list[Array]] = [[] for _ in pieces]
-    cuts = _Cuts(stream, pieces, mesh)
+    cuts = _Cuts(gradients, pieces, mesh)
     for cut in cuts:
         for own, leaf in zip(states, cut, strict=True):
             own.append(leaf)
@@ -264,18 +267,21 @@ def keep(stream: Iterable[Kernels], pieces: tuple[Piece, ...], mesh: Mesh | None
 
 @functools.partial(jax.jit, static_argnums=2)
 def blocks_of(piece: Float[Array, "inputs U"], which: Int[Array, " F"], block_size: int) -> Float[Array, "F b"]:
-    """Some blocks of a piece, by their number among all of it."""
+    """Takes some blocks of a piece, by their numbers among all of it."""
     inputs, units = piece.shape
     rows = jnp.pad(piece, ((0, -inputs % block_size), (0, 0))).reshape(-1, block_size, units)
     return rows[which // units, :, which % units]
 
 
 def rows_of(
-    stream: Iterable[Kernels], blocks: Mapping[Piece, Int[np.ndarray, " F"]], block_size: int, mesh: Mesh | None = None
+    gradients: Iterable[Kernels],
+    blocks: Mapping[Piece, Int[np.ndarray, " F"]],
+    block_size: int,
+    mesh: Mesh | None = None,
 ) -> dict[Piece, list[Float[Array, "F b"]]]:
-    """The gradients of some blocks of some pieces."""
+    """Collects the gradients of some blocks of some pieces."""
     rows: dict[Piece, list[Float[Array, "F b"]]] = {piece: [] for piece in blocks}
-    for cut in _Cuts(stream, tuple(blocks), mesh):
+    for cut in _Cuts(gradients, tuple(blocks), mesh):
         for (piece, which), leaf in zip(blocks.items(), cut, strict=True):
             rows[piece].append(blocks_of(leaf, which, block_size))
     return rows

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,51 @@ from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.losses import subnetwork_loss
 
 Kernels = Mapping[str, Float[Array, "..."]]
+ConceptMask = Mapping[str, Bool[Array, "..."]]
+
+
+class Subnetwork(NamedTuple):
+    """One concept's subnetwork, with the heads that its loss L_k is read through.
+
+    Attributes:
+        config: the model.
+        params: the backbone θ that all concepts share.
+        mask: M_k, {path: booleans}; all True is the whole backbone.
+        heads: projector and label predictor.
+        concept: k.
+    """
+
+    config: CBMConfig
+    params: Params
+    mask: ConceptMask
+    heads: Heads
+    concept: int
+
+    @property
+    def kernels(self) -> dict[str, Float[Array, "..."]]:
+        """θ_k on the maskable kernels, {path: where(M_k, θ, 0)}."""
+        return masks_lib.kernels_of(self.params, self.mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def subnetwork_gradient(
     config: CBMConfig,
     params: Params,
-    mask: Mapping[str, Bool[Array, "..."]],
+    mask: ConceptMask,
     heads: Heads,
     batch: Batch,
     concept: Int[Array, ""],
     activations: Float[Array, "B K C"],
 ) -> dict[str, Float[Array, "..."]]:
-    """∇L_k at θ_k of every maskable kernel, averaged over a minibatch; zero at pruned positions.
+    """Computes ∇L_k at θ_k of every maskable kernel, averaged over a minibatch; zero at pruned positions.
 
     Args:
-        mask: one concept's mask {path: booleans}; all True gives the gradient at θ.
-        concept: k, traced.
+        config: the model.
+        params: the backbone θ.
+        mask: one concept's mask; all True gives the gradient at θ.
+        heads: projector and label predictor.
+        batch: the minibatch, with labels.
+        concept: k, traced, so that all concepts share a program.
         activations: σ(u) of all concepts for this batch.
     """
     kernels = masks_lib.kernels_of(params, mask)
@@ -45,7 +74,7 @@ def subnetwork_gradient(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _input_squares(
-    config: CBMConfig, params: Params, mask: Mapping[str, Bool[Array, "..."]], batch: Batch
+    config: CBMConfig, params: Params, mask: ConceptMask, batch: Batch
 ) -> dict[str, Float[Array, "*layers inputs"]]:
     own = dict(params)
     for path, kernel in masks_lib.kernels_of(params, mask).items():
@@ -54,33 +83,33 @@ def _input_squares(
 
 
 class SubnetworkGradients:
-    """∇L_k of each minibatch, or of each of its rows: a stream that may be gone through more than once.
+    """Iterates over ∇L_k of each minibatch, or of each of its rows; may be iterated over more than once.
 
-    Every pass computes the gradients anew, so that what does not fit in memory at once can be done in several passes.
+    Every pass computes the gradients again, so that what does not fit in memory at once can be done in several passes.
+
+    Args:
+        subnetwork: the subnetwork of concept k.
+        batches: pairs of a batch and σ(u) of all concepts for it.
+        per_example: whether gradients are those of single rows, the empirical Fisher as Eq. 7 writes it; padding rows
+            are left out.
+        limit: the most gradients of a pass.
+        on_gradient: called after each.
+
+    Attributes:
+        concept: k.
     """
 
     def __init__(
         self,
-        config: CBMConfig,
-        params: Params,
-        mask: Mapping[str, Bool[Array, "..."]],
-        heads: Heads,
+        subnetwork: Subnetwork,
         batches: Sequence[tuple[Batch, Float[Array, "B K C"]]],
-        concept: int,
         *,
         per_example: bool = False,
         limit: int | None = None,
         on_gradient: Callable[[], object] = lambda: None,
     ) -> None:
-        """Args are those of `subnetwork_gradient`, and:
-
-        batches: pairs of a batch and σ(u) of all concepts for it.
-        concept: k.
-        per_example: gradients of single rows, the empirical Fisher as Eq. 7 writes it; padding rows are left out.
-        limit: the most gradients of a pass.
-        on_gradient: called after each.
-        """
-        self.concept, self._batches, self._per_example, self._limit = concept, batches, per_example, limit
+        config, params, mask, heads, self.concept = subnetwork
+        self._batches, self._per_example, self._limit = batches, per_example, limit
         self._on_gradient = on_gradient
         self._gradient = functools.partial(subnetwork_gradient, config, params, mask, heads)
         self._input_squares = functools.partial(_input_squares, config, params, mask)
@@ -91,7 +120,7 @@ class SubnetworkGradients:
             self._on_gradient()
 
     def input_norms(self) -> dict[str, Float[Array, "*layers inputs"]]:
-        """‖x_i‖₂ of every input of every kernel of the subnetwork, over the real tokens of all batches."""
+        """Computes ‖x_i‖₂ of every input of every kernel of the subnetwork, over the real tokens of all batches."""
         total: dict[str, Array] = {}
         for batch, _ in self._batches:
             squares = sharding.in_turn(self._input_squares(batch))

@@ -7,8 +7,9 @@ Reference: Tan et al. 2024, 'Concept-Induced Sparsity Mining', which leaves open
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +21,15 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.core.selection import count_true, exact_count, select_smallest, select_smallest_in_rows
 from sparsecbm_jax.pruning import patterns
-from sparsecbm_jax.pruning.gradients import Kernels
+from sparsecbm_jax.pruning.gradients import ConceptMask, Kernels
 from sparsecbm_jax.pruning.patterns import Unit
 
-ConceptMask = Mapping[str, Bool[Array, "..."]]
 # Weights whose scores are read by the host to allot sparsities.
 _SAMPLED = 1_000_000
 
 
 def pinned_paths(paths: Iterable[str], pinned: Sequence[str]) -> set[str]:
-    """The paths that some pattern of `config.sparsity.pinned` names.
+    """Finds the paths that some pattern of `config.sparsity.pinned` names.
 
     Raises:
         ValueError: naming a pattern that names no kernel.
@@ -69,7 +69,7 @@ def _prune_lowest_in_rows(
 
 
 def _by_unit(scores: Kernels, eligible: ConceptMask, unit: Unit) -> tuple[Kernels, ConceptMask]:
-    """The score of every group, and whether all of it may still go."""
+    """Returns the score of every group, and whether all of it may still go."""
     if unit.group == 1:
         return scores, eligible
     grouped = {path: patterns.to_groups(path, leaf, unit.group) for path, leaf in scores.items()}
@@ -95,7 +95,7 @@ def prune_concept(
     unit: Unit = patterns.SINGLE_WEIGHT,
     pinned: Sequence[str] = (),
 ) -> dict[str, Bool[Array, "..."]]:
-    """One concept's mask cut to a sparsity: exactly round(s · n) weights pruned, those of lowest score.
+    """Cuts one concept's mask to a sparsity: exactly round(s · n) weights are pruned, those of lowest score.
 
     Args:
         mask: the mask as it is.
@@ -109,7 +109,9 @@ def prune_concept(
 
     Raises:
         ValueError: if more would have to go than the pattern and the pinned kernels leave.
+        AssertionError: if the scores have other paths or shapes than the mask.
     """
+    chex.assert_trees_all_equal_shapes(dict(mask), dict(scores), custom_message="a mask and its scores")
     whole = pinned_paths(mask, pinned)
     everything = {path: jnp.ones_like(kept) for path, kept in mask.items()}
     start = everything if regrow else dict(mask)
@@ -185,13 +187,19 @@ def _prune_kernels(
 def prune_in_common(
     masks: Masks, scores: Sequence[Kernels], sparsity: float, unit: Unit, pinned: Sequence[str] = ()
 ) -> Masks:
-    """Masks without the weights of lowest summed score, until a share `sparsity` is pruned in all of them.
+    """Cuts the weights of lowest summed score from all masks, until a share `sparsity` is pruned in each of them.
 
     It saves no time: every concept is scored all the same. What it gives is subnetworks that differ less.
 
     Args:
         masks: of all K concepts.
         scores: of each concept.
+        sparsity: the fraction that is to be pruned in all masks.
+        unit: what is pruned together.
+        pinned: kernels that stay whole, as in `prune_concept`.
+
+    Returns:
+        New masks.
     """
     summed = {path: functools.reduce(jnp.add, [of[path] for of in scores]) for path in masks}
     anywhere = {path: mask.any(axis=0) for path, mask in masks.items()}
@@ -200,7 +208,7 @@ def prune_in_common(
 
 
 def allot(scores: Sequence[Kernels], total: float) -> tuple[float, ...]:
-    """A sparsity for each concept, `total` on average, at which the summed scores of what they prune are equal.
+    """Finds a sparsity for each concept, `total` on average, at which the summed scores of what they prune are equal.
 
     The summed score is the loss increase that is predicted, weights taken one by one; a negative one counts as none.
     Read from a sample of some million weights of each concept.
@@ -232,40 +240,70 @@ def allot(scores: Sequence[Kernels], total: float) -> tuple[float, ...]:
 
 
 class MaskMaker:
-    """Cuts masks as `config.sparsity` says, by the scores of one concept or of all."""
+    """Makes masks from scores, as the settings say.
+
+    Args:
+        config: of it `scope`, `regrow`, `pinned`, `allotment` and `shared_fraction` count.
+        unit: what is pruned together.
+
+    Raises:
+        ValueError: if weights are to be cut in common, but a pattern of N of M goes with no such cut.
+    """
 
     def __init__(self, config: SparsityConfig, unit: Unit) -> None:
         if config.shared_fraction and unit.pruned < unit.group:
             raise ValueError("config.sparsity.shared_fraction goes with no N:M pattern: concepts choose other weights")
-        self._config, self.unit = config, unit
-        self.needs_all = config.allotment == "loss" or config.shared_fraction > 0
+        self._config, self._unit = config, unit
 
-    def cut_one(self, mask: ConceptMask, scores: Kernels, sparsity: float, regrow: bool | None = None) -> ConceptMask:
-        return prune_concept(
-            mask,
-            scores,
-            sparsity,
-            scope=self._config.scope,
-            regrow=self._config.regrow if regrow is None else regrow,
-            unit=self.unit,
-            pinned=self._config.pinned,
-        )
+    def cut(self, masks: Masks, scores: Iterable[Kernels], sparsity: Float[np.ndarray, " K"]) -> Masks:
+        """Cuts the masks of all concepts.
 
-    def cut_all(self, masks: Masks, scores: Sequence[Kernels], sparsity: Float[np.ndarray, " K"]) -> Masks:
+        Args:
+            masks: the masks as they are.
+            scores: of one concept after the other. They are taken one by one, unless sparsities are allotted by them
+                or weights are cut in common.
+            sparsity: pruned fraction of each concept.
+
+        Returns:
+            New masks.
+
+        Raises:
+            ValueError: if a sparsity cannot be reached.
+        """
+        if self._config.allotment != "loss" and not self._config.shared_fraction:
+            return self._cut_each(masks, scores, sparsity, self._config.regrow)
+        of_all = list(scores)
         if self._config.regrow:
             masks = {path: jnp.ones_like(mask) for path, mask in masks.items()}
         if self._config.allotment == "loss":
-            sparsity = np.array(allot(scores, float(np.mean(sparsity))))
+            sparsity = np.array(allot(of_all, float(np.mean(sparsity))))
         if self._config.shared_fraction:
-            common = self._config.shared_fraction * float(np.min(sparsity))
-            masks = prune_in_common(masks, scores, common, self.unit, self._config.pinned)
-            too_sparse = 1 - masks_lib.total_density(masks) > sparsity + 1e-6
-            if too_sparse.any():
-                raise ValueError(
-                    f"config.sparsity.shared_fraction is {self._config.shared_fraction:g}, but the masks differ too "
-                    f"much by now: concept {int(np.argmax(too_sparse))} would lose more than its sparsity asks for"
-                )
+            masks = self._cut_in_common(masks, of_all, sparsity)
+        return self._cut_each(masks, of_all, sparsity, regrow=False)
+
+    def _cut_in_common(self, masks: Masks, scores: Sequence[Kernels], sparsity: Float[np.ndarray, " K"]) -> Masks:
+        common = self._config.shared_fraction * float(np.min(sparsity))
+        masks = prune_in_common(masks, scores, common, self._unit, self._config.pinned)
+        too_sparse = 1 - masks_lib.total_density(masks) > sparsity + 1e-6
+        if too_sparse.any():
+            raise ValueError(
+                f"config.sparsity.shared_fraction is {self._config.shared_fraction:g}, but the masks differ too "
+                f"much by now: concept {int(np.argmax(too_sparse))} would lose more than its sparsity asks for"
+            )
+        return masks
+
+    def _cut_each(
+        self, masks: Masks, scores: Iterable[Kernels], sparsity: Float[np.ndarray, " K"], regrow: bool
+    ) -> Masks:
         for k, of_concept in enumerate(scores):
-            mask = self.cut_one(masks_lib.concept(masks, k), of_concept, float(sparsity[k]), regrow=False)
+            mask = prune_concept(
+                masks_lib.concept(masks, k),
+                of_concept,
+                float(sparsity[k]),
+                scope=self._config.scope,
+                regrow=regrow,
+                unit=self._unit,
+                pinned=self._config.pinned,
+            )
             masks = masks_lib.replace_concept(masks, k, mask)
         return masks

@@ -1,4 +1,4 @@
-"""What is pruned together: single weights, groups of consecutive inputs, whole blocks, N of M, and greedy OBS.
+"""Pruning patterns: single weights, groups of consecutive inputs, whole blocks, N of M, and greedy OBS.
 
 A pattern turns the weights and the inverse Fisher of blocks into one score a weight. Weights that go together share
 their score: ρ_Q / |Q|, the loss increase a weight, so that groups of all sizes compete on what they cost.
@@ -20,7 +20,7 @@ SINGLE = "1"
 
 
 class Unit(NamedTuple):
-    """What a pattern prunes at once.
+    """Says what a pattern prunes at once.
 
     Attributes:
         group: consecutive inputs of an output unit that a decision is about.
@@ -35,7 +35,7 @@ SINGLE_WEIGHT = Unit(1, 1)
 
 
 def unit_of(pattern: str, block_size: int) -> Unit:
-    """The unit of one of `config.PATTERNS`.
+    """Returns the unit of one of `config.PATTERNS`.
 
     Raises:
         ValueError: if a group does not divide a block.
@@ -50,7 +50,7 @@ def unit_of(pattern: str, block_size: int) -> Unit:
 
 
 def scores_of(pattern: str, block_size: int) -> Callable[[Float[Array, "S b"], Float[Array, "S b b"]], Array]:
-    """The function (weights, inverse Fisher) → scores of a pattern; see `unit_of` for the errors."""
+    """Returns the function (weights, inverse Fisher) → scores of a pattern; see `unit_of` for the errors."""
     unit = unit_of(pattern, block_size)
     if pattern == "greedy":
         return greedy_scores
@@ -62,7 +62,7 @@ def scores_of(pattern: str, block_size: int) -> Callable[[Float[Array, "S b"], F
 
 
 def group_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"], size: int) -> Float[Array, "S b"]:
-    """ρ_Q / |Q| of every group of `size` consecutive weights of a block, at each of its weights."""
+    """Computes ρ_Q / |Q| of every group of `size` consecutive weights of a block, at each of its weights."""
     num, block = weights.shape
     grouped = weights.reshape(num * (block // size), size)
     corners = [inverses[:, i : i + size, i : i + size] for i in range(0, block, size)]
@@ -72,7 +72,7 @@ def group_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"], 
 
 
 def n_of_m_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"], unit: Unit) -> Float[Array, "S b"]:
-    """ρ_Q / |Q| of the cheapest Q of `unit.pruned` weights of every group; the group's other weights score infinity."""
+    """Computes ρ_Q / |Q| of the cheapest Q of `unit.pruned` weights of every group; the others score infinity."""
     num, block = weights.shape
     sets = list(itertools.combinations(range(unit.group), unit.pruned))
     losses = []
@@ -88,7 +88,7 @@ def n_of_m_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"],
 
 
 def greedy_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"]) -> Float[Array, "S b"]:
-    """Loss increases of removing a block's weights one by one, the cheapest first, the others moving each time (OBS).
+    """Computes loss increases of removing a block's weights one by one, the cheapest first; the others move (OBS).
 
     A weight scores at least what those removed before it did, so that whatever is selected is what greedy OBS removes.
     """
@@ -116,7 +116,7 @@ def greedy_scores(weights: Float[Array, "S b"], inverses: Float[Array, "S b b"])
 def spread(
     scores: Mapping[str, Float[Array, "*batch inputs outputs"]], unit: Unit
 ) -> dict[str, Float[Array, "*batch inputs outputs"]]:
-    """Scores of single weights made those of units: the mean of a group, or of its lowest N of M.
+    """Turns scores of single weights to those of units: the mean of a group, or of its lowest N of M.
 
     Raises:
         ValueError: naming the kernel, if its inputs do not divide into groups.
@@ -135,7 +135,7 @@ def _spread(path: str, scores: Float[Array, "..."], unit: Unit) -> Float[Array, 
 
 
 def to_groups(path: str, leaf: Array, group: int) -> Array:
-    """[..., inputs, outputs] → [..., inputs / group, group, outputs].
+    """Reshapes [..., inputs, outputs] to [..., inputs / group, group, outputs].
 
     Raises:
         ValueError: naming the kernel, if its inputs do not divide into groups.

@@ -1,13 +1,16 @@
-"""Pruning events: when, how much, by which criterion; scored and cut concept by concept.
+"""Pruning a model: gradients, scores and masks, concept by concept, in one cut or in several.
 
 Reference: Tan et al. 2024, 'Concept-Induced Sparsity Mining'; schedules: Kurtic et al. 2022 (cubic), and the linear
-one of the authors' code. Deviation: masks alone are learnt. Eq. 10 moves the surviving weights, and those are shared
-by K subnetworks.
+one of the authors' code.
+Deviation: masks alone are learnt. Eq. 10 moves the surviving weights, and those are shared by K subnetworks.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +22,13 @@ from sparsecbm_jax.core.masks import Masks
 from sparsecbm_jax.core.sharding import in_turn
 from sparsecbm_jax.core.trees import Params, leaf_at, with_leaf
 from sparsecbm_jax.data.batches import Batch, Tokenized, fisher_batches
-from sparsecbm_jax.model.config import CBMConfig, Heads
+from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM, whole_masks
 from sparsecbm_jax.model.strategies import JOINTLY_TRAINED
 from sparsecbm_jax.pruning import fisher, patterns
 from sparsecbm_jax.pruning.criteria import Criterion, make_criterion
-from sparsecbm_jax.pruning.gradients import Kernels, SubnetworkGradients
+from sparsecbm_jax.pruning.gradients import Kernels, Subnetwork, SubnetworkGradients
 from sparsecbm_jax.pruning.masks_from_scores import MaskMaker
 from sparsecbm_jax.pruning.schedule import final_sparsity
 from sparsecbm_jax.pruning.score_store import ScoreStore
@@ -33,13 +36,15 @@ from sparsecbm_jax.pruning.woodfisher_scores import ScoreReport, updated_kernels
 
 
 class Bar(Protocol):
-    """What shows how far pruning has come, such as tqdm's bars."""
+    """Shows how far pruning has come, as tqdm's bars do."""
 
     n: float
 
-    def update(self, n: float, /) -> object: ...
+    def update(self, n: float, /) -> object:
+        """Counts n more."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the bar."""
 
 
 class _NoBar:
@@ -52,114 +57,178 @@ class _NoBar:
         pass
 
 
-def prune(
-    config: CBMConfig,
-    params: Params,
-    masks: Masks,
-    heads: Heads,
-    batches: Sequence[Batch],
-    sparsity: float | Sequence[float],
-    *,
-    pruner: PrunerConfig,
-    cutting: SparsityConfig | None = None,
-    criterion: Criterion | None = None,
-    seed: int = 0,
-    reports: list[ScoreReport] | None = None,
-    make_bar: Callable[..., Bar] | None = None,
-    on_gradient: Callable[[], object] = lambda: None,
-    store: ScoreStore | None = None,
-) -> Masks:
-    """Scores every concept's subnetwork and cuts its mask to `sparsity`.
+@dataclasses.dataclass(frozen=True)
+class PruningOptions:
+    """Says how weights are scored, and how masks are made from the scores.
 
-    Args:
-        batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
-        sparsity: pruned fraction, one for all or one for each concept.
+    Attributes:
         pruner: how weights are scored.
         cutting: of it `scope`, `regrow`, `reestimations` (cuts on the way from the present sparsity, equally far apart,
-            each scored anew), `allotment`, `shared_fraction` and `pinned` count.
+            with new scores for each), `allotment`, `shared_fraction` and `pinned` count.
         criterion: a score of one's own; by default the one that `pruner.criterion` names.
         seed: of the criterion 'random'.
+    """
+
+    pruner: PrunerConfig
+    cutting: SparsityConfig = SparsityConfig()
+    criterion: Criterion | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningHooks:
+    """Watches pruning while it goes on, and keeps its scores.
+
+    Attributes:
         reports: gets what the criterion did, cut by cut and concept by concept.
         make_bar: called with `total=`, how many gradients there are to be, makes the bar that shows them.
         on_gradient: called after each gradient; may raise to stop.
         store: gives scores that were made before, and gets those made now.
+    """
+
+    reports: list[ScoreReport] | None = None
+    make_bar: Callable[..., Bar] | None = None
+    on_gradient: Callable[[], object] = lambda: None
+    store: ScoreStore | None = None
+
+
+def prune(
+    config: CBMConfig,
+    arrays: ModelArrays,
+    batches: Sequence[Batch],
+    sparsity: float | Sequence[float],
+    options: PruningOptions,
+    hooks: PruningHooks = PruningHooks(),
+) -> Masks:
+    """Scores every concept's subnetwork and cuts its mask to `sparsity`.
+
+    Args:
+        config: the model.
+        arrays: parameters, masks and heads.
+        batches: where the gradients come from: pruner.num_grads minibatches, or as many rows with `per_example`.
+        sparsity: pruned fraction, one for all or one for each concept.
+        options: how weights are scored and cut.
+        hooks: what watches it, and keeps its scores.
 
     Returns:
         New masks.
+
+    Raises:
+        ValueError: if the sparsity cannot be reached, naming what stands in its way.
+        AssertionError: if a mask, or a score of one's own, has another shape than its kernel; named.
     """
-    cutting = SparsityConfig() if cutting is None else cutting
-    finals = np.broadcast_to(np.asarray(sparsity, float), (config.num_concepts,))
-    start, cuts = 1 - masks_lib.total_density(masks), cutting.reestimations
-    per_cut = num_gradients(params, masks, pruner) if criterion is None else pruner.num_grads
-    bar = _NoBar() if make_bar is None else make_bar(total=config.num_concepts * cuts * per_cut)
-    cutter = MaskMaker(cutting, patterns.unit_of(pruner.pattern, pruner.block_size))
-
-    def count_gradient() -> None:
-        bar.update(1)
-        on_gradient()
-
-    for cut in range(1, cuts + 1):
-        pairs: list[tuple[Batch, Array]] = []
-        collected: list[Kernels] = []
-        reached = finals if cut == cuts else start + (finals - start) * cut / cuts
-        before = masks
-        for k in range(config.num_concepts):
-            mask = masks_lib.concept(before, k)
-            candidates = {path: jnp.ones_like(kept) for path, kept in mask.items()} if cutting.regrow else mask
-            kernels = masks_lib.kernels_of(params, candidates)
-            scores = None if store is None else store.get(cut, k, kernels)
-            report: ScoreReport = {"is_stored": scores is not None}
-            if scores is None:
-                pairs = pairs or _with_activations(config, params, before, heads, batches)
-                gradients = SubnetworkGradients(
-                    config,
-                    params,
-                    candidates,
-                    heads,
-                    pairs,
-                    k,
-                    per_example=pruner.per_example,
-                    limit=pruner.num_grads,
-                    on_gradient=count_gradient,
-                )
-                if criterion is None:
-                    scores = make_criterion(pruner, seed=seed, report=report)(kernels, gradients)
-                else:
-                    scores = patterns.spread(criterion(kernels, gradients), cutter.unit)
-                if store is not None:
-                    store.put(cut, k, scores)
-            if reports is not None:
-                reports.append(report)
-            if cutter.needs_all:
-                collected.append(scores)
-            else:
-                masks = masks_lib.replace_concept(masks, k, cutter.cut_one(mask, scores, float(reached[k])))
-            # A criterion may take fewer gradients than were expected, or none.
-            bar.update(max(0, ((cut - 1) * config.num_concepts + k + 1) * per_cut - bar.n))
-        if cutter.needs_all:
-            masks = cutter.cut_all(masks, collected, reached)
-    bar.close()
+    for path, mask in arrays.concept_masks.items():
+        expected = (config.num_concepts, *leaf_at(arrays.params, path).shape)
+        chex.assert_shape(mask, expected, custom_message=f"the masks of {path}")
+    maker = MaskMaker(options.cutting, patterns.unit_of(options.pruner.pattern, options.pruner.block_size))
+    scorer = _Scorer(config, arrays, batches, options, hooks)
+    masks = arrays.concept_masks
+    for cut, reached in enumerate(_sparsities(masks, sparsity, options.cutting.reestimations), start=1):
+        masks = maker.cut(masks, scorer.scores_of_cut(cut, masks), reached)
+    scorer.bar.close()
     return masks
 
 
+def _sparsities(masks: Masks, final: float | Sequence[float], num_cuts: int) -> list[Float[np.ndarray, " K"]]:
+    """Lists the sparsities that each cut reaches, equally far apart from the present ones to the final ones."""
+    start = 1 - masks_lib.total_density(masks)
+    finals = np.broadcast_to(np.asarray(final, float), start.shape)
+    return [start + (finals - start) * cut / num_cuts for cut in range(1, num_cuts)] + [finals]
+
+
+class _Scorer:
+    """Scores the subnetworks of one cut after the other, and shows how far it has come."""
+
+    def __init__(
+        self,
+        config: CBMConfig,
+        arrays: ModelArrays,
+        batches: Sequence[Batch],
+        options: PruningOptions,
+        hooks: PruningHooks,
+    ) -> None:
+        self._config, self._arrays, self._batches = config, arrays, batches
+        self._options, self._hooks = options, hooks
+        pruner, num_cuts = options.pruner, options.cutting.reestimations
+        self._unit = patterns.unit_of(pruner.pattern, pruner.block_size)
+        self._per_concept = pruner.num_grads
+        if options.criterion is None:
+            self._per_concept = num_gradients(arrays.params, arrays.concept_masks, pruner)
+        total = config.num_concepts * num_cuts * self._per_concept
+        self.bar: Bar = _NoBar() if hooks.make_bar is None else hooks.make_bar(total=total)
+
+    def scores_of_cut(self, cut: int, masks: Masks) -> Iterator[Kernels]:
+        """Yields the scores of one concept after the other, at masks as they were before the cut.
+
+        A concept is scored only when its scores are asked for, so that one's need be in memory at a time.
+        """
+        config, store, arrays = self._config, self._hooks.store, self._arrays._replace(masks=masks)
+        # For all concepts, and only where one of them is scored.
+        pairs = functools.cache(functools.partial(_with_activations, config, arrays, self._batches))
+        for k in range(config.num_concepts):
+            subnetwork = Subnetwork(config, arrays.params, self._candidates(masks, k), arrays.heads, k)
+            kernels = subnetwork.kernels
+            scores = None if store is None else store.get(cut, k, kernels)
+            report: ScoreReport = {"is_stored": scores is not None}
+            if scores is None:
+                scores = self._score(kernels, self._gradients(subnetwork, pairs()), report)
+                if store is not None:
+                    store.put(cut, k, scores)
+            if self._hooks.reports is not None:
+                self._hooks.reports.append(report)
+            yield scores
+            # A criterion may take fewer gradients than were expected, or none.
+            expected = ((cut - 1) * config.num_concepts + k + 1) * self._per_concept
+            self.bar.update(max(0, expected - self.bar.n))
+
+    def _candidates(self, masks: Masks, k: int) -> dict[str, Array]:
+        """Says which weights concept k may keep: what it has, or all of them where weights may come back."""
+        mask = masks_lib.concept(masks, k)
+        return {path: jnp.ones_like(kept) for path, kept in mask.items()} if self._options.cutting.regrow else mask
+
+    def _gradients(
+        self, subnetwork: Subnetwork, pairs: Sequence[tuple[Batch, Float[Array, "B K C"]]]
+    ) -> SubnetworkGradients:
+        def count() -> None:
+            self.bar.update(1)
+            self._hooks.on_gradient()
+
+        pruner = self._options.pruner
+        return SubnetworkGradients(
+            subnetwork, pairs, per_example=pruner.per_example, limit=pruner.num_grads, on_gradient=count
+        )
+
+    def _score(self, kernels: Kernels, gradients: SubnetworkGradients, report: ScoreReport) -> Kernels:
+        options = self._options
+        if options.criterion is None:
+            return make_criterion(options.pruner, seed=options.seed, report=report)(kernels, gradients)
+        scores = options.criterion(kernels, gradients)
+        chex.assert_trees_all_equal_shapes(dict(kernels), dict(scores), custom_message="kernels and their scores")
+        return patterns.spread(scores, self._unit)
+
+
 def _with_activations(
-    config: CBMConfig, params: Params, masks: Masks, heads: Heads, batches: Sequence[Batch]
+    config: CBMConfig, arrays: ModelArrays, batches: Sequence[Batch]
 ) -> list[tuple[Batch, Float[Array, "B K C"]]]:
-    forward, arrays = make_forward(config), ModelArrays(params, jax.jit(masks_lib.pack)(masks), heads)
-    return [(batch, in_turn(forward(arrays, batch).activations)) for batch in batches]
+    """Pairs each batch with σ(u) of all concepts."""
+    forward, packed = make_forward(config), arrays._replace(masks=jax.jit(masks_lib.pack)(arrays.concept_masks))
+    return [(batch, in_turn(forward(packed, batch).activations)) for batch in batches]
 
 
 def optimal_update(
-    config: CBMConfig,
-    params: Params,
-    before: Masks,
-    after: Masks,
-    heads: Heads,
-    batches: Sequence[Batch],
-    *,
-    pruner: PrunerConfig,
+    config: CBMConfig, arrays: ModelArrays, after: Masks, batches: Sequence[Batch], *, pruner: PrunerConfig
 ) -> Params:
-    """Parameters in which what `after` keeps has moved to its optimum for what was pruned since `before` (Eq. 10).
+    """Moves what `after` keeps to its optimum for what was pruned since `arrays.masks` (Eq. 10).
+
+    Args:
+        config: a model of one concept.
+        arrays: parameters, masks and heads as they were before the cut.
+        after: the mask since.
+        batches: as for `prune`.
+        pruner: of it the Fisher's settings count.
+
+    Returns:
+        New parameters.
 
     Raises:
         ValueError: if there is more than one mask: the weights that would move are shared by all subnetworks.
@@ -169,16 +238,14 @@ def optimal_update(
             f"the optimal update moves surviving weights, which {config.num_concepts} subnetworks share; it is for a "
             "model of one concept"
         )
-    mask, kept = masks_lib.concept(before, 0), masks_lib.concept(after, 0)
-    kernels = masks_lib.kernels_of(params, mask)
-    pairs = _with_activations(config, params, before, heads, batches)
-    gradients = SubnetworkGradients(
-        config, params, mask, heads, pairs, 0, per_example=pruner.per_example, limit=pruner.num_grads
-    )
-    moved = updated_kernels(kernels, gradients, kept, pruner)
-    for path, leaf in moved.items():
-        new = jnp.where(mask[path] & kept[path], leaf, leaf_at(params, path))
-        params = with_leaf(params, path, new)
+    chex.assert_trees_all_equal_shapes(dict(arrays.concept_masks), dict(after), custom_message="masks before and after")
+    subnetwork = Subnetwork(config, arrays.params, masks_lib.concept(arrays.concept_masks, 0), arrays.heads, 0)
+    mask, kept = subnetwork.mask, masks_lib.concept(after, 0)
+    pairs = _with_activations(config, arrays, batches)
+    gradients = SubnetworkGradients(subnetwork, pairs, per_example=pruner.per_example, limit=pruner.num_grads)
+    params = arrays.params
+    for path, leaf in updated_kernels(subnetwork.kernels, gradients, kept, pruner).items():
+        params = with_leaf(params, path, jnp.where(mask[path] & kept[path], leaf, leaf_at(params, path)))
     return params
 
 
@@ -190,11 +257,17 @@ def prune_model(
     make_bar: Callable[..., Bar] | None = None,
     store: ScoreStore | None = None,
 ) -> Masks:
-    """Masks of a saved model, pruned to the run's final sparsity with gradients of `split`; a dense one starts whole.
+    """Prunes a saved model to the run's final sparsity with gradients of `split`; a dense one starts whole.
 
     Args:
+        model: what is pruned; it stays as it is.
+        split: texts and labels that gradients are taken on.
         run: of it `pruner`, `sparsity` and `seed` count.
-        make_bar, store: see `prune`.
+        make_bar: as in `PruningHooks`.
+        store: as in `PruningHooks`.
+
+    Returns:
+        New masks.
 
     Raises:
         ValueError: if the model has no concepts to prune for.
@@ -204,21 +277,21 @@ def prune_model(
         raise ValueError(f"the model was trained by strategy {model.strategy!r}; expected {expected}")
     return prune(
         model.config,
-        model.params,
-        whole_masks(model) if model.masks is None else model.masks,
-        model.heads,
+        _arrays_with_masks(model),
         fisher_batches(split, run.pruner, seed=run.seed),
         final_sparsity(run.sparsity, model.config.num_concepts),
-        pruner=run.pruner,
-        cutting=run.sparsity,
-        seed=run.seed,
-        make_bar=make_bar,
-        store=store,
+        PruningOptions(run.pruner, run.sparsity, seed=run.seed),
+        PruningHooks(make_bar=make_bar, store=store),
     )
 
 
+def _arrays_with_masks(model: SparseCBM) -> ModelArrays:
+    """Returns the model's arrays, with masks that prune nothing where it is dense."""
+    return ModelArrays(model.params, whole_masks(model) if model.masks is None else model.masks, model.heads)
+
+
 def num_gradients(params: Params, masks: Masks, pruner: PrunerConfig) -> int:
-    """How many gradients a concept's scores take, all passes together."""
+    """Counts the gradients that a concept's scores take, all passes together."""
     if pruner.criterion in ("magnitude", "random"):
         return 1
     if pruner.criterion != "woodfisher":
@@ -228,7 +301,7 @@ def num_gradients(params: Params, masks: Masks, pruner: PrunerConfig) -> int:
 
 
 def describe_plan(params: Params, masks: Masks, pruner: PrunerConfig) -> str:
-    """What scoring will do, and in how much memory, in a sentence."""
+    """Says in a sentence what scoring will do, and in how much memory."""
     if pruner.criterion != "woodfisher":
         return f"criterion {pruner.criterion}"
     return "WoodFisher, " + fisher.describe_plan({path: leaf_at(params, path) for path in masks}, pruner)
@@ -236,11 +309,9 @@ def describe_plan(params: Params, masks: Masks, pruner: PrunerConfig) -> str:
 
 def try_gradients(model: SparseCBM, split: Tokenized, run: RunConfig) -> None:
     """Takes one gradient of every width: what memory is in use afterwards is the model's and its activations'."""
-    masks = whole_masks(model) if model.masks is None else model.masks
+    arrays = _arrays_with_masks(model)
     by_width = {batch.input_ids.shape[1]: batch for batch in fisher_batches(split, run.pruner, seed=run.seed)}
-    pairs = _with_activations(model.config, model.params, masks, model.heads, list(by_width.values()))
-    mask = masks_lib.concept(masks, 0)
-    for gradient in SubnetworkGradients(
-        model.config, model.params, mask, model.heads, pairs, 0, per_example=run.pruner.per_example
-    ):
+    pairs = _with_activations(model.config, arrays, list(by_width.values()))
+    subnetwork = Subnetwork(model.config, arrays.params, masks_lib.concept(arrays.concept_masks, 0), arrays.heads, 0)
+    for gradient in SubnetworkGradients(subnetwork, pairs, per_example=run.pruner.per_example):
         jax.block_until_ready(gradient)

@@ -1,4 +1,4 @@
-"""When masks are cut, and how far."""
+"""The pruning schedule: the steps at which masks are cut, and the sparsities that they reach."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from sparsecbm_jax.config.run_config import SparsityConfig
 
 
 class PruningEvent(NamedTuple):
-    """When masks are re-scored: before step `step` of epoch `epoch`, up to the `sparsity` of each concept."""
+    """Scores and cuts masks again: before step `step` of epoch `epoch`, up to the `sparsity` of each concept."""
 
     epoch: int
     step: int
@@ -17,7 +17,7 @@ class PruningEvent(NamedTuple):
 
 
 def default_sparsity(num_concepts: int) -> float:
-    """s = 1 − 1/K: a subnetwork holds at most a K-th of the backbone.
+    """Computes s = 1 − 1/K: a subnetwork holds at most a K-th of the backbone.
 
     >>> default_sparsity(4)
     0.75
@@ -26,7 +26,7 @@ def default_sparsity(num_concepts: int) -> float:
 
 
 def schedule(config: SparsityConfig, num_concepts: int, steps_per_epoch: int) -> list[PruningEvent]:
-    """The run's pruning events in order; the last has the final sparsity, at the start of `end_epoch`.
+    """Lists the run's pruning events in order; the last has the final sparsity, at the start of `end_epoch`.
 
     linear: s_0 + (s_f − s_0) x; cubic: s_f − (s_f − s_0)(1 − x)³; oneshot: one event at `start_epoch`.
 
@@ -53,7 +53,7 @@ def schedule(config: SparsityConfig, num_concepts: int, steps_per_epoch: int) ->
 
 
 def final_sparsity(config: SparsityConfig, num_concepts: int) -> tuple[float, ...]:
-    """The pruned fraction that each concept ends with.
+    """Returns the pruned fraction that each concept ends with.
 
     Raises:
         ValueError: if `config.per_concept` names more or fewer than there are concepts.

@@ -1,4 +1,4 @@
-"""Scores of a pruning event that are kept until its masks are cut."""
+"""Scores of a pruning event, saved until its masks are cut."""
 
 import json
 from collections.abc import Mapping
@@ -9,17 +9,18 @@ from sparsecbm_jax.runtime.checkpoints import Checkpointer
 
 
 class StoredScores:
-    """A `ScoreStore` on disk: a checkpoint for each cut and concept, at four bytes a weight."""
+    """Keeps scores on disk, as a `ScoreStore`: a checkpoint for each cut and concept, at four bytes a weight.
+
+    Args:
+        checkpoints: where the scores lie.
+        num_concepts: K.
+        about: JSON that says what the scores are of.
+        discards_others: scores of something else are deleted; else asking for them is an error.
+    """
 
     def __init__(
         self, checkpoints: Checkpointer, num_concepts: int, about: Mapping[str, Any], *, discards_others: bool = False
     ) -> None:
-        """Keeps scores in `checkpoints`.
-
-        Args:
-            about: JSON that says what the scores are of.
-            discards_others: scores of something else are deleted; else asking for them is an error.
-        """
         self._checkpoints, self._num_concepts = checkpoints, num_concepts
         self._about = json.loads(json.dumps(about))
         if discards_others and any(checkpoints.read_meta(step) != self._about for step in checkpoints.steps()):
@@ -36,7 +37,7 @@ class StoredScores:
         return (cut - 1) * self._num_concepts + concept
 
     def get(self, cut: int, concept: int, like: Kernels) -> Kernels | None:
-        """See `ScoreStore`.
+        """Returns scores as `ScoreStore.get` does.
 
         Raises:
             ValueError: if the scores there are of something else.
@@ -52,16 +53,18 @@ class StoredScores:
         return self._checkpoints.restore(step, dict(like))
 
     def put(self, cut: int, concept: int, scores: Kernels) -> None:
-        """See `ScoreStore`."""
+        """Keeps scores as `ScoreStore.put` does."""
         self._checkpoints.save(self._step(cut, concept), dict(scores), self._about)
 
 
 class ScoreStore(Protocol):
-    """Keeps the scores of a cut and concept, so that an event that was stopped, or a cut at another sparsity, need not
-    make them again."""
+    """Keeps the scores of a cut and concept.
+
+    An event that was stopped, or a cut at another sparsity, need not make them again.
+    """
 
     def get(self, cut: int, concept: int, like: Kernels) -> Kernels | None:
-        """The scores, placed as `like` is, or None where there are none."""
+        """Returns the scores, placed as `like` is, or None where there are none."""
 
     def put(self, cut: int, concept: int, scores: Kernels) -> None:
-        """Keeps scores."""
+        """Keeps the scores."""

@@ -18,7 +18,6 @@ Reference: Tan et al. 2024, Appendix C; Kurtic et al. 2022 (oBERT).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,30 +58,15 @@ def to_blocks(kernel: Float[Array, "*batch inputs outputs"], block_size: int) ->
     return jnp.swapaxes(rows, -1, -2).reshape(-1, block_size)
 
 
-def from_blocks(blocks: Float[Array, "N b"], shape: tuple[int, ...]) -> Float[Array, "*batch inputs outputs"]:
-    """The inverse of `to_blocks` for a kernel of `shape`; padding is cut off.
-
-    >>> import jax.numpy as jnp
-    >>> kernel = jnp.arange(6.0).reshape(3, 2)
-    >>> bool(jnp.all(from_blocks(to_blocks(kernel, 2), kernel.shape) == kernel))
-    True
-    """
-    *batch, inputs, outputs = shape
-    size = blocks.shape[-1]
-    padded = inputs + (-inputs % size)
-    rows = jnp.swapaxes(blocks.reshape(*batch, padded // size, outputs, size), -1, -2)
-    return rows.reshape(*batch, padded, outputs)[..., :inputs, :]
-
-
 def _tiles(
     leaves: Sequence[Float[Array, "inputs units"]], block_size: int
 ) -> tuple[int, int, Callable[[Int[Array, ""]], tuple[Int[Array, ""], Int[Array, ""], list[Float[Array, "b T"]]]]]:
     """Cuts matrices of one shape into tiles of one block of inputs and some units, small enough to stay in a cache.
 
     Returns:
-        How many tiles there are, of how many units T, and a function that gives of a tile the number of its first
-            block,
-        how many of its first units belong to the tile before it (since T need not divide them), and it of every leaf.
+        The number of tiles; the number T of units of a tile; and a function that gives of a tile the number of its
+        first block, how many of its first units belong to the tile before it (since T need not divide them), and the
+        tile of every leaf.
     """
     inputs, units = leaves[0].shape
     width = min(_TILE if cholesky.is_for_cpu() else cholesky.WIDE_SLICE, units)
@@ -99,12 +83,12 @@ def _tiles(
 
 
 def _rows(tile: Sequence[Float[Array, "b T"]]) -> Float[Array, "T m b"]:
-    """The gradients of a tile's blocks, brought together before they are turned."""
+    """Brings the gradients of a tile's blocks together before it turns them."""
     return jnp.transpose(jax.lax.optimization_barrier(jnp.stack(tile)), (2, 0, 1))
 
 
 def add_gram(total: Float[Array, "N b b"], gradients: Sequence[Float[Array, "inputs units"]]) -> Float[Array, "N b b"]:
-    """`total` + Σ_i g_i g_iᵀ over some gradients of a kernel, block by block in the order of `to_blocks`."""
+    """Adds Σ_i g_i g_iᵀ over some gradients of a kernel to `total`, block by block in the order of `to_blocks`."""
     size = total.shape[-1]
     count, width, cut = _tiles(gradients, size)
 
@@ -119,7 +103,7 @@ def add_gram(total: Float[Array, "N b b"], gradients: Sequence[Float[Array, "inp
 
 
 def gram(gradients: Float[Array, "N u b"]) -> Float[Array, "N b b"]:
-    """Σ_i g_i g_iᵀ of every block over u gradients.
+    """Sums the outer products g_i g_iᵀ of every block over u gradients.
 
     >>> import jax.numpy as jnp
     >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]]))[0].tolist()
@@ -135,14 +119,14 @@ def saliency(
     damping: float | Float[Array, ""],
     score: ScoreFn | None = None,
 ) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    """ρ_Q of every weight, straight from the summed outer products; inverses live for one slice only.
+    """Computes ρ_Q of every weight, straight from the summed outer products; inverses live for one slice only.
 
     Args:
         weights: θ_k in blocks.
         grams: Σ_i g_i g_iᵀ in blocks.
         num_grads: m, the gradients really seen.
         damping: ζ, absolute; see `relative_damping`.
-        score: what is made of weights and inverse; `single_scores` by default.
+        score: turns weights and inverses to scores; `single_scores` by default.
 
     Returns:
         The scores, and an estimate of the relative error of each block's diag F⁻¹, from max_i F_ii [F⁻¹]_ii.
@@ -167,7 +151,7 @@ def _gram_error(fisher: Float[Array, "S b b"], of_inverse: Float[Array, "S b"]) 
 
 
 def _error(diagonal: Float[Array, "S b"], estimate: Float[Array, " S"]) -> Float[Array, " S"]:
-    """Infinite where an inverse has come out as none can be."""
+    """Returns the estimate, or infinity where an inverse has come out as none can be."""
     return jnp.where((diagonal > 0).all(axis=1) & jnp.isfinite(estimate), estimate, jnp.inf)
 
 
@@ -186,10 +170,20 @@ def dual_saliency(
     block_size: int,
     score: ScoreFn | None = None,
 ) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    """The same from the gradients themselves: m × m systems instead of b × b, for m < b.
+    """Computes the same from the gradients themselves: m × m systems instead of b × b, for m < b.
 
     With G the m gradients of a block as rows and m ζ I + G Gᵀ = L Lᵀ, F⁻¹ = (I − (L⁻¹ G)ᵀ L⁻¹ G) / ζ (Woodbury), of
     which single weights need the diagonal only. What the difference loses is part of the estimated error.
+
+    Args:
+        kernel: θ_k, or some of its output units.
+        gradients: the m gradients.
+        damping: ζ, absolute.
+        block_size: b.
+        score: as in `saliency`.
+
+    Returns:
+        As `saliency`.
     """
     units = kernel.shape[1]
     count, width, cut = _tiles([kernel, *gradients], block_size)
@@ -216,25 +210,15 @@ def dual_saliency(
 
 
 def _dual_system(rows: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S m m"]:
-    """m ζ I + G Gᵀ."""
+    """Computes m ζ I + G Gᵀ."""
     outer = cholesky.product("smb,snb->smn", rows, rows)
     return outer + rows.shape[1] * damping * jnp.eye(rows.shape[1], dtype=rows.dtype)[None]
 
 
 def _dual_inverse_slice(solved: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S b b"]:
-    """F⁻¹ from L⁻¹ G."""
+    """Computes F⁻¹ from L⁻¹ G."""
     projected = cholesky.product("smb,smc->sbc", solved, solved)
     return (jnp.eye(solved.shape[-1], dtype=solved.dtype)[None] - projected) / damping
-
-
-def dual_inverse(gradients: Float[Array, "N m b"], damping: float | Float[Array, ""]) -> Float[Array, "N b b"]:
-    """F⁻¹ of every block by the dual form; see `dual_saliency`."""
-
-    def invert(rows: Float[Array, "S m b"]) -> Float[Array, "S b b"]:
-        root = cholesky.root(_dual_system(rows, damping))
-        return _dual_inverse_slice(cholesky.product("smn,snb->smb", root, rows), damping)
-
-    return cholesky.map_slices(invert, gradients)
 
 
 def qr_saliency(
@@ -243,22 +227,24 @@ def qr_saliency(
     damping: float | Float[Array, ""],
     score: ScoreFn | None = None,
 ) -> Float[Array, "N b"]:
-    """The same scores by `qr_inverse`, for blocks whose estimated error is beyond `LARGEST_ERROR`."""
+    """Computes the same scores by QR, for blocks whose estimated error is beyond `LARGEST_ERROR`.
+
+    F⁻¹ = R⁻¹ R⁻ᵀ with the triangular factor R of [G/√m; √ζ I], right in float32 where the other forms are not: the
+    gradients are never squared. √ζ may be ten thousand times smaller than a gradient and yet decide the result, so the
+    small rows must keep their digits: Householder reflections with the largest remaining column and, in it, the largest
+    entry as pivot are stable row by row (Cox & Higham 1998). Plain XLA; some ten times the work of the others.
+
+    Args:
+        weights: θ_k in blocks.
+        gradients: the m gradients of every block.
+        damping: ζ, absolute.
+        score: as in `saliency`.
+    """
 
     def scored(weight_slice: Float[Array, "S b"], rows: Float[Array, "S m b"]) -> Float[Array, "S b"]:
         return (score or single_scores)(weight_slice, _qr_invert_slice(rows, damping))
 
     return cholesky.map_slices(scored, weights, gradients)
-
-
-def qr_inverse(gradients: Float[Array, "N m b"], damping: float | Float[Array, ""]) -> Float[Array, "N b b"]:
-    """F⁻¹ = R⁻¹ R⁻ᵀ from the triangular factor of [G/√m; √ζ I]; right in float32 where the other forms are not.
-
-    The gradients are never squared. √ζ may be ten thousand times smaller than a gradient and yet decide the result,
-    so the small rows must keep their digits: Householder reflections with the largest remaining column and, in it, the
-    largest entry as pivot are stable row by row (Cox & Higham 1998). Plain XLA; some ten times the work of the others.
-    """
-    return cholesky.map_slices(lambda rows: _qr_invert_slice(rows, damping), gradients)
 
 
 def _qr_invert_slice(rows: Float[Array, "S m b"], damping: float | Float[Array, ""]) -> Float[Array, "S b b"]:
@@ -305,14 +291,14 @@ def _qr_invert_slice(rows: Float[Array, "S m b"], damping: float | Float[Array, 
 
 
 def form(num_grads: int, block_size: int) -> str:
-    """'dual' where fewer gradients than a block has weights make the smaller systems, else 'gram'."""
+    """Chooses 'dual' where fewer gradients than a block has weights make the smaller systems, else 'gram'."""
     return "dual" if num_grads < block_size else "gram"
 
 
 def dampened(
     grams: Float[Array, "N b b"], num_grads: int | Float[Array, ""], damping: float | Float[Array, ""]
 ) -> Float[Array, "N b b"]:
-    """F = ζ I + G / m (Eq. 7) from the summed outer products of the m gradients that were really seen."""
+    """Computes F = ζ I + G / m (Eq. 7) from the summed outer products of the m gradients that were really seen."""
     return grams / num_grads + damping * jnp.eye(grams.shape[-1], dtype=grams.dtype)[None]
 
 
@@ -322,39 +308,28 @@ def relative_damping(
     factor: float | Float[Array, ""],
     num_weights: int,
 ) -> Float[Array, ""]:
-    """ζ = factor · mean g² over a kernel's real weights; with all-zero gradients, a tiny positive number.
+    """Computes ζ = factor · mean g² over a kernel's real weights; with all-zero gradients, a tiny positive number.
 
     Relative damping keeps every form of the inverse well conditioned and prunes better than a fixed small ζ.
 
     Args:
         sum_of_squares: Σ_i ‖g_i‖² of the kernel, the trace of its summed outer products.
+        num_grads: m.
+        factor: ζ relative to mean g², such as 0.1.
+        num_weights: weights of the kernel, padding not counted.
     """
     mean_square = sum_of_squares / float(num_grads * num_weights)  # may not fit 32 bits
     return jnp.maximum(factor * mean_square, jnp.finfo(mean_square.dtype).tiny * 1e8)
 
 
 def single_scores(weights: Float[Array, "N b"], inverses: Float[Array, "N b b"]) -> Float[Array, "N b"]:
-    """ρ_Q for |Q| = 1: w_i² / (2 [F⁻¹]_ii).
+    """Computes ρ_Q for |Q| = 1: w_i² / (2 [F⁻¹]_ii).
 
     >>> import jax.numpy as jnp
     >>> single_scores(jnp.array([[2.0]]), jnp.array([[[4.0]]])).tolist()
     [[0.5]]
     """
     return weights**2 / (2 * jnp.diagonal(inverses, axis1=1, axis2=2))
-
-
-def group_score(weights: Float[Array, " b"], inverse_block: Float[Array, "b b"], group: Any) -> Float[Array, ""]:
-    """ρ_Q of one group Q of positions in one block: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q (Eq. 11)."""
-    group = jnp.asarray(group)
-    chosen = weights[group]
-    return 0.5 * chosen @ jnp.linalg.solve(inverse_block[jnp.ix_(group, group)], chosen)
-
-
-def optimal_update(weights: Float[Array, " b"], inverse_block: Float[Array, "b b"], group: Any) -> Float[Array, " b"]:
-    """Δθ* = −F⁻¹ E_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q (Eq. 10): zeroes w_Q and moves the block's other weights to their optimum."""
-    group = jnp.asarray(group)
-    solved = jnp.linalg.solve(inverse_block[jnp.ix_(group, group)], weights[group])
-    return -inverse_block[:, group] @ solved
 
 
 def joint_update(
@@ -364,9 +339,16 @@ def joint_update(
     num_grads: int | Float[Array, ""],
     damping: float | Float[Array, ""],
 ) -> tuple[Float[Array, "N b"], Float[Array, " N"]]:
-    """Blocks with Q, all that is not kept, at zero and the others at their optimum: Eq. 10 for any number of weights.
+    """Sets Q, all that is not kept, to zero and the others to their optimum: Eq. 10 for any number of weights.
 
     With P the weights that stay, Eq. 10 is δ_P = F_PP⁻¹ F_PQ w_Q, which takes one inverse a block whatever Q is.
+
+    Args:
+        weights: θ_k in blocks.
+        kept: which weights stay.
+        grams: Σ_i g_i g_iᵀ in blocks.
+        num_grads: m, the gradients really seen.
+        damping: ζ, absolute.
 
     Returns:
         The blocks, and an estimate of each inverse's relative error, as in `saliency`.

@@ -1,11 +1,9 @@
-"""What a run ends with: scores of a split, the predictor that some strategies fit last, the model of the kept epoch."""
+"""A run's end: scores of a split, the predictor that some strategies fit last, the model of the best epoch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from jax.sharding import Mesh
-
-from sparsecbm_jax.config.run_config import RunConfig, to_dict
+from sparsecbm_jax.config.run_config import to_dict
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.evaluation import scores
@@ -14,7 +12,7 @@ from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.preemption import StopSignal
 from sparsecbm_jax.training.label_predictor import with_fitted_predictor
-from sparsecbm_jax.training.setup import Prepared, placed_batches
+from sparsecbm_jax.training.setup import RunContext, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
 
 
@@ -24,31 +22,50 @@ def _until(stop: StopSignal, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def score(
-    run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, split: str, stop: StopSignal
-) -> dict[str, Any]:
-    """Scores a state on one split; see `evaluation.evaluate`. Raises `Preempted` where SIGTERM came."""
+def score(context: RunContext, state: TrainState, split: str) -> dict[str, Any]:
+    """Scores a state on one split; see `evaluation.evaluate`.
+
+    Raises:
+        Preempted: SIGTERM came.
+    """
+    config = context.prepared.config
     return scores.evaluate(
-        prepared.config,
+        config,
         ModelArrays(state.params, state.packed, state.heads),
-        _until(stop, placed_batches(run, prepared.splits[split], mesh)),
-        prepared.dataset.schema,
-        forward_fn=make_forward(prepared.config, mesh),
+        _until(context.stop, placed_batches(context, split)),
+        context.prepared.dataset.schema,
+        forward_fn=make_forward(config, context.mesh),
     )
 
 
 def final_model(
-    run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState, meta: Mapping[str, Any], stop: StopSignal
+    context: RunContext, state: TrainState, *, best_epoch: int, seconds: float
 ) -> tuple[SparseCBM, dict[str, Any]]:
-    """The model of the kept epoch, what is fitted last fitted, and its scores on validation and test."""
+    """Makes the run's model of the best epoch's state, and scores it on validation and test.
+
+    The strategies 'independent' and 'sequential' fit their label predictor here.
+
+    Args:
+        context: the run.
+        state: the best epoch's.
+        best_epoch: its number, from 0.
+        seconds: time spent on training.
+
+    Returns:
+        The model, and its metrics.
+
+    Raises:
+        Preempted: SIGTERM came.
+    """
+    run, prepared = context.settings, context.prepared
     if STRATEGIES[run.strategy].predictor_inputs:
-        state = with_fitted_predictor(run, prepared, mesh, state)
+        state = with_fitted_predictor(context, state)
     config, schema = prepared.config, prepared.dataset.schema
     metrics: dict[str, Any] = {
-        "validation": score(run, prepared, mesh, state, "validation", stop),
-        "test": score(run, prepared, mesh, state, "test", stop),
-        "best_epoch": meta["best_epoch"],
-        "train_seconds": meta["seconds"],
+        "validation": score(context, state, "validation"),
+        "test": score(context, state, "test"),
+        "best_epoch": best_epoch,
+        "train_seconds": seconds,
     }
     masks = None if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
     if masks is not None:

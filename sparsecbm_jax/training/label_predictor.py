@@ -3,35 +3,33 @@
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sparsecbm_jax.config.run_config import RunConfig
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import predict_label
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.strategies import STRATEGIES
-from sparsecbm_jax.training.setup import Prepared, placed_batches
+from sparsecbm_jax.training.setup import RunContext, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
 
 
-def with_fitted_predictor(run: RunConfig, prepared: Prepared, mesh: Mesh, state: TrainState) -> TrainState:
-    """Second stage of 'independent' and 'sequential': φ on gold or on predicted activations."""
-    train_split = prepared.splits["train"]
-    classes = prepared.config.num_classes
+def with_fitted_predictor(context: RunContext, state: TrainState) -> TrainState:
+    """Fits φ on gold or on predicted activations, the second stage of 'independent' and 'sequential'."""
+    run, config, train_split = context.settings, context.prepared.config, context.prepared.splits["train"]
     if STRATEGIES[run.strategy].predictor_inputs == "gold":
         # A missing cell (−1) activates no class.
-        activations = np.asarray(jax.nn.one_hot(train_split.concepts, classes))
+        activations = np.asarray(jax.nn.one_hot(train_split.concepts, config.num_classes))
         labels = train_split.labels
     else:
-        forward, arrays = make_forward(prepared.config, mesh), ModelArrays(state.params, None, state.heads)
+        forward, arrays = make_forward(config, context.mesh), ModelArrays(state.params, None, state.heads)
         collected, gold = [], []
-        for batch in placed_batches(run, train_split, mesh):
+        for batch in placed_batches(context, "train"):
             real = sharding.to_host(batch.example_weight) > 0
             collected.append(sharding.to_host(forward(arrays, batch).activations)[real])
             gold.append(sharding.to_host(batch.label)[real])
@@ -74,7 +72,9 @@ def fit_predictor(
 
     Raises:
         ValueError: if no row has a label.
+        AssertionError: if the activations' shape does not fit the predictor's or the labels'.
     """
+    chex.assert_shape(activations, (len(labels), *heads["predictor"]["kernel"].shape[:2]), custom_message="activations")
     known = np.flatnonzero(labels >= 0)
     if not known.size:
         raise ValueError("the label predictor cannot be trained: no row of the train split has a task label")

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress bars, metrics as JSON lines and, where installed, TensorBoard."""
+"""A run's log: lines for people, metrics as JSON lines and, where installed, TensorBoard."""
 
 import importlib.util
 import json
@@ -6,9 +6,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sparsecbm_jax.runtime.json_files import read_json_lines, write_atomically
 
 LOG_FILE = "metrics.jsonl"
+
+
+def print_once(text: str) -> None:
+    """Prints a line, on one of the run's processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class MetricsLog:

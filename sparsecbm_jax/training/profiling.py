@@ -1,4 +1,4 @@
-"""How long devices waited for each other, read off a trace of JAX's profiler."""
+"""Traces of JAX's profiler, and the time that devices waited for each other in them."""
 
 import re
 from collections import defaultdict
@@ -30,7 +30,7 @@ _TPU_LINE = "XLA Ops"
 
 
 class Waits(NamedTuple):
-    """What this process's devices did while they were traced; seconds are means over the devices.
+    """Says what this process's devices did while they were traced; seconds are means over the devices.
 
     Attributes:
         num_devices: that ran anything.
@@ -91,7 +91,7 @@ def read_waits(folder: str | Path) -> Waits | None:
 
 
 def render(waits: Waits) -> str:
-    """Waits in words.
+    """Says waits in words.
 
     >>> render(Waits(8, 2.0, 0.5, {"all-gather": 0.125, "all-reduce": 0.375}))
     '2 s on each of 8 devices, of which 25.0 % waiting for others (all-reduce 18.8 %, all-gather 6.2 %)'
@@ -109,7 +109,7 @@ def render(waits: Waits) -> str:
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same times, in order, without overlaps."""
+    """Unites intervals: the same times, in order, without overlaps."""
     union: list[Interval] = []
     for start, end in sorted(intervals):
         if union and start <= union[-1][1]:
@@ -120,7 +120,7 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _length_without(intervals: list[Interval], others: list[Interval]) -> float:
-    """How long some intervals last where none of the others does; both as `_union` gives them."""
+    """Measures how long some intervals last where none of the others does; both as `_union` gives them."""
     length, first = 0.0, 0
     for start, end in intervals:
         length += end - start
@@ -168,7 +168,7 @@ class StepTrace:
             self._is_tracing = False
 
     def report(self) -> str | None:
-        """What was traced, once, after its end: None before, and where nothing is new."""
+        """Says what was traced, once, after its end: None before, and where nothing is new."""
         if self._folder is None or self._is_tracing or self._is_told:
             return None
         self._is_told = True

@@ -1,4 +1,4 @@
-"""What a run starts from: data in tokens, the backbone's configuration and its pretrained parameters."""
+"""A run's start: data in tokens, the backbone's configuration and its pretrained parameters."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +10,14 @@ from jax.sharding import Mesh
 from sparsecbm_jax import backbones
 from sparsecbm_jax.config.run_config import RunConfig
 from sparsecbm_jax.core import sharding
-from sparsecbm_jax.data.batches import BUCKETS, Batch, Tokenized, eval_batches, num_batches, tokenize
+from sparsecbm_jax.data.batches import BUCKETS, Batch, Process, Tokenized, eval_batches, num_batches, tokenize
 from sparsecbm_jax.data.schema import Dataset
 from sparsecbm_jax.data.sources import load_dataset
 from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 from sparsecbm_jax.model.config import CBMConfig
+from sparsecbm_jax.model.losses import LossFn
+from sparsecbm_jax.pruning.criteria import Criterion
+from sparsecbm_jax.runtime.preemption import StopSignal
 
 # From this many steps on, what unrolled layers save on a CPU pays for their longer compilation.
 _LONG_FROM_STEPS, _UNROLL_UP_TO_LAYERS = 1000, 12
@@ -24,9 +27,14 @@ _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 class Prepared(NamedTuple):
-    """What a run starts from.
+    """Holds what a run starts from.
 
     Attributes:
+        dataset: texts with labels, and the names of concepts, classes and labels.
+        splits: the texts in tokens.
+        tokenizer: a fast tokeniser.
+        config: the model.
+        params: the backbone's parameters; None once training has its own copy of them.
         buckets: widths of training batches; few where the run is too short to pay for compiling many programs.
     """
 
@@ -36,6 +44,30 @@ class Prepared(NamedTuple):
     config: CBMConfig
     params: Any
     buckets: tuple[int, ...]
+
+
+class RunContext(NamedTuple):
+    """Holds what stays the same from a run's beginning to its end.
+
+    Attributes:
+        settings: the run's config.
+        prepared: its data, tokeniser and model, without parameters.
+        mesh: where its arrays lie.
+        workdir: its directory.
+        stop: asked whether the run is to end before its time.
+        loss_fn: a loss of one's own; by default the strategy's.
+        criterion: a pruning score of one's own; by default the one that the config names.
+        profile: whether a few of the steps are traced by JAX's profiler.
+    """
+
+    settings: RunConfig
+    prepared: Prepared
+    mesh: Mesh
+    workdir: Path
+    stop: StopSignal
+    loss_fn: LossFn | None = None
+    criterion: Criterion | None = None
+    profile: bool = False
 
 
 def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
@@ -80,11 +112,9 @@ def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:
     return Prepared(dataset, splits, tokenizer, config, params, buckets)
 
 
-def placed_batches(run: RunConfig, split: Tokenized, mesh: Mesh) -> Iterator[Batch]:
-    batches = eval_batches(
-        split,
-        batch_size=run.training.eval_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return (sharding.put_batch(batch, mesh) for batch in batches)
+def placed_batches(context: RunContext, split: str) -> Iterator[Batch]:
+    """Yields every row of a split once, on the run's mesh."""
+    process = Process(jax.process_index(), jax.process_count())
+    size = context.settings.training.eval_batch_size
+    batches = eval_batches(context.prepared.splits[split], batch_size=size, process=process)
+    return (sharding.put_batch(batch, context.mesh) for batch in batches)

@@ -1,4 +1,4 @@
-"""How fast a run trains: step time, examples and tokens a second, and the share of the devices' peak (MFU)."""
+"""The speed of training: step time, examples and tokens a second, and the share of the devices' peak (MFU)."""
 
 import contextlib
 import time
@@ -15,9 +15,10 @@ from sparsecbm_jax.runtime.memory import peak_memory
 
 
 def forward_flops(backbone: BackboneConfig, length: int, rows: int) -> float:
-    """Flops of the matrix products of one forward pass, two for each multiply-add.
+    """Counts flops of the matrix products of one forward pass, two for each multiply-add.
 
     Args:
+        backbone: the backbone's shape.
         length: tokens of a row, padding included.
         rows: of the batch.
     """
@@ -29,7 +30,7 @@ def forward_flops(backbone: BackboneConfig, length: int, rows: int) -> float:
 
 
 def step_flops(config: CBMConfig, length: int, rows: int, *, is_sparse: bool) -> float:
-    """Flops that a training step needs, over all devices: forward and back, nothing computed again."""
+    """Counts flops that a training step needs, over all devices: forward and back, nothing computed again."""
     return 3 * (config.num_concepts if is_sparse else 1) * forward_flops(config.backbone, length, rows)
 
 
@@ -71,12 +72,12 @@ class Meter:
         return np.array([time.monotonic() - self._started - self._elsewhere, *self._sums])
 
     def read(self) -> dict[str, float]:
-        """The rates since they were last read; to be called when the steps are done, not only started."""
+        """Returns the rates since they were last read; to be called when the steps are done, not only started."""
         before, self._read = self._read, self._now()
         return self._rates(self._read - before)
 
     def read_all(self) -> dict[str, float]:
-        """The rates since the beginning."""
+        """Returns the rates since the beginning."""
         return self._rates(self._now())
 
     def _rates(self, sums: np.ndarray) -> dict[str, float]:
@@ -92,7 +93,7 @@ class Meter:
 
 
 def render(rates: Mapping[str, float]) -> str:
-    """Rates in a line.
+    """Says rates in a line.
 
     >>> render({"step_seconds": 0.25, "examples_per_second": 64, "tokens_per_second": 8192, "peak_bytes": 2.5e9})
     '0.25 s a step, 64 examples/s, 8,192 tokens/s, peak memory 2.50 GB'

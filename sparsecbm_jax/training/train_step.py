@@ -1,4 +1,4 @@
-"""One training step: the state, the optimiser, the jitted update, and the label predictor that is fitted apart."""
+"""One training step: the state, the optimiser, the jitted update."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from sparsecbm_jax.model.losses import LossFn, joint_loss, make_loss
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes; arrays only.
+    """Holds everything that training changes; arrays only.
 
     Attributes:
         step: optimiser steps done.
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Adam with one learning rate for the backbone and one for the heads, warm-up, decay and norm clipping.
+    """Makes Adam with one learning rate for the backbone and one for the heads, warm-up, decay and norm clipping.
 
     Args:
         config: rates and shape of the schedule; weight decay applies to kernels and embeddings only.
@@ -70,7 +70,10 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """g · min(1, max_norm / ‖g‖), as optax's, which divides every element apart: an extra pass over all gradients."""
+    """Scales gradients to g · min(1, max_norm / ‖g‖).
+
+    As optax's, but that divides every element apart, which is an extra pass over all gradients.
+    """
 
     def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         scale = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
@@ -84,7 +87,7 @@ def _is_decayed(tree: Any) -> Any:
 
 
 def init_state(params: Any, heads: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh dense state, every leaf placed by the path rules and the moments created where they will live."""
+    """Makes a fresh dense state, every leaf placed by the path rules and the moments created where they will live."""
     params, heads = sharding.put(params, mesh), sharding.put(heads, mesh)
     trained = {"backbone": params, "heads": heads}
     specs = sharding.param_specs(jax.eval_shape(tx.init, trained))
@@ -103,13 +106,15 @@ def make_train_step(
     backbone: Backbone | None = None,
     dropout: bool = True,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """A jitted function (state, batch, rng) → (state, metrics) whose state is donated; the same for equal arguments.
+    """Makes the jitted function (state, batch, rng) → (state, metrics), whose state is donated.
+
+    Equal arguments give the same function, which is compiled once for every width of batches, dense and masked.
 
     Args:
         config: the model.
         tx: the optimiser from `make_optimizer`.
         mesh: where the state lies.
-        loss_fn: the loss; `cbm.joint_loss` by default.
+        loss_fn: the loss; `model.losses.joint_loss` by default.
         backbone: another backbone's three functions.
         dropout: False trains without noise.
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -23,7 +24,7 @@ PATH = "embed/word/embedding"
 
 
 class Restricted(NamedTuple):
-    """A model and splits in which token n is the n-th of those in use.
+    """Holds a model and splits in which token n is the n-th of those in use.
 
     Attributes:
         config: the model's, with R for `vocab_size`.
@@ -66,7 +67,12 @@ def restrict(config: CBMConfig, params: Params, splits: Mapping[str, Tokenized])
 
 
 def put_back(params: Params, table: Float[Array, "V E"], ids: Int[np.ndarray, " R"]) -> Params:
-    """`params` with the whole token table: its own rows for `ids`, those of `table` for the others."""
+    """Puts the whole token table back: rows of `params` for `ids`, those of `table` for the others.
+
+    Raises:
+        AssertionError: if the parameters' table does not have a row for each of `ids`.
+    """
+    chex.assert_shape(leaf_at(params, PATH), (len(ids), table.shape[1]), custom_message=PATH)
     return with_leaf(params, PATH, jax.jit(_put)(table, ids, leaf_at(params, PATH)))
 
 

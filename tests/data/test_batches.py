@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from typing import Any
 
 import chex
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from sparsecbm_jax.data.batches import (
     BUCKETS,
     Batch,
+    Process,
     Tokenized,
     bucket_length,
     eval_batches,
@@ -44,7 +46,7 @@ def _tokenized(num_examples: int, num_concepts: int = 3, longest: int = 60) -> T
     )
 
 
-def _all_batches(tokenized: Tokenized, batch_size: int, kind: str, **kwargs: int) -> list[Batch]:
+def _all_batches(tokenized: Tokenized, batch_size: int, kind: str, **kwargs: Any) -> list[Batch]:
     if kind == "eval":
         return list(eval_batches(tokenized, batch_size=batch_size, **kwargs))
     return list(train_batches(tokenized, batch_size=batch_size, seed=1, epoch=2, **kwargs))
@@ -126,9 +128,7 @@ def test_resumed_epoch_has_the_same_remaining_batches(start_batch: int) -> None:
 def test_hosts_share_the_rows_of_every_batch(kind: str, process_count: int) -> None:
     tokenized = _tokenized(101)
     whole = _all_batches(tokenized, 8, kind)
-    parts = [
-        _all_batches(tokenized, 8, kind, process_index=p, process_count=process_count) for p in range(process_count)
-    ]
+    parts = [_all_batches(tokenized, 8, kind, process=Process(p, process_count)) for p in range(process_count)]
     for expected, *shares in zip(whole, *parts, strict=True):
         joined = Batch(*(np.concatenate(arrays) for arrays in zip(*shares, strict=True)))
         chex.assert_trees_all_equal(expected, joined)
@@ -153,12 +153,12 @@ def test_grouping_by_length_saves_padding() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size = 6 is not a positive multiple of process_count = 4"),
+        ({"batch_size": 6, "process": Process(0, 4)}, "batch_size = 6 is not a positive multiple of process_count = 4"),
         ({"batch_size": 0}, "batch_size = 0"),
-        ({"batch_size": 4, "process_index": 2, "process_count": 2}, "process_index = 2 is not in"),
+        ({"batch_size": 4, "process": Process(2, 2)}, "process_index = 2 is not in"),
     ],
 )
-def test_impossible_shares_are_refused_before_the_first_batch(kwargs: dict[str, int], message: str) -> None:
+def test_impossible_shares_are_refused_before_the_first_batch(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         eval_batches(_tokenized(4), **kwargs)
     with pytest.raises(ValueError, match=message):

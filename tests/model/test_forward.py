@@ -13,13 +13,14 @@ from sparsecbm_jax.backbones import BackboneConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import Batch
-from sparsecbm_jax.model import encode
+from sparsecbm_jax.model import encode as encode_lib
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.encode import pool
 from sparsecbm_jax.model.forward import forward as run_forward
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.losses import joint_loss, subnetwork_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 from tests.support.random_weights import random_heads, random_masks, random_params
 
@@ -50,7 +51,7 @@ def build(
 
 # Compiled once for each shape; without `jit` the scan over layers is compiled again in every call.
 forward = jax.jit(run_forward, static_argnums=0)
-encode = jax.jit(encode.encode, static_argnums=0)
+encode = jax.jit(encode_lib.encode, static_argnums=0)
 encode_dense = jax.jit(backbones.encode_dense, static_argnums=0)
 
 
@@ -94,10 +95,10 @@ def test_opt_projections_are_masked_per_concept(opt_350m_like: BackboneConfig) -
     config, params, masks, _ = build(opt_350m_like)
     assert {"embed/project_in/kernel", "finish/project_out/kernel"} <= set(masks)
     batch = random_batch()
-    z = encode(config, params, batch, masks=masks)
+    z = encode(config, SubnetworkWeights(params, masks), batch)
     for k in range(NUM_CONCEPTS):
         subnetwork = masks_lib.apply(params, masks, k)
-        dense = encode(config, subnetwork, batch)[:, 0]
+        dense = encode(config, SubnetworkWeights(subnetwork), batch)[:, 0]
         chex.assert_trees_all_close(z[:, k], dense, atol=CLOSE)
 
 
@@ -234,9 +235,10 @@ def test_own_word_embeddings_per_concept(tiny_backbone_config: BackboneConfig) -
     config, params, masks, _ = build(tiny_backbone_config)
     batch = random_batch()
     words = params["embed"]["word"]["embedding"][batch.input_ids]
-    z = encode(config, params, batch, masks=masks)
-    shared = encode(config, params, batch, masks=masks, word_embeddings=words)
-    apart = encode(config, params, batch, masks=masks, word_embeddings=jnp.stack([words, 0 * words, words]))
+    weights = SubnetworkWeights(params, masks)
+    z = encode(config, weights, batch)
+    shared = encode(config, weights, batch, word_embeddings=words)
+    apart = encode(config, weights, batch, word_embeddings=jnp.stack([words, 0 * words, words]))
     chex.assert_trees_all_close(z, shared, atol=EXACT)
     chex.assert_trees_all_close(z[:, [0, 2]], apart[:, [0, 2]], atol=EXACT)
     assert float(jnp.abs(z[:, 1] - apart[:, 1]).max()) > 1e-3

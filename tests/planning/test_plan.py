@@ -234,8 +234,10 @@ def test_kernels_that_no_layer_stacks_are_selected_from_on_a_tpu() -> None:
     """OPT-350M's projections; in a process of its own, since the compiler ended it."""
     program = """
 import jax
-from sparsecbm_jax import chips, masks, planning
-device, = planning.devices_of(chips.parse_topology("v5e:1x1"))
+from sparsecbm_jax.core import masks
+from sparsecbm_jax.planning import plan
+from sparsecbm_jax.runtime import accelerators
+device, = plan.devices_of(accelerators.parse_topology("v5e:1x1"))
 place = jax.sharding.SingleDeviceSharding(device)
 scores, mask = ({"w": jax.ShapeDtypeStruct((1024, 512), dtype, sharding=place)} for dtype in ("float32", "bool"))
 jax.jit(lambda scores, mask: masks.drop_and_grow(mask, scores, scores, 1000)).lower(scores, mask).compile()

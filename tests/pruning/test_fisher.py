@@ -18,7 +18,9 @@ from sparsecbm_jax.data.schema import MISSING
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.pruning import criteria, fisher, woodfisher
 from sparsecbm_jax.pruning import pruner as pruner_lib
-from sparsecbm_jax.pruning.gradients import SubnetworkGradients
+from sparsecbm_jax.pruning.gradients import Subnetwork, SubnetworkGradients
+from sparsecbm_jax.pruning.masks_from_scores import prune_concept
+from sparsecbm_jax.pruning.pruner import PruningHooks, PruningOptions
 from sparsecbm_jax.pruning.schedule import schedule
 from sparsecbm_jax.pruning.woodfisher_scores import ScoreReport, woodfisher_scores
 
@@ -52,8 +54,8 @@ def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbo
     activations = forward(config, ModelArrays(params, masks, heads), batch).activations
     mask = masks_lib.concept(masks, 1)
     pairs = [(batch, activations)]
-    (together,) = SubnetworkGradients(config, params, mask, heads, pairs, 1)
-    rows = list(SubnetworkGradients(config, params, mask, heads, pairs, 1, per_example=True))
+    (together,) = SubnetworkGradients(Subnetwork(config, params, mask, heads, 1), pairs)
+    rows = list(SubnetworkGradients(Subnetwork(config, params, mask, heads, 1), pairs, per_example=True))
     assert len(rows) == 4
     mean = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *rows)
     chex.assert_trees_all_close(together, mean, atol=TOLERANCE)
@@ -72,10 +74,9 @@ def test_other_masks_reach_a_concepts_gradients_and_scores_by_its_label_alone(
     def found(is_labelled: bool, all_masks: dict[str, jax.Array]) -> tuple[Any, Any]:
         labels = np.full(4, 1 if is_labelled else MISSING, np.int32)
         batches = [random_batch(seed)._replace(label=labels) for seed in range(3)]
-        pairs = [
-            (batch, forward(config, ModelArrays(params, all_masks, heads), batch).activations) for batch in batches
-        ]
-        gradients = SubnetworkGradients(config, params, mask, heads, pairs, 0)
+        arrays = ModelArrays(params, all_masks, heads)
+        pairs = [(batch, forward(config, arrays, batch).activations) for batch in batches]
+        gradients = SubnetworkGradients(Subnetwork(config, params, mask, heads, 0), pairs)
         scores = woodfisher_scores(kernels, gradients, config=PrunerConfig(num_grads=3, block_size=8))
         return list(gradients), scores
 
@@ -91,7 +92,7 @@ def test_wanda_takes_the_norms_of_the_subnetworks_own_inputs(tiny_backbone_confi
     mask = masks_lib.concept(masks, 1)
     kernels = {path: jnp.where(kept, leaf_at(params, path), 0) for path, kept in mask.items()}
     pairs = [(batch, jnp.zeros(())) for batch in batches]
-    scores = criteria.wanda_scores(kernels, SubnetworkGradients(config, params, mask, heads, pairs, 1))
+    scores = criteria.wanda_scores(kernels, SubnetworkGradients(Subnetwork(config, params, mask, heads, 1), pairs))
     masked = functools.reduce(lambda tree, path: with_leaf(tree, path, kernels[path]), mask, params)
     squares = [input_squares(config.backbone, masked, batch.input_ids, batch.attention_mask) for batch in batches]
     for path, kernel in kernels.items():
@@ -107,7 +108,7 @@ def test_scores_against_dense_algebra(num_grads: int, tiny_backbone_config: Back
     mask = masks_lib.concept(masks, 0)
     pairs = [(b, forward(config, ModelArrays(params, masks, heads), b).activations) for b in batches]
     kernels = {path: jnp.where(kept, leaf_at(params, path), 0) for path, kept in mask.items()}
-    gradients = list(SubnetworkGradients(config, params, mask, heads, pairs, 0))
+    gradients = list(SubnetworkGradients(Subnetwork(config, params, mask, heads, 0), pairs))
     settings = PrunerConfig(block_size=16, damping=0.1, num_grads=num_grads)
     scores = woodfisher_scores(kernels, gradients, config=settings)
     path, layer, output = "layers/ffn_in/kernel", 1, 7
@@ -136,16 +137,8 @@ def test_pruning_is_exact_nested_and_keeps_the_best(scope: str, tiny_backbone_co
     batches = [random_batch(seed) for seed in range(3)]
     previous = full
     for sparsity in (0.2, 0.5, 0.75):
-        pruned = pruner_lib.prune(
-            config,
-            params,
-            previous,
-            heads,
-            batches,
-            sparsity,
-            pruner=PrunerConfig(block_size=8),
-            cutting=SparsityConfig(scope=scope),
-        )
+        options = PruningOptions(PrunerConfig(block_size=8), SparsityConfig(scope=scope))
+        pruned = pruner_lib.prune(config, ModelArrays(params, previous, heads), batches, sparsity, options)
         total = masks_lib.num_weights(full)
         if scope == "global":
             assert masks_lib.num_kept(pruned).tolist() == [total - round(sparsity * total)] * 3
@@ -164,16 +157,8 @@ def test_pruning_is_exact_nested_and_keeps_the_best(scope: str, tiny_backbone_co
 def test_regrow_lets_weights_come_back(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config, density=0.5)
     batches = [random_batch(seed) for seed in range(3)]
-    pruned = pruner_lib.prune(
-        config,
-        params,
-        masks,
-        heads,
-        batches,
-        0.5,
-        pruner=PrunerConfig(block_size=8),
-        cutting=SparsityConfig(regrow=True),
-    )
+    options = PruningOptions(PrunerConfig(block_size=8), SparsityConfig(regrow=True))
+    pruned = pruner_lib.prune(config, ModelArrays(params, masks, heads), batches, 0.5, options)
     assert any(bool((pruned[path] & ~masks[path]).any()) for path in masks)
     assert masks_lib.num_kept(pruned).tolist() == [round(0.5 * masks_lib.num_weights(masks))] * 3
 
@@ -184,8 +169,8 @@ def test_concepts_have_weights_in_common_or_lose_alike(tiny_backbone_config: Bac
     batches, total = [random_batch(seed) for seed in range(3)], masks_lib.num_weights(full)
 
     def prune(pattern: str = "1", **cut: Any) -> masks_lib.Masks:
-        pruner, cutting = PrunerConfig(block_size=8, pattern=pattern), SparsityConfig(**cut)
-        return pruner_lib.prune(config, params, full, heads, batches, 0.5, pruner=pruner, cutting=cutting)
+        options = PruningOptions(PrunerConfig(block_size=8, pattern=pattern), SparsityConfig(**cut))
+        return pruner_lib.prune(config, ModelArrays(params, full, heads), batches, 0.5, options)
 
     shared = prune(shared_fraction=0.6)
     assert masks_lib.num_kept(shared).tolist() == [total - round(0.5 * total)] * 3
@@ -201,12 +186,12 @@ def test_weights_move_where_there_is_one_mask_only(tiny_backbone_config: Backbon
     pruner, batches = PrunerConfig(block_size=8), [random_batch(seed) for seed in range(3)]
     config, params, masks, heads = build(tiny_backbone_config)
     with pytest.raises(ValueError, match="which 3 subnetworks share"):
-        pruner_lib.optimal_update(config, params, masks, masks, heads, batches, pruner=pruner)
+        pruner_lib.optimal_update(config, ModelArrays(params, masks, heads), masks, batches, pruner=pruner)
     config, params, masks, heads = build(tiny_backbone_config, k=1)
     batches = [batch._replace(concepts=batch.concepts[:, :1]) for batch in batches]
-    before = {path: jnp.ones_like(mask) for path, mask in masks.items()}
-    after = pruner_lib.prune(config, params, before, heads, batches, 0.5, pruner=pruner)
-    moved = pruner_lib.optimal_update(config, params, before, after, heads, batches, pruner=pruner)
+    before = ModelArrays(params, {path: jnp.ones_like(mask) for path, mask in masks.items()}, heads)
+    after = pruner_lib.prune(config, before, batches, 0.5, PruningOptions(pruner))
+    moved = pruner_lib.optimal_update(config, before, after, batches, pruner=pruner)
     num_moved = 0
     for path, mask in after.items():
         old, new = (np.asarray(leaf_at(tree, path)) for tree in (params, moved))
@@ -224,14 +209,11 @@ def test_concepts_have_sparsities_of_their_own_in_several_cuts(tiny_backbone_con
     wanted = (0.3, 0.5, 0.8)
     pruned = pruner_lib.prune(
         config,
-        params,
-        full,
-        heads,
+        ModelArrays(params, full, heads),
         [random_batch(seed) for seed in range(2)],
         wanted,
-        pruner=PrunerConfig(block_size=8, num_grads=2),
-        cutting=SparsityConfig(reestimations=2),
-        reports=reports,
+        PruningOptions(PrunerConfig(block_size=8, num_grads=2), SparsityConfig(reestimations=2)),
+        PruningHooks(reports=reports),
     )
     total = masks_lib.num_weights(full)
     assert masks_lib.num_kept(pruned).tolist() == [total - round(s * total) for s in wanted]
@@ -241,12 +223,28 @@ def test_concepts_have_sparsities_of_their_own_in_several_cuts(tiny_backbone_con
 def test_own_criterion_takes_the_place_of_woodfisher(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
-    pruned = pruner_lib.prune(
-        config, params, full, heads, [], 0.5, pruner=PrunerConfig(), criterion=criteria.magnitude_scores
-    )
+    options = PruningOptions(PrunerConfig(), criterion=criteria.magnitude_scores)
+    pruned = pruner_lib.prune(config, ModelArrays(params, full, heads), [], 0.5, options)
     kept = jnp.concatenate([jnp.abs(leaf_at(params, p))[pruned[p][0]] for p in pruned])
     gone = jnp.concatenate([jnp.abs(leaf_at(params, p))[~pruned[p][0]] for p in pruned])
     assert float(kept.min()) >= float(gone.max())
+
+
+def test_shapes_that_do_not_fit_are_named(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    path, mask = next(iter(masks.items()))
+    for wrong in ({path: mask[:2]}, {path: mask[..., :-1]}):
+        with pytest.raises(AssertionError, match=f"the masks of {path}"):
+            pruner_lib.prune(config, ModelArrays(params, masks | wrong, heads), [], 0.5, PruningOptions(PrunerConfig()))
+    for change in ({"other": mask[0]}, {path: jnp.ones(3)}):
+        own = PruningOptions(PrunerConfig(), criterion=lambda kernels, _, change=change: {**kernels, **change})
+        with pytest.raises(AssertionError, match="kernels and their scores"):
+            pruner_lib.prune(config, ModelArrays(params, masks, heads), [], 0.7, own)
+    kernels = masks_lib.kernels_of(params, masks_lib.concept(masks, 0))
+    with pytest.raises(AssertionError, match="kernels and a gradient"):
+        woodfisher_scores(kernels, [{**kernels, path: jnp.ones(3)}], config=PrunerConfig(block_size=4))
+    with pytest.raises(AssertionError, match="a mask and its scores"):
+        prune_concept(masks_lib.concept(masks, 0), {path: kernels[path]}, 0.7)
 
 
 def test_schedules() -> None:
@@ -276,7 +274,6 @@ def test_padding_rows_are_not_examples(tiny_backbone_config: BackboneConfig) -> 
     batch = random_batch()
     batch = Batch(*(np.asarray(leaf) for leaf in batch))._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
     activations = forward(config, ModelArrays(params, masks, heads), batch).activations
-    rows = SubnetworkGradients(
-        config, params, masks_lib.concept(masks, 0), heads, [(batch, activations)], 0, per_example=True
-    )
+    subnetwork = Subnetwork(config, params, masks_lib.concept(masks, 0), heads, 0)
+    rows = SubnetworkGradients(subnetwork, [(batch, activations)], per_example=True)
     assert len(list(rows)) == 2

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsecbm_jax import blockwise
-from sparsecbm_jax.config import PrunerConfig
+from sparsecbm_jax.config.run_config import PrunerConfig
+from sparsecbm_jax.pruning.woodfisher_scores import woodfisher_scores
 
 kernel = jnp.asarray(np.random.default_rng(0).normal(size=(6, 384, 384)).astype(np.float32))
 make = jax.jit(lambda shift: {"layers/kernel": jnp.roll(kernel, 1 + shift, axis=1)})
@@ -32,7 +32,7 @@ peaks = []
 # The first time compiles, and holds little else.
 for limit in (64, 128):
     config = PrunerConfig(num_grads=32, block_size=32, fisher_memory=limit * 2**20)
-    jax.block_until_ready(blockwise.woodfisher_scores({"layers/kernel": kernel}, Stream(), config=config))
+    jax.block_until_ready(woodfisher_scores({"layers/kernel": kernel}, Stream(), config=config))
     peaks.append(peak())
 print(peaks[1] - peaks[0])
 """

@@ -1,14 +1,16 @@
 """Block-wise WoodFisher against dense float64 algebra and brute force."""
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsecbm_jax.pruning import cholesky, woodfisher
+from sparsecbm_jax.pruning import cholesky, patterns, woodfisher
 
+from tests.support import numpy_woodfisher
 from tests.support.compiling import quick_jit
 
 pytestmark = [pytest.mark.well_compiled, pytest.mark.strict_rank]
@@ -20,16 +22,12 @@ NUM_PROBLEMS = 100
 # Compiled once for each shape, as in the library; without `jit` a loop is compiled again in every call.
 inverse = quick_jit(cholesky.inverse)
 gram = quick_jit(woodfisher.gram)
-saliency = quick_jit(woodfisher.saliency)
-group_score = quick_jit(woodfisher.group_score)
-optimal_update = quick_jit(woodfisher.optimal_update)
+saliency = quick_jit(woodfisher.saliency, static_argnums=4)
+scores_of_groups = quick_jit(patterns.group_scores, static_argnums=2)
 joint_update = quick_jit(woodfisher.joint_update)
-dual_saliency = quick_jit(woodfisher.dual_saliency, static_argnums=3)
-dual_inverse = quick_jit(woodfisher.dual_inverse)
-qr_inverse = quick_jit(woodfisher.qr_inverse)
+dual_saliency = quick_jit(woodfisher.dual_saliency, static_argnums=(3, 4))
+qr_saliency = quick_jit(woodfisher.qr_saliency, static_argnums=3)
 add_gram = quick_jit(woodfisher.add_gram)
-group_scores_of = quick_jit(jax.vmap(woodfisher.group_score, in_axes=(0, 0, None)))
-optimal_updates_of = quick_jit(jax.vmap(woodfisher.optimal_update, in_axes=(0, 0, None)))
 
 
 def random_fisher(rng: np.random.Generator, size: int, num_grads: int, damping: float) -> np.ndarray:
@@ -41,7 +39,7 @@ def random_fisher(rng: np.random.Generator, size: int, num_grads: int, damping: 
 def test_blocks_are_consecutive_inputs_of_one_output(shape: tuple[int, ...]) -> None:
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     blocks = woodfisher.to_blocks(kernel, 4)
-    np.testing.assert_array_equal(woodfisher.from_blocks(blocks, shape), kernel)
+    np.testing.assert_array_equal(numpy_woodfisher.from_blocks(blocks, shape), kernel)
     first = kernel[0] if len(shape) == 3 else kernel
     np.testing.assert_array_equal(blocks[0], first[:4, 0])
 
@@ -51,7 +49,7 @@ def test_padding_changes_no_real_score() -> None:
     kernel, gradients = rng.normal(size=(5, 2)), rng.normal(size=(9, 5, 2))
     blocks = jnp.stack([woodfisher.to_blocks(jnp.asarray(g, jnp.float32), 4) for g in gradients], axis=1)
     weights = woodfisher.to_blocks(jnp.asarray(kernel, jnp.float32), 4)
-    scores = woodfisher.from_blocks(saliency(weights, gram(blocks), 9, 0.2)[0], (5, 2))
+    scores = numpy_woodfisher.from_blocks(saliency(weights, gram(blocks), 9, 0.2)[0], (5, 2))
     for output in range(2):
         for group in (slice(0, 4), slice(4, 5)):
             g = gradients[:, group, output]
@@ -64,20 +62,15 @@ def test_scores_are_the_brute_force_loss_increase() -> None:
     rng = np.random.default_rng(2)
     with jax.enable_x64(True):
         for _ in range(100):
-            size = int(rng.choice([3, 5]))  # few shapes, so that few programs are compiled
+            size, num_removed = ((3, 1), (3, 3), (6, 1), (6, 2), (6, 3))[rng.integers(5)]  # few shapes to compile
             fisher, weights = random_fisher(rng, size, 3 * size, 0.05), rng.normal(size=size)
-            inverted = inverse(jnp.asarray(fisher)[None])[0]
-            group = rng.choice(size, rng.integers(1, 4), replace=False)
-            rest = np.setdiff1d(np.arange(size), group)
+            group = rng.choice(size, num_removed, replace=False)
             # The best the others can do about w_Q → 0 on the quadratic ½ δᵀ F δ.
-            delta = np.zeros(size)
-            delta[group] = -weights[group]
-            delta[rest] = -np.linalg.solve(fisher[np.ix_(rest, rest)], fisher[np.ix_(rest, group)] @ delta[group])
-            increase = 0.5 * delta @ fisher @ delta
-            score = group_score(jnp.asarray(weights), inverted, group)
+            increase = numpy_woodfisher.loss_increase(weights, fisher, group)
+            score = group_scores(weights[None], fisher[None], group)
             np.testing.assert_allclose(score, increase, rtol=FLOAT64_TOLERANCE)
-            update = optimal_update(jnp.asarray(weights), inverted, group)
-            np.testing.assert_allclose(update, delta, rtol=1e-7, atol=FLOAT64_TOLERANCE)
+            delta = numpy_woodfisher.optimal_update(weights, fisher, group)
+            np.testing.assert_allclose(updates(weights[None], fisher[None], group)[0], delta, rtol=1e-7, atol=1e-9)
 
 
 def test_any_number_of_weights_moves_as_one_group_does() -> None:
@@ -91,9 +84,9 @@ def test_any_number_of_weights_moves_as_one_group_does() -> None:
         got, _ = joint_update(jnp.asarray(weights), jnp.asarray(kept), grams, num_grads, damping)
         for block in range(num):
             fisher = damping * np.eye(size) + gradients[block].T @ gradients[block] / num_grads
-            inverted, gone = jnp.asarray(np.linalg.inv(fisher)), np.flatnonzero(~kept[block])
-            update = optimal_update(jnp.asarray(weights[block]), inverted, gone)
-            np.testing.assert_allclose(got[block], weights[block] + np.asarray(update), atol=1e-9)
+            gone = np.flatnonzero(~kept[block])
+            update = numpy_woodfisher.optimal_update(weights[block], fisher, gone)
+            np.testing.assert_allclose(got[block], weights[block] + update, atol=1e-9)
             # The conditions of Eq. 9's optimum: w_Q is zero, and the gradient vanishes at all that stays.
             assert not np.asarray(got[block])[gone].any()
             slope = fisher @ (np.asarray(got[block]) - weights[block])
@@ -108,10 +101,20 @@ def problems(seed: int, size: int, num_grads: int, damping: float) -> tuple[np.n
     return rng.normal(size=(NUM_PROBLEMS, size)), gradients, fisher
 
 
-def group_scores(weights: np.ndarray, fisher: np.ndarray, group: list[int]) -> np.ndarray:
-    """ρ_Q of every problem."""
-    inverses = inverse(jnp.asarray(fisher))
-    return np.asarray(group_scores_of(jnp.asarray(weights), inverses, np.asarray(group)))
+def group_scores(weights: np.ndarray, fisher: np.ndarray, group: Sequence[int] | np.ndarray) -> np.ndarray:
+    """ρ_Q of every problem, with the weights so ordered that Q comes first; |Q| divides their number."""
+    order = np.concatenate([group, np.setdiff1d(np.arange(weights.shape[1]), group)]).astype(int)
+    inverses = inverse(jnp.asarray(fisher[:, order][:, :, order]))
+    shared = scores_of_groups(jnp.asarray(weights[:, order]), inverses, len(group))
+    return len(group) * np.asarray(shared)[:, 0]
+
+
+def updates(weights: np.ndarray, fisher: np.ndarray, group: Sequence[int] | np.ndarray) -> np.ndarray:
+    """δ of every problem whose weights Q go."""
+    kept = np.ones(weights.shape, bool)
+    kept[:, np.asarray(group)] = False
+    moved, _ = joint_update(jnp.asarray(weights), jnp.asarray(kept), jnp.asarray(fisher), 1, 0.0)
+    return np.asarray(moved) - weights
 
 
 def test_single_scores_are_groups_of_one() -> None:
@@ -120,26 +123,24 @@ def test_single_scores_are_groups_of_one() -> None:
         singles = woodfisher.single_scores(jnp.asarray(weights), inverse(jnp.asarray(fisher)))
         for i in range(5):
             np.testing.assert_allclose(singles[:, i], group_scores(weights, fisher, [i]), rtol=FLOAT64_TOLERANCE)
+            expected = [numpy_woodfisher.loss_increase(w, f, [i]) for w, f in zip(weights, fisher, strict=True)]
+            np.testing.assert_allclose(singles[:, i], expected, rtol=FLOAT64_TOLERANCE)
 
 
 def test_joint_update_is_not_the_sum_of_single_ones() -> None:
     with jax.enable_x64(True):
         weights, _, fisher = problems(4, size=6, num_grads=18, damping=0.01)
-        inverses = inverse(jnp.asarray(fisher))
-
-        def update(group: list[int]) -> jax.Array:
-            return optimal_updates_of(jnp.asarray(weights), inverses, np.asarray(group))
-
-        differences = jnp.abs(update([0, 3]) - update([0]) - update([3])).max(axis=1)
-        assert float(differences.min()) > 1e-4 and float(jnp.median(differences)) > 1e-1
+        of_both, of_first, of_second = (updates(weights, fisher, group) for group in ([0, 3], [0], [3]))
+        differences = np.abs(of_both - of_first - of_second).max(axis=1)
+        assert float(differences.min()) > 1e-4 and float(np.median(differences)) > 1e-1
 
 
 def test_bounds_and_monotony() -> None:
     damping = 0.3
     with jax.enable_x64(True):
-        weights, _, fisher = problems(5, size=6, num_grads=4, damping=damping)
+        weights, _, fisher = problems(5, size=12, num_grads=8, damping=damping)
         previous = np.zeros(NUM_PROBLEMS)
-        for size in range(1, 7):
+        for size in (1, 2, 3, 4, 6, 12):
             group = list(range(size))
             scores, chosen = group_scores(weights, fisher, group), weights[:, group]
             low = 0.5 * damping * np.sum(chosen**2, axis=1)
@@ -256,22 +257,30 @@ def test_float32_is_right_or_says_that_it_is_not(num_grads: int, rank: int | Non
 def test_the_three_forms_are_numpys_inverse(num_grads: int, size: int) -> None:
     with jax.enable_x64(True):
         _, gradients, fisher = problems(9, size, num_grads, damping=0.3)
-        leaves = jnp.asarray(gradients)
-        forms = {
-            "gram": inverse(woodfisher.dampened(gram(leaves), num_grads, 0.3)),
-            "dual": dual_inverse(leaves, 0.3),
-            "qr": qr_inverse(leaves, 0.3),
-        }
-        expected = np.linalg.inv(fisher)
-        for name, got in forms.items():
-            np.testing.assert_allclose(got, expected, rtol=1e-7, atol=FLOAT64_TOLERANCE, err_msg=name)
+        leaves, expected = jnp.asarray(gradients), np.linalg.inv(fisher)
+        grams = gram(leaves)
+        for column, unit in enumerate(np.eye(size)):
+            units = jnp.asarray(np.broadcast_to(unit, (NUM_PROBLEMS, size)))
+            forms = {
+                "gram": saliency(units, grams, num_grads, 0.3, column_of_inverse)[0],
+                "dual": dual_saliency(*of_kernel(units, leaves), 0.3, size, column_of_inverse)[0],
+                "qr": qr_saliency(units, leaves, 0.3, column_of_inverse),
+            }
+            for name, got in forms.items():
+                wanted = expected[:, :, column]
+                np.testing.assert_allclose(got, wanted, rtol=1e-7, atol=FLOAT64_TOLERANCE, err_msg=name)
+
+
+def column_of_inverse(weights: jax.Array, inverses: jax.Array) -> jax.Array:
+    """In place of scores, F⁻¹ times the weights: of unit vectors, its columns."""
+    return jnp.einsum("sbc,sc->sb", inverses, weights)
 
 
 def test_all_pairs_of_a_small_block_against_the_schur_complement() -> None:
     with jax.enable_x64(True):
-        weights, _, fisher = problems(8, size=5, num_grads=9, damping=0.2)
-        for pair in itertools.combinations(range(5), 2):
-            group, rest = list(pair), [i for i in range(5) if i not in pair]
+        weights, _, fisher = problems(8, size=6, num_grads=9, damping=0.2)
+        for pair in itertools.combinations(range(6), 2):
+            group, rest = list(pair), [i for i in range(6) if i not in pair]
             coupling = fisher[:, group][:, :, rest]
             solved = np.linalg.solve(fisher[:, rest][:, :, rest], np.swapaxes(coupling, 1, 2))
             schur = fisher[:, group][:, :, group] - coupling @ solved

@@ -15,6 +15,7 @@ import pytest
 
 from sparsecbm_jax.config.run_config import RunConfig, from_config_dict
 from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import fisher_batches
 from sparsecbm_jax.model import saved_model

@@ -22,6 +22,7 @@ from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import predict_label
 from sparsecbm_jax.model.losses import make_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 from sparsecbm_jax.training import train_step
 from sparsecbm_jax.training.label_predictor import fit_predictor
 
@@ -152,8 +153,9 @@ def test_dropout_differs_between_steps_rows_and_concepts(noisy: BackboneConfig) 
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     one = random_batch(rows=1)
     batch = Batch(*(np.repeat(leaf, 2, axis=0) for leaf in one))
-    first = encode(config, params, batch, masks=full, dropout_rng=jax.random.key(0))
-    second = encode(config, params, batch, masks=full, dropout_rng=jax.random.key(1))
+    weights = SubnetworkWeights(params, full)
+    first = encode(config, weights, batch, dropout_rng=jax.random.key(0))
+    second = encode(config, weights, batch, dropout_rng=jax.random.key(1))
     assert float(jnp.abs(first - second).max()) > 1e-3
     assert float(jnp.abs(first[0] - first[1]).max()) > 1e-3
     assert float(jnp.abs(first[:, 0] - first[:, 1]).max()) > 1e-3

@@ -17,6 +17,7 @@ from sparsecbm_jax.model.encode import encode
 from sparsecbm_jax.model.heads import predict_label, project
 from sparsecbm_jax.model.losses import least_margin
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
+from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 
 def random_share(drop_fraction: float, seed: int = 0) -> Editor:
@@ -138,7 +139,8 @@ def _projector_sgd(
     config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection, rate: Array, max_steps: Array
 ) -> Heads:
     concept = correction.concept
-    z = encode(config, arrays.params, correction.batch, kernels=_kernels(arrays, concept))
+    weights = SubnetworkWeights(arrays.params, kernels=_kernels(arrays, concept))
+    z = encode(config, weights, correction.batch)
 
     def loss_and_margin(projector: Params) -> tuple[Array, Array]:
         return _entropy_and_margin(_project({"projector": projector}, z, concept), correction)
@@ -156,7 +158,7 @@ def _fine_tune(
 
     def loss_and_margin(params: Params) -> tuple[Array, Array]:
         kernels = _kernels(arrays._replace(params=params), concept)
-        z = encode(config, params, correction.batch, kernels=kernels)
+        z = encode(config, SubnetworkWeights(params, kernels=kernels), correction.batch)
         return _entropy_and_margin(_project(arrays.heads, z, concept), correction)
 
     return _descend(loss_and_margin, arrays.params, rate, max_steps)
