@@ -110,5 +110,6 @@ def test_old_imports_end_with_a_clear_error() -> None:
         from sparsecbm_jax.correction import correct_minimally  # type: ignore[attr-defined] # noqa: F401
     with pytest.raises(AttributeError, match=r"it is sparsecbm_jax\.intervention\.ranking\.EditCosts"):
         _ = importlib.import_module("sparsecbm_jax.intervention").Guard
+    assert moved_names.hint("woodfisher.qr_inverse") == "; it was removed in version 0.2.0"
     with pytest.raises(AttributeError, match=r"has no attribute 'nonsense'$"):
         _ = importlib.import_module("sparsecbm_jax.intervention").nonsense

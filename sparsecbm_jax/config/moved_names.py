@@ -90,6 +90,7 @@ MODULES = {
 # Public names whose module is another than their module's in `MODULES`, or that are called otherwise.
 NAMES = {
     "app.desk.Desk": "app.session.Session",
+    "app.desk.Lasting": "app.session.Session",
     "app.desk.State": "app.session.SessionState",
     "app.forms.Refusal": "app.schemas.ApiError",
     "app.forms.SampleImpact": "app.schemas.SampleEffect",
@@ -169,7 +170,6 @@ NAMES = {
     "edits.num_changed": "intervention.mask_edit.num_changed",
     "edits.undo": "intervention.mask_edit.undo",
     "evaluation.METRICS_FILE": "evaluation.run_summary.METRICS_FILE",
-    "evaluation.majority_baseline": "evaluation.scores.evaluate, whose report has 'majority_accuracy'",
     "evaluation.read_metrics": "evaluation.run_summary.read_metrics",
     "evaluation.render_summary": "evaluation.run_summary.render_summary",
     "evaluation.render_table": "evaluation.tables.render_table",
@@ -253,6 +253,12 @@ NAMES = {
     "training.NonFiniteError": "training.loop.NonFiniteError",
 }
 
+# Names that are gone: nothing but tests used them.
+REMOVED = frozenset(
+    "evaluation.majority_baseline report.intervention.DENSE training.Pending woodfisher.from_blocks "
+    "woodfisher.dual_inverse woodfisher.qr_inverse woodfisher.group_score woodfisher.optimal_update".split()
+)
+
 
 def hint(name: str) -> str:
     """Where a module or name of 0.1.0 below the package is now, as the end of a sentence; empty where it is unknown.
@@ -262,6 +268,8 @@ def hint(name: str) -> str:
     >>> hint("nothing")
     ''
     """
+    if name in REMOVED:
+        return "; it was removed in version 0.2.0"
     module, _, attribute = name.rpartition(".")
     new = NAMES.get(name) or MODULES.get(name)
     if new is None and module in MODULES and not MODULES[module].startswith(f"{module}."):
