@@ -15,8 +15,10 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import leaf_at, with_leaf
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import MISSING
+from sparsecbm_jax.model.losses import subnetwork_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.pruning import criteria, fisher, woodfisher
+from sparsecbm_jax.pruning import gradients as gradients_lib
 from sparsecbm_jax.pruning import pruner as pruner_lib
 from sparsecbm_jax.pruning.gradients import Subnetwork, SubnetworkGradients
 from sparsecbm_jax.pruning.masks_from_scores import prune_concept
@@ -61,6 +63,15 @@ def test_gradients_at_pruned_positions_are_zero_and_examples_average(tiny_backbo
     chex.assert_trees_all_close(together, mean, atol=TOLERANCE)
     for path in mask:
         assert not jnp.where(mask[path], 0, together[path]).any()
+
+
+def test_all_concepts_share_a_program(tiny_backbone_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, params, masks, heads = build(tiny_backbone_config)
+    monkeypatch.setattr(gradients_lib, "subnetwork_loss", chex.assert_max_traces(subnetwork_loss, n=1))
+    batch, activations = random_batch(rows=3, tokens=11), jnp.zeros((3, 3, 3))  # of a shape that no other test has
+    for k in range(3):
+        subnetwork = Subnetwork(config, params, masks_lib.concept(masks, k), heads, k)
+        assert len(list(SubnetworkGradients(subnetwork, [(batch, activations)]))) == 1
 
 
 def test_other_masks_reach_a_concepts_gradients_and_scores_by_its_label_alone(

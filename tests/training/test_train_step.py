@@ -20,7 +20,7 @@ from sparsecbm_jax.core.trees import path_string
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import predict_label
-from sparsecbm_jax.model.losses import make_loss
+from sparsecbm_jax.model.losses import joint_loss, make_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 from sparsecbm_jax.training import train_step
@@ -81,6 +81,18 @@ def test_eight_devices_train_as_one_does(name: str, masked: bool, noisy: Backbon
     np.testing.assert_allclose(sharded_losses, losses, rtol=0, atol=LOSS_TOLERANCE)
     chex.assert_trees_all_close(sharded_grads, grads, atol=GRADIENT_TOLERANCE, rtol=1e-4)
     assert losses[-1] < losses[0]
+
+
+def test_batches_of_one_width_are_traced_once(tiny_backbone_config: BackboneConfig) -> None:
+    config, params, _, heads = build(tiny_backbone_config, k=1)
+    mesh, tx = sharding.make_mesh(), train_step.make_optimizer(OptimConfig(), 3)
+    once = chex.assert_max_traces(joint_loss, n=1)
+    step = train_step.make_train_step(config, tx, mesh, loss_fn=once)
+    state = train_step.init_state(params, heads, tx, mesh)
+    for seed in range(3):
+        state, _ = step(state, sharding.put_batch(random_batch(seed, k=1), mesh), jax.random.key(seed))
+    with pytest.raises(AssertionError, match="traced"):
+        step(state, sharding.put_batch(random_batch(tokens=12, k=1), mesh), jax.random.key(0))
 
 
 def test_sharded_forward_equals_one_device(tiny_backbone_config: BackboneConfig) -> None:
@@ -201,5 +213,7 @@ def test_the_predictor_learns_from_activations() -> None:
     fitted = fit_predictor(heads, activations, labels, learning_rate=0.05, num_epochs=60, batch_size=16, seed=0)
     predicted = np.argmax(predict_label(fitted, jnp.asarray(activations)), axis=-1)
     assert (predicted == labels)[20:].mean() > 0.85
+    with pytest.raises(AssertionError, match="activations"):
+        fit_predictor(heads, activations[:-1], labels, learning_rate=1, num_epochs=1, batch_size=8, seed=0)
     with pytest.raises(ValueError, match="no row of the train split has a task label"):
         fit_predictor(heads, activations, -np.ones(200, int), learning_rate=1, num_epochs=1, batch_size=8, seed=0)

@@ -65,6 +65,8 @@ def test_the_same_weights_are_trained(tiny_backbone_config: BackboneConfig) -> N
     table, unused = np.asarray(leaf_at(again, vocabulary.PATH)), np.setdiff1d(np.arange(len(before)), small.ids)
     np.testing.assert_array_equal(table[unused], before[unused])
     assert np.abs(table[list(USED)] - before[list(USED)]).max() > 1e-3
+    with pytest.raises(AssertionError, match=vocabulary.PATH):
+        vocabulary.put_back(rows, leaf_at(params, vocabulary.PATH), small.ids[1:])
 
 
 def test_a_token_beyond_the_table_is_refused(tiny_backbone_config: BackboneConfig) -> None:
