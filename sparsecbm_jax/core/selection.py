@@ -299,7 +299,7 @@ def select_smallest(
     needed = _minus(wanted, _count(below))
 
     def last_tied() -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-        """Finds row and column of the last tied element to mark, from counts of each row, then of that row's columns."""
+        """Finds row and column of the last tied element to mark, from counts of rows, then of that row's columns."""
         rows = [row for row, _ in _places(shapes)]
         of_row = [jnp.sum(t, axis=range(t.ndim)[-1:], keepdims=True, dtype=jnp.uint32) for t in tied]
         of_row = jax.lax.optimization_barrier(of_row)

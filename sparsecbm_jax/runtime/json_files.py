@@ -1,4 +1,4 @@
-"""JSON files that people and runs write: read with errors that name the place, written whole or not at all."""
+"""JSON files that people and runs write: errors name the place; a file is written whole or not at all."""
 
 import json
 import os
@@ -8,31 +8,31 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part.
+    """Writes a file so that a reader finds the old content or the new, never a part.
 
     Args:
-        path: the file; its directory must exist.
-        content: text (written as UTF-8) or bytes.
+        path: The file; its directory must exist.
+        content: Text (written as UTF-8) or bytes.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(beside, path)
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path, written_by: str) -> Any:
-    """The content of a file.
+    """Reads a JSON file.
 
     Args:
-        path: the file.
-        written_by: what would be there, for errors.
+        path: The file.
+        written_by: Description of the expected file, for errors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON in UTF-8; names the line.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not JSON in UTF-8; the line is named.
     """
     try:
         return json.loads(_text(path, written_by))
@@ -41,15 +41,18 @@ def read_json(path: Path, written_by: str) -> Any:
 
 
 def read_json_lines(path: Path, written_by: str) -> Iterator[tuple[str, Any]]:
-    """The lines of a file, each with its place for errors; a last one that is still being written is passed over.
+    """Reads a file of JSON lines; a last line that is still being written is skipped.
 
     Args:
-        path: the file.
-        written_by: what would be there, for errors.
+        path: The file.
+        written_by: Description of the expected file, for errors.
+
+    Yields:
+        Each line's place, for errors, and its value.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON in UTF-8; names it.
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not JSON in UTF-8; the line is named.
     """
     for number, line in enumerate(_text(path, written_by).split("\n")[:-1], 1):
         where = f"{path}: line {number}"

@@ -1,4 +1,4 @@
-"""Results of a long main as lines of JSON, so that it goes on where it was stopped: what sweeps and suites share."""
+"""Results of a long run as lines of JSON, so that it goes on where it was stopped; sweeps and suites use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def read_lines(path: Path) -> list[dict[str, typing.Any]]:
-    """What was found before; a last line that was cut short is dropped from the file."""
+    """Reads the earlier results; an incomplete last line is removed from the file."""
     from sparsecbm_jax.runtime.json_files import write_atomically
 
     if not path.is_file():
@@ -26,22 +26,22 @@ def append_line(path: Path, record: typing.Mapping[str, typing.Any]) -> None:
 
 
 class Results:
-    """Values by key, both JSON, in a file; a key's value is made once."""
+    """Values by key, both JSON, in a file; a key's value is computed once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found = {json.dumps(line["key"]): line["value"] for line in read_lines(path)}
 
     def once(self, key: typing.Sequence[typing.Any], make: typing.Callable[[], typing.Any]) -> typing.Any:
-        """The value of a key; made and written down where it is not there yet.
+        """Returns the value of a key; computes and stores it where it is absent.
 
         Args:
-            key: what the value depends on, in a fixed order.
-            make: gives the value.
+            key: All that the value depends on, in a fixed order.
+            make: Computes the value, which must be JSON.
         """
         name = json.dumps(list(key))
         if name not in self._found:
-            # Through JSON, so that a value is the same whether it was made now or before.
+            # Through JSON, so that a value is the same whether it was computed now or before.
             self._found[name] = json.loads(json.dumps(make()))
             append_line(self._path, {"key": list(key), "value": self._found[name]})
         return self._found[name]
