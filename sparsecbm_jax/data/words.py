@@ -92,7 +92,7 @@ def printable(text: str, limit: int) -> str:
     r"""Makes a text safe for a terminal: escapes invisible characters, and cuts it after `limit` characters.
 
     >>> print(printable("a\x1b[31mb and more", 8))
-    a\x1b[31m…
+    a\x1b[31mb…
     """
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)

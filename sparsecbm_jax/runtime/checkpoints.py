@@ -60,7 +60,7 @@ def _manifest_of(leaf: jax.Array) -> dict[str, Any]:
 
 @jax.jit
 def _checksum(leaf: Array) -> UInt[Array, ""]:
-    """Computes Σ_i (2 i + 1) x_i mod 2³² over a leaf's bits x. It is equal under any sharding, and finds one wrong element."""
+    """Computes Σ_i (2 i + 1) x_i mod 2³² over a leaf's bits x: equal under any sharding, other for one wrong element."""
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
