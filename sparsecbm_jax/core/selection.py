@@ -221,22 +221,22 @@ def select_smallest_in_rows(
     def in_row(flags: Bool[Array, "..."]) -> UInt[Array, "*layers 1 outputs"]:
         return jnp.sum(flags, axis=-2, keepdims=True, dtype=jnp.uint32)
 
-    wanted = jnp.minimum(counts[..., None, :], in_row(eligible))
+    quota = jnp.minimum(counts[..., None, :], in_row(eligible))
 
-    def search(key: UInt[Array, "..."], among: Bool[Array, "..."], wanted: Array, width: int) -> UInt[Array, "..."]:
-        """Finds the largest value that fewer than `wanted` keys are below."""
+    def search(key: UInt[Array, "..."], among: Bool[Array, "..."], quota: Array, width: int) -> UInt[Array, "..."]:
+        """Finds the largest value that fewer than `quota` keys are below."""
 
         def bit(step: Int[Array, ""], found: UInt[Array, "..."]) -> UInt[Array, "..."]:
             candidate = found | (jnp.asarray(1, key.dtype) << (width - 1 - step).astype(key.dtype))
-            return jnp.where(in_row((key < candidate) & among) < wanted, candidate, found)
+            return jnp.where(in_row((key < candidate) & among) < quota, candidate, found)
 
-        return jax.lax.fori_loop(0, width, bit, jnp.zeros(wanted.shape, key.dtype))
+        return jax.lax.fori_loop(0, width, bit, jnp.zeros(quota.shape, key.dtype))
 
-    threshold = search(key, eligible, wanted, width)
+    threshold = search(key, eligible, quota, width)
     below, tied = (key < threshold) & eligible, (key == threshold) & eligible
     index = jax.lax.broadcasted_iota(jnp.uint32, scores.shape, scores.ndim - 2)
-    last = search(index, tied, wanted - in_row(below), 32)
-    return (wanted > 0) & (below | (tied & (index <= last)))
+    last = search(index, tied, quota - in_row(below), 32)
+    return (quota > 0) & (below | (tied & (index <= last)))
 
 
 def select_smallest(
@@ -283,20 +283,20 @@ def select_smallest(
     largest = jnp.asarray(2**width - 1, uint)
     keys = [jnp.where(ok, key, largest) for key, ok in zip(keys, allowed, strict=True)]
     keys = jax.lax.optimization_barrier(keys)
-    wanted, most = exact_count(count), _count(allowed)
-    wanted = jnp.where(_is_less(wanted, most), wanted, most)
+    quota, most = exact_count(count), _count(allowed)
+    quota = jnp.where(_is_less(quota, most), quota, most)
 
     def two_bits(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
         shift = (width - 2 - 2 * step).astype(uint)
         candidates = [found | (jnp.asarray(digit, uint) << shift) for digit in (1, 2, 3)]
-        digit = sum(_is_less(below, wanted).astype(uint) for below in _count_below(keys, candidates))
+        digit = sum(_is_less(below, quota).astype(uint) for below in _count_below(keys, candidates))
         return found | (digit << shift)
 
-    # The smallest key that is marked last: the largest value with fewer than `wanted` keys below it.
+    # The smallest key that is marked last: the largest value with fewer than `quota` keys below it.
     threshold = jax.lax.fori_loop(0, width // 2, two_bits, jnp.asarray(0, uint))
     below = [key < threshold for key in keys]
     tied = [(key == threshold) & ok for key, ok in zip(keys, allowed, strict=True)]
-    needed = _minus(wanted, _count(below))
+    needed = _minus(quota, _count(below))
 
     def last_tied() -> tuple[UInt[Array, ""], UInt[Array, ""]]:
         """Finds row and column of the last tied element to mark, from counts of rows, then of that row's columns."""
@@ -326,7 +326,7 @@ def select_smallest(
 
     everything = jnp.uint32(_MAX_UINT), jnp.uint32(_MAX_UINT)
     last_row, last_column = jax.lax.cond(jnp.all(_count(tied) == needed), lambda: everything, last_tied)
-    is_any = _is_less(exact_count(0), wanted)
+    is_any = _is_less(exact_count(0), quota)
     return {
         path: is_any & (b | (t & ((row < last_row) | ((row == last_row) & (column <= last_column)))))
         for path, b, t, (row, column) in zip(paths, below, tied, _places(shapes), strict=True)

@@ -76,17 +76,17 @@ def read_dataset(config: DataConfig) -> Dataset:
         if config.missing_as_unknown and schema.unknown_class is not None:
             concepts = np.where(examples.concepts == MISSING, schema.unknown_class, examples.concepts)
             examples = examples._replace(concepts=concepts.astype(np.int32))
-        kept = examples.labels != MISSING
+        is_used = examples.labels != MISSING
         if split != "train" or config.keep_unlabelled:
-            kept[:] = True
-        elif not kept.any():
+            is_used[:] = True
+        elif not is_used.any():
             raise DataError(
                 f"{table.source}: no train row has a label in column {schema.label_column!r}; "
                 "config.data.keep_unlabelled keeps such rows for the concepts alone"
             )
-        splits[split] = _take(examples, kept)
+        splits[split] = _take(examples, is_used)
         respellings += found
-        num_skipped[split] = int((~kept).sum())
+        num_skipped[split] = int((~is_used).sum())
     return Dataset(
         schema=schema,
         splits=splits,
@@ -311,14 +311,14 @@ def _indices(
     return np.array([spellings[cell.strip().casefold()] for cell in cells], np.int32)
 
 
-def _take(examples: Examples, kept: np.ndarray) -> Examples:
+def _take(examples: Examples, is_used: np.ndarray) -> Examples:
     def pick(values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
+        return tuple(value for value, used in zip(values, is_used, strict=True) if used)
 
     return Examples(
         texts=pick(examples.texts),
-        concepts=examples.concepts[kept],
-        labels=examples.labels[kept],
+        concepts=examples.concepts[is_used],
+        labels=examples.labels[is_used],
         groups=None if examples.groups is None else pick(examples.groups),
-        row_ids=examples.row_ids[kept],
+        row_ids=examples.row_ids[is_used],
     )

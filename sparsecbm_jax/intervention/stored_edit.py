@@ -197,7 +197,7 @@ def _flip_stored(masks: Masks, edit: StoredEdit, concepts: Sequence[str], *, dro
 
 
 def _indices(flat: Int[np.ndarray, " n"], shape: tuple[int, ...]) -> tuple[Int[np.ndarray, " p"], ...]:
-    """Returns an index for each dimension, padded by the first position to few lengths, so that few programs compile."""
+    """Returns an index for each dimension, padded by the first position to few lengths, for few programs."""
     length = 1 << max(8, (len(flat) - 1).bit_length())
     padded = np.concatenate([flat, np.full(length - len(flat), flat[0])])
     return tuple(index.astype(np.int32) for index in np.unravel_index(padded, shape))

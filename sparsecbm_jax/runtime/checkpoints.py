@@ -45,7 +45,7 @@ def _to_array(name: str, leaf: Any) -> jax.Array:
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     if hasattr(leaf, "dtype") and leaf.dtype != array.dtype:
         raise TypeError(
-            f"{name} is {leaf.dtype}, which jax would store as {array.dtype}; expected a dtype that jax keeps"
+            f"{name} is {leaf.dtype}, which jax would store as {array.dtype}; expected a dtype that jax can store"
         )
     return array
 
@@ -60,7 +60,7 @@ def _manifest_of(leaf: jax.Array) -> dict[str, Any]:
 
 @jax.jit
 def _checksum(leaf: Array) -> UInt[Array, ""]:
-    """Computes Σ_i (2 i + 1) x_i mod 2³² over a leaf's bits x: equal under any sharding, other for one wrong element."""
+    """Computes Σ_i (2 i + 1) x_i mod 2³² over a leaf's bits x: equal under any sharding; every element counts."""
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
@@ -267,9 +267,9 @@ class Checkpointer:
 
     def _restore(self, step: int, manifest: Mapping[str, Any], abstract_tree: Any) -> Any:
         self._check_sizes(step)
-        wanted = _named_leaves(abstract_tree)
+        requested = _named_leaves(abstract_tree)
         abstract = {}
-        for name, leaf in wanted.items():
+        for name, leaf in requested.items():
             if math.prod(leaf.shape):
                 data = (
                     jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
@@ -288,7 +288,7 @@ class Checkpointer:
             if value != manifest[name]["checksum"]:
                 raise _Damage(f"the bits of {name} are not those that were saved")
         leaves = []
-        for name, leaf in wanted.items():
+        for name, leaf in requested.items():
             if name not in restored:
                 leaves.append(jax.device_put(np.zeros(leaf.shape, leaf.dtype), _sharding_of(leaf)))
             elif _is_key(leaf):
