@@ -19,7 +19,7 @@ from sparsecbm_jax.config.run_config import RunConfig
 
 
 class BackbonePreset(NamedTuple):
-    """A backbone, and what a run with it changes."""
+    """A backbone, and the settings that a run with it changes."""
 
     name: str
     learning_rate: float
@@ -27,8 +27,8 @@ class BackbonePreset(NamedTuple):
 
 
 # The paper prints a grid of learning rates for each backbone (Table 3: 1e-3 / 1e-4 / 1e-5 / 1e-6; for OPT-350M and
-# OPT-1.3B 1e-4 / 1e-5 / 1e-6 / 1e-7), not which one it chose. Those here are ours, from that grid. MiniLM and the
-# tiny BERT are not in the paper.
+# OPT-1.3B 1e-4 / 1e-5 / 1e-6 / 1e-7), but not the chosen ones. Those here are ours, from that grid. MiniLM and the tiny
+# BERT are not in the paper.
 BACKBONES = {
     "minilm": BackbonePreset("minilm", 5e-5),
     "tiny": BackbonePreset("tiny", 1e-3),
@@ -58,13 +58,22 @@ def get_config(backbone: str = "minilm") -> ConfigDict:
 
 
 def check_choice(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError where what stands after a config's colon is not known, with the nearest that is."""
+    """Checks the choice after a config's colon.
+
+    Args:
+        kind: Kind of the choice, for errors.
+        name: The choice.
+        known: Known choices.
+
+    Raises:
+        ValueError: The choice is not known; the nearest known one is named.
+    """
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}; expected one of {', '.join(known)}")
 
 
 def _config_dict(defaults: Any) -> ConfigDict:
-    """Settings of a dataclass; those that may be None keep the type that a command line gives them."""
+    """Returns the settings of a dataclass; those that may be None retain the type for values of the command line."""
     hints = typing.get_type_hints(type(defaults))
     config = ConfigDict()
     for field in dataclasses.fields(defaults):

@@ -31,7 +31,7 @@ from launch.benchmarks.device_model import (
     GB,
     Compiler,
     about_device,
-    chip_at_hand,
+    available_chip,
     density_of,
     in_gb,
     peak_bytes,
@@ -43,20 +43,20 @@ from launch.benchmarks.device_model import (
     wanted_bytes,
 )
 
-# Of what the model and its activations leave, the share that pruning may take where nothing is said.
+# Share of the memory that the model and its activations leave, which pruning takes by default.
 _SHARE_FOR_PRUNING = 0.95
 
 
 class _Enough(Exception):
-    """As many passes as were asked for are done."""
+    """The requested number of passes is done."""
 
 
 class TimedGradients:
-    """A stream of gradients that takes their time: the device is waited for before and after each.
+    """A stream of gradients that measures their time: it waits for the device before and after each.
 
     Attributes:
-        seconds: that the gradients took.
-        num_passes: how often the stream was gone through.
+        seconds: Seconds of all gradients.
+        num_passes: Number of passes over the stream.
     """
 
     def __init__(self, gradients: Iterable[Kernels], most_passes: int | None) -> None:
@@ -84,22 +84,27 @@ def _next(number: jax.Array) -> jax.Array:
 
 
 def wait_for_device() -> None:
-    """Returns when what was asked of the device before is done: it does one thing after the other."""
+    """Waits until the device has finished all earlier work, which it does in order."""
     jax.block_until_ready(_next(jnp.int32(0)))
 
 
 def least_bytes(num_weights: int, pruner: PrunerConfig, num_passes: int) -> dict[str, float]:
-    """Bytes that scoring and cutting one concept have to move at least, whatever a program moves besides.
+    """Computes the least bytes that any program has to move to score and cut one concept.
 
     With n weights, m gradients, P passes, blocks of b and f = ⌈m / 32⌉ flushes of the gradients' buffer, in float32:
 
-    - gradients: m P · 14 n. Each pass makes every gradient anew: θ (4 n) and its mask (n) are read forward and
-      backward, the gradient (4 n) is written. Activations and tokens count for nothing.
+    - gradients: m P · 14 n. Each pass computes every gradient again: θ (4 n) and its mask (n) are read forward and
+      backward, the gradient (4 n) is written. Activations and tokens are not counted.
     - scoring: m · 4 n, since every weight's gradients are read once, in the pass that has its piece; 2 f · 4 b n, since
       every flush writes the Gram blocks and all but the first read them, as the factorisation does; 8 n to read θ_k and
       to write the scores. The dual form (m < b) has no Gram blocks.
-    - selection: 16 · 4 n + 2 n. The threshold is found two bits at a time, each a look at all scores; the mask is read
-      and written.
+    - selection: 16 · 4 n + 2 n. The threshold is found two bits at a time, and each step reads all scores; the mask is
+      read and written.
+
+    Args:
+        num_weights: n, the maskable weights.
+        pruner: The pruner's settings.
+        num_passes: P.
     """
     n, m, b = num_weights, pruner.num_grads, pruner.block_size
     gram = 0 if form(m, b) == "dual" else 2 * math.ceil(m / fisher.BUFFER) * 4 * b
@@ -114,15 +119,15 @@ def least_bytes(num_weights: int, pruner: PrunerConfig, num_passes: int) -> dict
 def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int | None) -> dict[str, Any]:
     """Times WoodFisher scores from dense masks and the cut to the final sparsity, concept by concept.
 
-    What is held meanwhile is what `pruning.prune` holds: weights, the masks as they were and as they become, one
-    concept's mask, kernels and scores. A warm-up, which compiles, goes through the same passes of the first concept
-    with as few gradients as compile the same programs.
+    The memory holds the same arrays as in `pruning.prune`: weights, old and new masks, one concept's mask, kernels and
+    scores. A warm-up, which compiles, runs the same passes of the first concept with as few gradients as compile the
+    same programs.
 
     Args:
-        run: of it the backbone, `pruner`, `sparsity` and `data.max_length` count; `pruner.fisher_memory` of None stands
-            for what the model and a gradient's activations leave of the device, but for a twentieth.
-        most_passes: times this many passes of the first concept; the rest is told as extrapolated.
-        most_concepts: times this many concepts; all by default.
+        run: The run, of which the backbone, `pruner`, `sparsity` and `data.max_length` are used. A
+            `pruner.fisher_memory` of None takes 95 % of the memory that the model and a gradient's activations leave.
+        most_passes: Number of passes of the first concept that are timed, the rest being extrapolated; None times all.
+        most_concepts: Number of concepts that are timed; None times all.
 
     Returns:
         Seconds, bytes and shares.
@@ -161,7 +166,7 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
             scores = woodfisher_scores(kernels, stream, config=run.pruner, report=report)
             is_whole = True
         except _Enough:
-            # What is cut by hardly matters for the time it takes.
+            # The scores hardly matter for the time of the cut.
             scores, is_whole = jax.tree.map(jnp.abs, kernels), False
         wait_for_device()
         scored = time.perf_counter()
@@ -200,7 +205,7 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
         if name != "whole"
     }
     if not first["is_whole"]:
-        # The passes are filled to the same memory.
+        # All passes use the same memory.
         scale = len(plan) / first["num_passes"]
         per_concept |= {name: per_concept[name] * scale for name in ("gradients", "scoring")}
         say(
@@ -211,7 +216,7 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
         say(f"pruner: measured {len(concepts)} of {config.num_concepts} concepts; the total below is extrapolated")
     per_concept["whole"] = sum(per_concept.values())
     total = activation_seconds + config.num_concepts * per_concept["whole"]
-    moved, chip = least_bytes(num_weights, run.pruner, len(plan)), chip_at_hand()
+    moved, chip = least_bytes(num_weights, run.pruner, len(plan)), available_chip()
     bandwidth = None if chip is None else chip.memory_bandwidth
     shares = {name: share_of(moved[name], per_concept[name], bandwidth) for name in moved}
     for name, seconds in per_concept.items():
@@ -221,7 +226,7 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
         )
     say(
         f"pruner: {total:.1f} s for {config.num_concepts} concepts of {num_weights} weights; {in_timed:.1f} s of "
-        f"compiling in what was timed; peak memory {in_gb(peak_bytes())}"
+        f"compiling in the timed parts; peak memory {in_gb(peak_bytes())}"
     )
     return {
         **about_device(),
@@ -244,12 +249,12 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
 
 
 def _with_memory(run: RunConfig, model: Any, masks: Masks) -> PrunerConfig:
-    """The run's pruner, with a memory where none is set and the device has a limit."""
+    """Returns the run's pruner, with a memory where none is set and the device has a limit."""
     limit = about_device()["bytes_limit"]
     if run.pruner.fisher_memory is not None or limit is None:
         return run.pruner
     held, of_masks = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (model, masks))
-    # The masks of all as they were and as they become, and one concept's.
+    # Old and new masks of all concepts, and one concept's.
     held += 2 * of_masks + of_masks // masks_lib.num_concepts(masks)
     config, (params, heads) = programs.model_config(run), model
     rows = run.pruner.grad_batch_size
@@ -262,7 +267,7 @@ def _with_memory(run: RunConfig, model: Any, masks: Masks) -> PrunerConfig:
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((rows, config.num_concepts, config.num_classes), jnp.float32),
     )
-    wanted = wanted_bytes(gradient.compile())
-    activations = 0 if wanted is None else wanted["temp"]
-    say(f"pruner: of {in_gb(limit)} the model and masks take {in_gb(held)}, a gradient on its way {in_gb(activations)}")
+    needed = wanted_bytes(gradient.compile())
+    activations = 0 if needed is None else needed["temp"]
+    say(f"pruner: of {in_gb(limit)} the model and masks take {in_gb(held)}, one running gradient {in_gb(activations)}")
     return dataclasses.replace(run.pruner, fisher_memory=int(_SHARE_FOR_PRUNING * (limit - held - activations)))
