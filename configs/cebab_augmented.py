@@ -16,6 +16,7 @@ from configs import common
 
 
 def get_config(backbone: str = "minilm") -> ConfigDict:
+    """Returns the run with one of `common.BACKBONES`."""
     config = common.get_config(backbone)
     config.data.preset = "cebab_augmented"
     return config

@@ -4,7 +4,7 @@
 
 `configs/cebab_minilm.py:joint`, `:standard`, `:independent` and `:sequential` train the dense baselines. Batch, epochs,
 learning rates and the timing of the pruning events are ours, chosen on the validation split so that two CPU cores
-suffice. A subnetwork at 75 % sparsity has to move further than the dense model: it wants three times its learning rate.
+suffice. A subnetwork at 75 % sparsity has to change more than the dense model: it needs three times its learning rate.
 
 Hardware: 2 CPU cores. Expected time and figures: RESULTS.md.
 """
@@ -17,10 +17,11 @@ from configs import common
 
 
 def get_config(strategy: str = "sparse") -> ConfigDict:
+    """Returns the run with one of the training strategies."""
     config = common.get_config("minilm")
     config.data.preset = "cebab"
     config.strategy = strategy
-    # Every sixth training review has no majority label for the task; its concepts are labelled all the same.
+    # Every sixth training review has no majority label for the task, but has labels for its concepts.
     config.data.keep_unlabelled = strategy != "standard"
     config.optim.learning_rate = 3e-4 if strategy == "sparse" else 1e-4
     config.optim.head_learning_rate = 1e-2

@@ -4,9 +4,9 @@
     python launch/plan.py --config=configs/cebab_opt.py:66b --topology=v5p:4x4x4
 
 Memory of the training step and of the pass of the pruner, in GB of a chip, with K = 4 and 512 tokens, as
-`launch/plan.py` printed it; the whole tables and their commands: docs/results/scale.md.
+`launch/plan.py` printed it. The whole tables and their commands are in docs/results/scale.md.
 
-| size | topology | training step | pruner | a chip has |
+| size | topology | training step | pruner | memory of a chip |
 | --- | --- | ---: | ---: | ---: |
 | 125m | v5e:1x1 | 3.2 | 10.0 | 16.9 |
 | 350m | v5e:1x1 | 8.0 | 14.2 | 16.9 |
@@ -31,13 +31,13 @@ from configs import common
 
 
 class Scale(NamedTuple):
-    """The mesh of a size, and what it computes at once.
+    """The mesh of a size, its batch and its memory for pruning.
 
     Attributes:
-        batch_size: examples in a step, and in an evaluation step, over all devices.
-        fisher_gib: memory of a device that pruning may take, in GiB.
-        fsdp: devices that parameters and rows are spread over.
-        tensor: devices that heads and hidden units are spread over.
+        batch_size: Examples in a training step, and in an evaluation step, over all devices.
+        fisher_gib: Memory of a device that pruning may take, in GiB.
+        fsdp: Devices that parameters and rows are spread over.
+        tensor: Devices that heads and hidden units are spread over.
     """
 
     batch_size: int

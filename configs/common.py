@@ -18,7 +18,7 @@ from sparsecbm_jax.config.run_config import RunConfig
 
 
 class BackbonePreset(NamedTuple):
-    """A backbone, and what a run with it changes."""
+    """A backbone, and the settings that a run with it changes."""
 
     name: str
     learning_rate: float
@@ -26,8 +26,8 @@ class BackbonePreset(NamedTuple):
 
 
 # The paper prints a grid of learning rates for each backbone (Table 3: 1e-3 / 1e-4 / 1e-5 / 1e-6; for OPT-350M and
-# OPT-1.3B 1e-4 / 1e-5 / 1e-6 / 1e-7), not which one it chose. Those here are ours, from that grid. MiniLM and the
-# tiny BERT are not in the paper.
+# OPT-1.3B 1e-4 / 1e-5 / 1e-6 / 1e-7), but not the chosen ones. Those here are ours, from that grid. MiniLM and the tiny
+# BERT are not in the paper.
 BACKBONES = {
     "minilm": BackbonePreset("minilm", 5e-5),
     "tiny": BackbonePreset("tiny", 1e-3),
@@ -57,7 +57,7 @@ def get_config(backbone: str = "minilm") -> ConfigDict:
 
 
 def _config_dict(defaults: Any) -> ConfigDict:
-    """Settings of a dataclass; those that may be None keep the type that a command line gives them."""
+    """Returns the settings of a dataclass; those that may be None retain the type for values of the command line."""
     hints = typing.get_type_hints(type(defaults))
     config = ConfigDict()
     for field in dataclasses.fields(defaults):

@@ -21,6 +21,7 @@ LABELS = ("manual", "generated")
 
 
 def get_config(choice: str = "minilm") -> ConfigDict:
+    """Returns the run with one of `common.BACKBONES` and, after a comma, one of `LABELS`."""
     parts = [part.strip() for part in choice.split(",") if part.strip()]
     labels = [part for part in parts if part in LABELS] or ["manual"]
     backbones = [part for part in parts if part not in LABELS] or ["minilm"]

@@ -16,6 +16,7 @@ from configs import cebab_minilm
 
 
 def get_config(strategy: str = "sparse") -> ConfigDict:
+    """Returns the run with one of the training strategies."""
     config = cebab_minilm.get_config(strategy)
     config.data.preset = "imdb_c_manual"
     config.data.max_length = 128

@@ -1,7 +1,7 @@
 """A first SparseCBM in minutes on two CPU cores: the embedded synthetic reviews, MiniLM.
 
-Eight epochs: four dense, four at the final sparsity. One cut stands for the gradual ones of the other configs, each of
-which takes as long as two epochs here.
+Eight epochs: four dense, four at the final sparsity. One pruning event replaces the gradual ones of the other configs,
+each of which takes as long as two epochs here.
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -19,9 +19,10 @@ from configs import common
 
 
 def get_config(backbone: str = "minilm") -> ConfigDict:
+    """Returns the run with one of `common.BACKBONES`."""
     config = common.get_config(backbone)
     config.data.preset = "sample"
-    # A few hundred reviews make few steps: small batches and steps larger than the defaults'.
+    # A few hundred reviews give few steps: smaller batches and a higher learning rate than the defaults.
     config.optim.learning_rate = max(config.optim.learning_rate, 3e-4)
     config.optim.head_learning_rate = 3e-2
     config.training.num_epochs = 8

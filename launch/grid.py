@@ -34,6 +34,7 @@ _SCORES = ("concept", "task")
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     run = command_line.run_config()
     grid = parse(FLAGS.grid)
     if not FLAGS.workdir or not grid:
@@ -54,10 +55,10 @@ def main() -> None:
 
 
 def parse(text: str) -> dict[str, list[typing.Any]]:
-    """The values of each setting.
+    """Parses the values of each setting.
 
     Raises:
-        ValueError: A setting is unknown, has no value, or one that is no JSON number, word or list.
+        ValueError: A setting is unknown, has no value, or has one that is not a JSON number, word or list.
     """
     from sparsecbm_jax.config.run_config import key_names, unknown_key
 
@@ -83,12 +84,12 @@ def _value(text: str) -> typing.Any:
 
 
 def name_of(combination: typing.Mapping[str, typing.Any]) -> str:
-    """The folder of a combination, such as gamma=5,optim.learning_rate=0.0001."""
+    """Returns the folder name of a combination, such as gamma=5,optim.learning_rate=0.0001."""
     return ",".join(f"{key}={str(value).replace('/', '-')}" for key, value in sorted(combination.items()))
 
 
 def with_settings(run: RunConfig, combination: typing.Mapping[str, typing.Any]) -> RunConfig:
-    """The run with other settings."""
+    """Returns the run with the settings of a combination."""
     from sparsecbm_jax.config.run_config import from_config_dict, to_dict
 
     settings = copy.deepcopy(to_dict(run))
@@ -99,7 +100,7 @@ def with_settings(run: RunConfig, combination: typing.Mapping[str, typing.Any]) 
 
 
 def render(found: typing.Mapping[str, typing.Mapping[str, typing.Any]]) -> str:
-    """A Markdown table, the best on validation first, and the test scores of that one."""
+    """Renders a Markdown table, the best on validation first, and the test scores of the best."""
 
     def scores(name: str, split: str) -> dict[str, float]:
         # Strategy 'standard' has no concepts.

@@ -1,16 +1,16 @@
-"""Compiles a run's programs for accelerators that are not at hand, and says whether they fit and what they cost.
+"""Compiles a run's programs for accelerators that need not be available, and prints whether they fit and their cost.
 
 python launch/plan.py --config=configs/cebab_opt.py:66b --topology=v5p:4x4x4 --json=runs/plan.json
 python launch/plan.py --config=configs/cebab_opt.py:1_3b --topology=v5e:4x4 --mesh=auto
 
-A topology is v4, v5p or tpu7x:XxYxZ, v5e or v6e:XxY (chips; extra `tpu-plan`), or a100, h100, h200 or cpu:N, which
-virtual CPU devices stand in for: their figures are estimates. The mesh is the config's, or the best of those that are
-proposed. Nothing is allocated, no data or weights are read; each program is compiled in a process of its own, which
-takes a minute or two and 2 GB.
+A topology is v4, v5p or tpu7x:XxYxZ, v5e or v6e:XxY (chips; extra `tpu-plan`), or a100, h100, h200 or cpu:N. For the
+latter, programs are compiled for virtual CPU devices, and the figures are estimates. The mesh is the config's, or the
+best of several proposed ones. No arrays are allocated, no data or weights are read; each program is compiled in a
+process of its own, which takes a minute or two and 2 GB.
 
-Bytes are those of one chip. `held` is what the run keeps beside the program's own arguments, such as Adam's moments
-while it prunes. Flops are those of matrix products, beside what the model needs without computing anything again. Time
-is the least that the chip's peaks allow, computing and communicating at once.
+Bytes are those of one chip. `held` is the memory of arrays that are not arguments of the program, such as Adam's
+moments during pruning. Flops are those of matrix products, also as a ratio to those of the model without recomputation.
+Time is the least that the chip's peaks allow, if it computes and communicates at once.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ flags.DEFINE_enum("mesh", "config", ["config", "auto"], "The config's mesh, or t
 flags.DEFINE_list("programs", None, "Some of the programs; all by default.")
 flags.DEFINE_string("json", None, "JSON file to write.")
 
-# Meshes that --mesh=auto compiles the training step of.
+# Number of meshes for which --mesh=auto compiles the training step.
 _NUM_PROPOSED = 3
 _GB = 1e9
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     run = command_line.run_config()
     if not FLAGS.topology:
         raise ValueError("--topology is missing; expected chips such as v5p:4x4x4, v5e:4x4 or h100:8")
@@ -71,10 +72,10 @@ def main() -> None:
 
 
 def prepare_environment(topology: Topology) -> None:
-    """What JAX reads when the processes that compile start. Never set on a TPU's own host but for compiling ahead."""
+    """Sets variables that JAX reads when a compiling process starts; they are only for compilation ahead of time."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip.is_compiled_for:
-        # libtpu ends a process that has flags of another compiler; its own stand in LIBTPU_INIT_ARGS.
+        # libtpu ends a process that has flags of another compiler; its own flags are in LIBTPU_INIT_ARGS.
         os.environ.pop("XLA_FLAGS", None)
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -88,7 +89,7 @@ def prepare_environment(topology: Topology) -> None:
 
 
 def in_a_process(run: RunConfig, topology: Topology, program: str) -> dict[str, Any]:
-    """`planning.measure` in a process of its own: a compiler may end it, and keeps memory."""
+    """Runs `plan.measure` in a process of its own, since a compiler may end its process and does not free memory."""
     from sparsecbm_jax.planning import plan
 
     context = multiprocessing.get_context("spawn")
@@ -98,15 +99,22 @@ def in_a_process(run: RunConfig, topology: Topology, program: str) -> dict[str, 
         except concurrent.futures.process.BrokenProcessPool:
             return {"fits": False, "peak_bytes_per_chip": None, "error": "the compiler ended its process"}
         except (ValueError, ImportError) as error:
-            # Ours, so that it is told in one line; --debug shows where it came from.
+            # Raised again here, so that it is printed in one line; --debug shows its origin.
             raise type(error)(str(error)) from error
 
 
 def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, Any]]:
-    """The run on the mesh whose training step takes least time of those that are proposed and fit, and that step.
+    """Chooses, among the proposed meshes that fit, the one with the fastest training step.
+
+    Args:
+        run: The run's settings.
+        topology: The devices.
+
+    Returns:
+        The run on that mesh, and the measurements of its training step.
 
     Raises:
-        ValueError: if no mesh divides the model and the batches.
+        ValueError: No mesh divides the model and the batches.
     """
     from sparsecbm_jax.planning import plan
 
@@ -132,13 +140,14 @@ def best_mesh(run: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, 
 
 
 def named(mesh: MeshConfig) -> str:
+    """Formats the axes of a mesh that have more than one device."""
     from sparsecbm_jax.planning import plan
 
     return " x ".join(f"{name} {size}" for name, size in plan.as_mapping(mesh).items())
 
 
 def heading(run: RunConfig, topology: Topology) -> str:
-    """What is planned, and the table's columns."""
+    """Formats the description of the plan, and the table's columns."""
     from sparsecbm_jax.planning import programs
 
     config, chip = programs.model_config(run), topology.chip
@@ -157,7 +166,7 @@ def heading(run: RunConfig, topology: Topology) -> str:
 
 
 def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) -> list[str]:
-    """A program's row of the table, and what is to be said about it."""
+    """Formats a program's row of the table, and its traffic, warnings and advice."""
     from sparsecbm_jax.planning import plan
 
     if not found:
@@ -180,7 +189,7 @@ def lines(name: str, found: dict[str, Any], run: RunConfig, topology: Topology) 
         rest = [f"  {', '.join(by_kind)}"] if by_kind else []
         rest += [f"  warning: {warning}" for warning in found["warnings"]]
     if not found["fits"]:
-        rest += [f"  to turn: {turn}" for turn in plan.advice(name, run, topology.chip, peak)]
+        rest += [f"  to change: {change}" for change in plan.advice(name, run, topology.chip, peak)]
     return [f"{name:<11}" + "".join(f"{cell:>10}" for cell in cells), *rest]
 
 
@@ -189,7 +198,7 @@ def _gigabytes(size: float | None) -> str:
 
 
 def report(run: RunConfig, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
-    """What --json writes."""
+    """Returns the contents of the file of --json."""
     from sparsecbm_jax.planning import programs
 
     shapes = programs.Shapes(run, programs.abstract_mesh(run.mesh))

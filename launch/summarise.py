@@ -1,4 +1,4 @@
-"""Several runs of one configuration as mean ± sample standard deviation, in a Markdown table.
+"""Prints several runs of one configuration as mean ± sample standard deviation, in a Markdown table.
 
 python launch/summarise.py runs/cebab/seed0 runs/cebab/seed1 runs/cebab/seed2
 python launch/summarise.py runs/cebab/seed* --json
@@ -21,6 +21,7 @@ flags.DEFINE_bool("json", False, "Print the summary as JSON instead of a table."
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     workdirs = FLAGS(sys.argv)[1:]
     if not workdirs:
         raise ValueError(

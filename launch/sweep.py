@@ -1,14 +1,14 @@
-"""Concept and task accuracy against sparsity, for criteria and models: the paper's Figure 5, and comparisons of scores.
+"""Measures concept and task accuracy against sparsity, for criteria and models: the paper's Figure 5, and comparisons.
 
 python launch/sweep.py --models=runs/joint/seed0/model,runs/joint/seed1/model --config=configs/cebab_minilm.py \
     --config.data.path=DIR --criteria=woodfisher,magnitude --sparsities=0.5,0.75,0.9 --workdir=runs/sweep
 python launch/sweep.py ... --epochs=2        # trains each on under its masks
 
-Every dense model is pruned once for each criterion and sparsity, scores being made once for all sparsities. With
+Every dense model is pruned once for each criterion and sparsity; scores are computed once for all sparsities. With
 --epochs, pruning is the first step of a training run from the dense model, whose settings (learning rates, batch size)
-are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped; a
-workdir is of one config. At the end tables of means and of differences paired by model (sweep.md) and, where matplotlib
-is installed (extra `report`), a plot (sweep.png, .svg and .pdf) of means over the models with their range.
+are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped. A
+workdir is for one config. In the end it writes tables of means and of differences paired by model (sweep.md) and, if
+matplotlib is installed (extra `report`), a plot (sweep.png, .svg and .pdf) of means over the models with their range.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ _SCORES = ("concept", "task")
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     run = command_line.run_config()
     if not FLAGS.workdir or not FLAGS.models:
         raise ValueError("--models and --workdir are needed; expected dense models and a folder for the results")
     if FLAGS.epochs == 1:
         raise ValueError("--epochs=1: expected 0, for pruning alone, or at least 2")
     sparsities = sorted(command_line.numbers("sparsities", float))
-    wanted = {criterion: _run_of(run, criterion, sparsities[-1]) for criterion in FLAGS.criteria}
+    runs = {criterion: _run_of(run, criterion, sparsities[-1]) for criterion in FLAGS.criteria}
     workdir = Path(FLAGS.workdir)
 
     from sparsecbm_jax.config.run_config import to_dict
@@ -56,20 +57,20 @@ def main() -> None:
     from sparsecbm_jax.report.sections.sweep import Result, render, section
     from sparsecbm_jax.runtime.run_directory import check_same_run
 
-    # What the flags vary apart, results of one folder are of one config.
+    # Apart from the settings that flags vary, all results of a folder are of one config.
     check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
     path = workdir / "results.jsonl"
     found = [Result(**line) for line in read_results(path)]
     for folder in FLAGS.models:
-        rows = [(criterion, s) for criterion in wanted for s in sparsities]
+        rows = [(criterion, s) for criterion in runs for s in sparsities]
         left = [row for row in rows if (folder, *row, FLAGS.epochs) not in {tuple(result[:4]) for result in found}]
         if not left and any(result.model == folder and not result.sparsity for result in found):
             continue
-        for result in (_tuned if FLAGS.epochs else _pruned)(folder, left, wanted, workdir):
+        for result in (_tuned if FLAGS.epochs else _pruned)(folder, left, runs, workdir):
             found.append(result)
             append_json_line(path, result._asdict())
             print(f"{folder}: {describe(result)}", flush=True)
-    asked = {(criterion, s) for criterion in wanted for s in sparsities}
+    asked = {(criterion, s) for criterion in runs for s in sparsities}
     shown = [r for r in found if r.model in FLAGS.models and _is_asked(r, asked, FLAGS.epochs)]
     made = section(shown, FLAGS.criteria)
     table = render(made)
@@ -105,7 +106,7 @@ def _dense(folder: str, found: saved_runs.Saved, run: RunConfig) -> Result:
 def _pruned(
     folder: str, rows: list[tuple[str, float]], runs: dict[str, RunConfig], workdir: Path
 ) -> typing.Iterator[Result]:
-    """The results of pruning alone; the scores of a criterion are kept until its last sparsity is done."""
+    """Yields the results of pruning alone; the scores of a criterion are stored until its last sparsity is done."""
     from sparsecbm_jax.pruning import pruner
     from sparsecbm_jax.pruning.score_store import StoredScores
     from sparsecbm_jax.report.sections.sweep import Result
@@ -116,9 +117,9 @@ def _pruned(
     yield _dense(folder, found, next(iter(runs.values())))
     num_concepts = found.model.config.num_concepts
     for criterion in dict.fromkeys(criterion for criterion, _ in rows):
-        with checkpoints.Checkpointer(workdir / "scores", num_concepts) as kept:
+        with checkpoints.Checkpointer(workdir / "scores", num_concepts) as checkpointer:
             about = {"model": saved_runs.fingerprint(folder), "criterion": criterion}
-            store = StoredScores(kept, num_concepts, about, discards_others=True)
+            store = StoredScores(checkpointer, num_concepts, about, discards_others=True)
             bar = functools.partial(progress, description=f"{folder}: {criterion}", unit="gradient")
             for sparsity in (s for of_row, s in rows if of_row == criterion):
                 run = _run_of(runs[criterion], criterion, sparsity)
@@ -131,7 +132,7 @@ def _pruned(
 def _tuned(
     folder: str, rows: list[tuple[str, float]], runs: dict[str, RunConfig], workdir: Path
 ) -> typing.Iterator[Result]:
-    """The results of pruning before the first step of a training run."""
+    """Yields the results of pruning before the first step of a training run."""
     from sparsecbm_jax.model import saved_model
     from sparsecbm_jax.report.sections.sweep import Result
     from sparsecbm_jax.training import train
@@ -151,11 +152,11 @@ def _tuned(
 
 
 def describe(result: Result) -> str:
-    """A result in a line."""
+    """Formats a result in a line."""
     accuracies = f"concepts {100 * result.concept:.1f} %, task {100 * result.task:.1f} %"
     return f"{result.criterion} at {result.sparsity:g}: {accuracies}"
 
 
 if __name__ == "__main__":
-    # Training repeats one program, pruning alone does not.
+    # Training repeats one program; pruning alone does not.
     command_line.run(main, keeps_memory=any(argument.startswith("--epochs") for argument in sys.argv))

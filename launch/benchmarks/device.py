@@ -1,4 +1,4 @@
-"""Times pruning, an intervention and the training step with a backbone of a published shape on the device at hand.
+"""Times pruning, an intervention and the training step with a backbone of a published shape on the local device.
 
 python launch/benchmarks/device.py --backbone=facebook/opt-1.3b --output=runs/device.json
 python launch/benchmarks/device.py --backbone=facebook/opt-6.7b --parts=intervention --param_dtype=bfloat16
@@ -7,14 +7,14 @@ python launch/benchmarks/device.py --parts=step --batch=256 --length=64 --torch
 K = 4, as in CEBaB. No data or checkpoint is read: weights, masks at the final sparsity 1 − 1/K and tokens are random.
 
 - pruner: WoodFisher scores of all maskable weights from dense masks, and the cut, concept by concept; `least_bytes` in
-  device_pruner.py says which bytes are counted. --passes=N times the first N passes of one concept, where all
+  device_pruner.py lists the bytes that are counted. --passes=N times the first N passes of one concept, where all
   would take too long, and extrapolates.
 - intervention: one text through all subnetworks, `intervene` with the signed saliency, and `minimal_edit`.
-- step: the jitted training step; model flops are those of matrix products, nothing computed again counted. With --torch
-  the same step in PyTorch afterwards: both do not fit in memory at once, so that they cannot take turns.
+- step: the jitted training step; model flops are those of matrix products, without recomputation. With --torch the same
+  step in PyTorch afterwards: both do not fit in memory at once, so they cannot take turns.
 
 Each part has a process of its own, and so a peak of memory of its own. Shares of peaks are left out on devices whose
-peaks `chips.py` does not know. XLA_PYTHON_CLIENT_MEM_FRACTION is 0.95 if it is not set.
+peaks `runtime/accelerators.py` does not list. XLA_PYTHON_CLIENT_MEM_FRACTION is 0.95 if it is not set.
 """
 
 from __future__ import annotations
@@ -44,35 +44,36 @@ flags.adopt_module_key_flags(command_line)
 PARTS = ("pruner", "intervention", "step")
 flags.DEFINE_list("parts", list(PARTS), "Some of the parts.")
 flags.DEFINE_string("backbone", "facebook/opt-1.3b", "Name of a published shape, or a folder with a config.json.")
-flags.DEFINE_integer("num_layers", None, "Layers, where not all of them.", lower_bound=1)
+flags.DEFINE_integer("num_layers", None, "Number of layers; by default all of the backbone.", lower_bound=1)
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of the computation.")
 flags.DEFINE_enum("param_dtype", "float32", ["bfloat16", "float32"], "Type of the weights in part 'intervention'.")
 flags.DEFINE_integer("tokens", 64, "Tokens of a text in 'pruner' and 'intervention'.", lower_bound=3)
 flags.DEFINE_integer("rows", 8, "Texts of a gradient.", lower_bound=1)
 flags.DEFINE_integer("num_grads", 128, "Gradients m of a concept.", lower_bound=1)
 flags.DEFINE_integer("block_size", 64, "Weights b of a Fisher block.", lower_bound=1)
-flags.DEFINE_float("fisher_memory", None, "GiB for pruning; by default what the model leaves.")
+flags.DEFINE_float("fisher_memory", None, "GiB for pruning; by default the memory that the model leaves.")
 flags.DEFINE_integer("passes", None, "Passes of one concept to time; by default all.", lower_bound=1)
 flags.DEFINE_integer("concepts", None, "Concepts to score and cut; by default all.", lower_bound=1)
 flags.DEFINE_float("drop_fraction", 1e-4, "Share of the backbone's weights that is dropped, and grown.")
 flags.DEFINE_integer("batch", 32, "Texts of a training step.", lower_bound=1)
 flags.DEFINE_integer("length", 128, "Tokens of a text of a training step.", lower_bound=3)
-flags.DEFINE_enum("remat", "selective", ["none", "selective", "full"], "What of our layers is computed again.")
-flags.DEFINE_bool("unroll_layers", False, "Our layers are written out, which takes longer to compile.")
+flags.DEFINE_enum("remat", "selective", ["none", "selective", "full"], "Part of our layers that is computed again.")
+flags.DEFINE_bool("unroll_layers", False, "Our layers are unrolled, which takes longer to compile.")
 flags.DEFINE_bool("dropout", True, "The step has the backbone's dropout.")
-flags.DEFINE_bool("torch", False, "Also the step in PyTorch.")
+flags.DEFINE_bool("torch", False, "Also time the step in PyTorch.")
 flags.DEFINE_list("torch_modes", ["default"], "Modes of torch.compile to try, or 'none'.")
 flags.DEFINE_integer("num_rounds", 10, "Timed rounds of an intervention or of steps.", lower_bound=1)
 flags.DEFINE_integer("num_steps", 4, "Steps of a round.", lower_bound=1)
-flags.DEFINE_string("output", None, "JSON file, written anew after each part.")
+flags.DEFINE_string("output", None, "JSON file, written again after each part.")
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     command_line.check_names("parts", PARTS)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     report: dict[str, Any] = {"command": " ".join(sys.argv[1:]), "backbone": FLAGS.backbone}
     with tempfile.TemporaryDirectory() as folder:
-        # What is compiled to ask for its memory is not compiled again to run.
+        # Programs that are compiled for their memory are not compiled again to run.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder, "compiled")))
         backbone = _backbone(Path(folder))
         for part in FLAGS.parts:
@@ -94,26 +95,31 @@ def _write(report: dict[str, Any]) -> None:
 
 
 def in_a_process(name: str, measure: Callable[[str], dict[str, Any]], backbone: str) -> dict[str, Any]:
-    """What a part finds in a process of its own, whose memory is given back; or the error that it ended with.
+    """Runs a part in a process of its own, whose memory is released; returns its result, or the error that ended it.
 
-    It is forked: nothing here starts JAX's devices, which a fork would not survive.
+    The process is forked: this file must not start JAX's devices, which do not survive a fork.
+
+    Args:
+        name: Name of the part.
+        measure: Measures the part.
+        backbone: Name of a published shape, or a folder with a config.json.
     """
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
-            return pool.submit(_guarded, name, measure, backbone).result()
+            return pool.submit(_attempt, name, measure, backbone).result()
         except concurrent.futures.process.BrokenProcessPool:
             print(f"{name}: its process was ended", flush=True)
             return {"error": "its process was ended"}
 
 
-def _guarded(name: str, measure: Callable[[str], dict[str, Any]], backbone: str) -> dict[str, Any]:
+def _attempt(name: str, measure: Callable[[str], dict[str, Any]], backbone: str) -> dict[str, Any]:
     from launch.benchmarks.device_model import attempt
 
     return attempt(name, lambda: measure(backbone))
 
 
 def _backbone(folder: Path) -> str:
-    """The backbone's name, or a folder with the config.json of one with fewer layers."""
+    """Returns the backbone's name, or a folder with the config.json of one with fewer layers."""
     if FLAGS.num_layers is None:
         return FLAGS.backbone
     from sparsecbm_jax.backbones import config_to_hf
@@ -174,7 +180,7 @@ def _step(backbone: str) -> dict[str, Any]:
 def _torch_step(backbone: str) -> dict[str, Any]:
     import jax
 
-    # Of JAX only shapes are wanted here.
+    # JAX computes only shapes here.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:

@@ -1,8 +1,8 @@
-"""What the parts of `benchmarks/device.py` share: a random model, and what the device and the compiler say.
+"""Common functions of the parts of `benchmarks/device.py`: a random model, and facts of the device and the compiler.
 
-Every part makes a random model and calls the functions that training, pruning and intervening call. It prints what it
-has found as soon as it knows it, and returns it as JSON. Peaks of memory are those of the process, so each part wants a
-process of its own.
+Every part makes a random model and calls the functions that training, pruning and intervening call. It prints each
+result at once, and returns all of them as JSON. Peaks of memory are those of the process, so each part needs a process
+of its own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ GB = 1e9
 
 
 def say(text: str) -> None:
+    """Prints a line at once."""
     print(text, flush=True)
 
 
 class Compiler:
-    """Counts the seconds of XLA's compiler, so that they can be told apart.
+    """A counter of the seconds of XLA's compiler, so that they can be reported apart.
 
     Attributes:
-        seconds: so far.
+        seconds: Seconds so far.
     """
 
     def __init__(self) -> None:
@@ -48,46 +49,50 @@ class Compiler:
 
 
 def about_device() -> dict[str, Any]:
-    """Kind, memory in bytes (None on CPU) and library of the device at hand."""
+    """Returns kind, memory in bytes (None on CPU) and library of the local device."""
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     return {"device_kind": device.device_kind, "bytes_limit": stats.get("bytes_limit"), "jax": jax.__version__}
 
 
 def peak_bytes() -> int | None:
-    """Most bytes of the device that this process had in use at once; None where the device does not say, as CPUs."""
+    """Returns the most bytes of the device in use at once by this process; None where the device does not say (CPU)."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def chip_at_hand() -> Accelerator | None:
+def available_chip() -> Accelerator | None:
+    """Returns the local device's peaks; None where they are not known."""
     return accelerator_of_kind(jax.devices()[0].device_kind)
 
 
 def in_gb(size: float | None) -> str:
-    return "not told by this device" if size is None else f"{size / GB:.2f} GB"
+    """Formats bytes in GB."""
+    return "not reported by this device" if size is None else f"{size / GB:.2f} GB"
 
 
 def share_of(amount: float, seconds: float, peak: float | None) -> float | None:
+    """Computes a rate as a share of its peak; None where the peak is not known."""
     return None if peak is None else amount / seconds / peak
 
 
 def percent(share: float | None) -> str:
+    """Formats a share of a peak in percent."""
     return "peak of this device not known" if share is None else f"{share:.1%} of the peak"
 
 
 def wanted_bytes(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """What the compiler assigns a program, by kind; 'peak' is all of it at once."""
+    """Returns the bytes that the compiler assigns a program, by kind; 'peak' is the most at once."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
     kinds = ("argument", "output", "temp", "alias")
     sizes = {kind: int(getattr(memory, f"{kind}_size_in_bytes")) for kind in kinds}
-    # Donated arguments are where the outputs go.
+    # Outputs are written over donated arguments.
     return sizes | {"peak": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]}
 
 
 def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a measurement found, or why it failed: one that finds too little memory leaves the others alone."""
+    """Returns a measurement's result, or its error: one that has too little memory does not stop the others."""
     try:
         return measure()
     except RuntimeError as error:
@@ -97,7 +102,7 @@ def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def random_batch(config: CBMConfig, rows: int, length: int, seed: int) -> Batch:
-    """Rows of random tokens without padding, every cell and row labelled."""
+    """Makes rows of random tokens without padding, every cell and row labelled."""
     rng, backbone = np.random.default_rng(seed), config.backbone
     # The first few ids stand for padding and the like.
     return Batch(
@@ -111,25 +116,25 @@ def random_batch(config: CBMConfig, rows: int, length: int, seed: int) -> Batch:
 
 
 def init(config: CBMConfig, dtype: str, rng: jax.Array) -> Params:
-    """What `random_params` makes, to be traced."""
+    """Makes the weights of `random_params`, to be traced."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), backbones.init_params(rng, config.backbone))
 
 
 def random_params(config: CBMConfig, dtype: str = "float32") -> Params:
-    """Weights of a fresh backbone, as float32 or rounded to another type."""
+    """Makes the weights of a fresh backbone, as float32 or rounded to another type."""
     return jax.jit(functools.partial(init, config, dtype))(jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random_mask(key: jax.Array, shape: tuple[int, ...], density: float) -> jax.Array:
-    # A kernel at a time: the random bits of all would take four times as much as they.
+    # A kernel at a time: random bits of all would take four times the memory of the masks.
     *stacked, inputs, outputs = shape
     keys = jax.random.split(key, math.prod(stacked))
     return jax.lax.map(lambda one: jax.random.bernoulli(one, density, (inputs, outputs)), keys).reshape(shape)
 
 
 def random_masks(config: CBMConfig, params: Params, density: float) -> Masks:
-    """Boolean masks that keep about `density` of the weights."""
+    """Makes boolean masks that keep about a share `density` of the weights."""
     paths, k = backbones.maskable_paths(config.backbone), config.num_concepts
     keys = jax.random.split(jax.random.key(1), len(paths))
     shapes = {path: (k, *leaf_at(params, path).shape) for path in paths}
@@ -137,5 +142,5 @@ def random_masks(config: CBMConfig, params: Params, density: float) -> Masks:
 
 
 def density_of(run: RunConfig, config: CBMConfig) -> float:
-    """Share of the weights that a subnetwork keeps in the end, 1/K unless the run says otherwise."""
+    """Returns the share of the weights that a subnetwork keeps in the end, 1/K unless the run sets another."""
     return 1 - final_sparsity(run.sparsity, config.num_concepts)[0]

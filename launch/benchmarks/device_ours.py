@@ -35,7 +35,7 @@ from launch.benchmarks.device_model import (
     Compiler,
     about_device,
     attempt,
-    chip_at_hand,
+    available_chip,
     density_of,
     in_gb,
     init,
@@ -49,21 +49,21 @@ from launch.benchmarks.device_model import (
     wanted_bytes,
 )
 
-# Any number of steps: only the learning rates hang on it.
+# Any number of steps: only the learning rates depend on it.
 _NUM_STEPS = 1000
 
 
 def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rounds: int) -> dict[str, Any]:
-    """Times a forward pass of one text, `intervene` and `minimal_edit`; first tells what the compiler wants for each.
+    """Times a forward pass of one text, `intervene` and `minimal_edit`; first reports the memory of each program.
 
     Args:
-        run: of it the backbone, `sparsity` and `data.max_length`, the text's tokens, count.
-        param_dtype: type of the weights; heads are float32.
-        drop_fraction: of `intervene`.
-        num_rounds: calls of each, after one that compiles.
+        run: The run, of which the backbone, `sparsity` and `data.max_length` (the text's tokens) are used.
+        param_dtype: Type of the weights; heads are float32.
+        drop_fraction: Share of the backbone's weights that `intervene` drops, and grows.
+        num_rounds: Number of timed calls of each, after one that compiles.
 
     Returns:
-        By name, bytes and milliseconds, or what went wrong.
+        By name, bytes and milliseconds, or the error.
     """
     compiler, config = Compiler(), programs.model_config(run)
     heads, batch = init_heads(jax.random.key(2), config), random_batch(config, 1, run.data.max_length, 0)
@@ -83,7 +83,7 @@ def time_text(run: RunConfig, *, param_dtype: str, drop_fraction: float, num_rou
         found[name] |= attempt(name, lambda lower=lower: {"wanted_bytes": wanted_bytes(lower().compile())})  # type: ignore[misc]
         if found[name]["wanted_bytes"] is not None:
             sizes = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in found[name]["wanted_bytes"].items())
-            say(f"intervention: {name} wants GB: {sizes}")
+            say(f"intervention: {name} needs GB: {sizes}")
 
     model: dict[str, Any] = {}
 
@@ -153,14 +153,15 @@ def time_train_step(
     """Times the jitted training step, its state donated, over batches of random texts.
 
     Args:
-        run: of it the backbone, `training.batch_size`, `optim`, `sparsity` and `data.max_length`, the width, count.
-        dropout: as the backbone's own; False trains without.
-        unroll_layers: see `CBMConfig`.
-        num_rounds: after a step that warms up.
-        num_steps: of a round; the device is waited for at its end.
+        run: The run, of which the backbone, `training.batch_size`, `optim`, `sparsity` and `data.max_length` (the
+            width) are used.
+        dropout: True trains with the backbone's own dropout, False without.
+        unroll_layers: See `CBMConfig`.
+        num_rounds: Number of timed rounds, after a step that warms up.
+        num_steps: Steps of a round; the round ends when the device has finished.
 
     Returns:
-        Seconds a step of every round, and what follows from their median.
+        Seconds a step of every round, and the rates that follow from their median.
     """
     compiler, mesh = Compiler(), sharding.make_mesh(devices=jax.devices()[:1])
     shapes = programs.Shapes(run, mesh)
@@ -173,10 +174,10 @@ def time_train_step(
     rng = jax.random.key(3)
     start = time.perf_counter()
     compiled = step_fn.lower(state, batches[0], rng).compile()  # type: ignore[attr-defined]
-    wanted = wanted_bytes(compiled)
+    needed = wanted_bytes(compiled)
     say(
-        f"step: compiled in {time.perf_counter() - start:.1f} s, of which the compiler {compiler.seconds:.1f} s; wants "
-        f"{in_gb(None if wanted is None else wanted['peak'])}"
+        f"step: compiled in {time.perf_counter() - start:.1f} s, of which the compiler {compiler.seconds:.1f} s; needs "
+        f"{in_gb(None if needed is None else needed['peak'])}"
     )
     state, metrics = compiled(state, batches[0], rng)
     jax.block_until_ready(state)
@@ -187,7 +188,7 @@ def time_train_step(
             state, metrics = compiled(state, batch, rng)
         jax.block_until_ready(state)
         seconds.append((time.perf_counter() - start) / num_steps)
-    chip, flops, median = chip_at_hand(), programs.model_flops("train_step", shapes), statistics.median(seconds)
+    chip, flops, median = available_chip(), programs.model_flops("train_step", shapes), statistics.median(seconds)
     mfu = share_of(flops, median, None if chip is None else chip.flops)
     say(
         f"step: ours {median:.4f} s (median of {num_rounds} rounds; {min(seconds):.4f} to {max(seconds):.4f}), "
@@ -202,7 +203,7 @@ def time_train_step(
         "unroll_layers": unroll_layers,
         "dropout": dropout,
         "compiler_seconds": compiler.seconds,
-        "wanted_bytes": wanted,
+        "wanted_bytes": needed,
         "seconds": seconds,
         "median_seconds": median,
         "tokens_a_second": rows * length / median,
@@ -213,7 +214,7 @@ def time_train_step(
 
 
 def _train_state(run: RunConfig, config: CBMConfig, tx: Any, mesh: Any) -> train_step.TrainState:
-    """A fresh state with random masks; what only led to it is gone when it is returned."""
+    """Makes a fresh state with random masks; intermediate arrays are freed when it is returned."""
     params = random_params(config)
     packed: Packed = jax.jit(masks_lib.pack)(random_masks(config, params, density_of(run, config)))
     places: Mapping[str, Any] = sharding.shardings(mesh, sharding.packed_specs(packed))

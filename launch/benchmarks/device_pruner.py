@@ -34,7 +34,6 @@ from launch.benchmarks.device_model import (
     GB,
     Compiler,
     about_device,
-    chip_at_hand,
     density_of,
     in_gb,
     peak_bytes,
@@ -46,12 +45,12 @@ from launch.benchmarks.device_model import (
     wanted_bytes,
 )
 
-# Of what the model and its activations leave, the share that pruning may take where nothing is said.
+# Share of the memory that the model and its activations leave, which pruning takes by default.
 _SHARE_FOR_PRUNING = 0.95
 
 
 class _Enough(Exception):
-    """As many passes as were asked for are done."""
+    """The requested number of passes is done."""
 
 
 class TimedGradients:
@@ -87,7 +86,7 @@ def _next(number: jax.Array) -> jax.Array:
 
 
 def wait_for_device() -> None:
-    """Returns when what was asked of the device before is done: it does one thing after the other."""
+    """Waits until the device has finished all earlier work, which it does in order."""
     jax.block_until_ready(_next(jnp.int32(0)))
 
 
@@ -101,8 +100,13 @@ def least_bytes(num_weights: int, pruner: PrunerConfig, num_passes: int) -> dict
     - scoring: m · 4 n, since every weight's gradients are read once, in the pass that has its piece; 2 f · 4 b n, since
       every flush writes the Gram blocks and all but the first read them, as the factorisation does; 8 n to read θ_k and
       to write the scores. The dual form (m < b) has no Gram blocks.
-    - selection: 16 · 4 n + 2 n. The threshold is found two bits at a time, each a look at all scores; the mask is read
-      and written.
+    - selection: 16 · 4 n + 2 n. The threshold is found two bits at a time, and each step reads all scores; the mask is
+      read and written.
+
+    Args:
+        num_weights: n, the maskable weights.
+        pruner: The pruner's settings.
+        num_passes: P.
     """
     n, m, b = num_weights, pruner.num_grads, pruner.block_size
     gram = 0 if form(m, b) == "dual" else 2 * math.ceil(m / fisher.BUFFER) * 4 * b
@@ -127,15 +131,15 @@ class _Subject(NamedTuple):
 def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int | None) -> dict[str, Any]:
     """Times WoodFisher scores from dense masks and the cut to the final sparsity, concept by concept.
 
-    What is held meanwhile is what `pruning.prune` holds: weights, the masks as they were and as they become, one
-    concept's mask, kernels and scores. A warm-up, which compiles, goes through the same passes of the first concept
-    with as few gradients as compile the same programs.
+    The memory holds the same arrays as in `pruning.prune`: weights, old and new masks, one concept's mask, kernels and
+    scores. A warm-up, which compiles, runs the same passes of the first concept with as few gradients as compile the
+    same programs.
 
     Args:
-        run: of it the backbone, `pruner`, `sparsity` and `data.max_length` count; `pruner.fisher_memory` of None stands
-            for what the model and a gradient's activations leave of the device, but for a twentieth.
-        most_passes: times this many passes of the first concept; the rest is told as extrapolated.
-        most_concepts: times this many concepts; all by default.
+        run: The run, of which the backbone, `pruner`, `sparsity` and `data.max_length` are used. A
+            `pruner.fisher_memory` of None takes 95 % of the memory that the model and a gradient's activations leave.
+        most_passes: Number of passes of the first concept that are timed, the rest being extrapolated; None times all.
+        most_concepts: Number of concepts that are timed; None times all.
 
     Returns:
         Seconds, bytes and shares.
@@ -171,7 +175,7 @@ def time_pruner(run: RunConfig, *, most_passes: int | None, most_concepts: int |
     shares = _shares_of_bandwidth(moved, per_concept)
     say(
         f"pruner: {total:.1f} s for {config.num_concepts} concepts of {num_weights} weights; {in_timed:.1f} s of "
-        f"compiling in what was timed; peak memory {in_gb(peak_bytes())}"
+        f"compiling in the timed parts; peak memory {in_gb(peak_bytes())}"
     )
     return {
         **about_device(),
@@ -311,7 +315,7 @@ def _with_memory(run: RunConfig, model: Any, masks: Masks) -> PrunerConfig:
     if run.pruner.fisher_memory is not None or limit is None:
         return run.pruner
     held, of_masks = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (model, masks))
-    # The masks of all as they were and as they become, and one concept's.
+    # Old and new masks of all concepts, and one concept's.
     held += 2 * of_masks + of_masks // masks_lib.num_concepts(masks)
     config, (params, heads) = programs.model_config(run), model
     rows = run.pruner.grad_batch_size
@@ -324,7 +328,7 @@ def _with_memory(run: RunConfig, model: Any, masks: Masks) -> PrunerConfig:
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((rows, config.num_concepts, config.num_classes), jnp.float32),
     )
-    wanted = wanted_bytes(gradient.compile())
-    activations = 0 if wanted is None else wanted["temp"]
-    say(f"pruner: of {in_gb(limit)} the model and masks take {in_gb(held)}, a gradient on its way {in_gb(activations)}")
+    needed = wanted_bytes(gradient.compile())
+    activations = 0 if needed is None else needed["temp"]
+    say(f"pruner: of {in_gb(limit)} the model and masks take {in_gb(held)}, one running gradient {in_gb(activations)}")
     return dataclasses.replace(run.pruner, fisher_memory=int(_SHARE_FOR_PRUNING * (limit - held - activations)))

@@ -4,7 +4,7 @@ Written for speed, from the formulas. A layer is compiled once, with all of its 
 packed bits and rounded to bfloat16 in one fused kernel, and the gradients of the K passes are masked and summed in
 float32 in another. Autocast would cast the same products at the same places, in kernels of its own. Query, key and
 value are one product, attention is the causal `scaled_dot_product_attention` (padding, which comes last, is not seen
-by tokens), Adam is fused. Activations are kept where they fit, else layers are computed again in the backward pass.
+by tokens), Adam is fused. Activations are stored where they fit, else layers are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _OF_ATTENTION = ("attention/query", "attention/key", "attention/value")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the step is computed.
+    """The settings of the step's computation.
 
     Attributes:
-        is_compiled: Whether layers and heads go through `torch.compile`.
+        is_compiled: True to compile layers and heads by `torch.compile`.
         mode: Its mode, such as 'default' or 'max-autotune-no-cudagraphs'.
-        recomputes: Whether layers are computed again in the backward pass.
-        has_dropout: Whether there is dropout, as the backbone has it.
+        recomputes: True to compute layers again in the backward pass.
+        has_dropout: True for the backbone's dropout.
     """
 
     is_compiled: bool = True
@@ -58,7 +58,7 @@ class TorchStep:
         optim: OptimConfig,
         settings: Settings,
     ) -> None:
-        """Takes the leaves over.
+        """Takes over the leaves.
 
         Args:
             config: The model; an OPT with its norms first, of at most eight concepts.
@@ -66,7 +66,7 @@ class TorchStep:
             heads: ψ and φ, {'projector/kernel': float32, ...}.
             packed: Bits of the masks, {our path: uint8}.
             optim: Rates and clipping; the schedule is left out.
-            settings: How.
+            settings: Settings of the computation.
         """
         backbone = config.backbone
         if backbone.family != "opt" or not backbone.norm_first or backbone.has_projections or config.num_concepts > 8:
@@ -93,7 +93,7 @@ class TorchStep:
         return torch.compile(function, dynamic=False, fullgraph=True, mode=self.settings.mode)
 
     def __call__(self, batch: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Does the step on what `put` returned; returns the loss."""
+        """Runs the step on the tensors of `put`; returns the loss."""
         self.adam.zero_grad(set_to_none=True)
         input_ids, attention_mask, concepts, label = batch
         seen = attention_mask.float()
@@ -113,7 +113,7 @@ class TorchStep:
         return loss.detach()
 
     def put(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        """A batch on the device."""
+        """Puts a batch on the device."""
         arrays = (batch.input_ids, batch.attention_mask, batch.concepts, batch.label)
         return tuple(torch.from_numpy(np.asarray(array)).long().to(self.device) for array in arrays)
 
@@ -121,12 +121,12 @@ class TorchStep:
         return F.dropout(x, self.config.backbone.dropout, training=self.settings.has_dropout)
 
     def _norm(self, x: torch.Tensor, weights: Leaves, name: str) -> torch.Tensor:
-        """In float32, whatever x is."""
+        """Normalises in float32, whatever the type of x."""
         scale, bias = weights[f"{name}/scale"], weights[f"{name}/bias"]
         return F.layer_norm(x.float(), scale.shape, scale, bias, self.config.backbone.layer_norm_eps)
 
     def _layer(self, hidden: Sequence[torch.Tensor], weights: Leaves, bits: Leaves) -> list[torch.Tensor]:
-        """All K passes of a layer."""
+        """Runs all K passes of a layer."""
         backbone = self.config.backbone
         heads, attention_dropout = backbone.num_heads, backbone.attention_dropout if self.settings.has_dropout else 0.0
 
@@ -149,7 +149,7 @@ class TorchStep:
     def _loss(
         self, hidden: Sequence[torch.Tensor], seen: torch.Tensor, concepts: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
-        """L_joint = CE(y, label) + γ · mean_k CE(u_k, c_k)."""
+        """Computes L_joint = CE(y, label) + γ · mean_k CE(u_k, c_k)."""
         finished = [self._norm(h, self.others, "finish/norm") for h in hidden]
         pooled = [torch.einsum("btd,bt->bd", h, seen) / seen.sum(1, keepdim=True) for h in finished]
         u = torch.einsum("bkd,kdc->bkc", torch.stack(pooled, 1), self.heads["projector/kernel"])
@@ -160,7 +160,7 @@ class TorchStep:
 
 
 def _layer_of(leaves: Leaves, index: int) -> dict[str, torch.Tensor]:
-    """One layer's leaves, kernels turned to (out, in), those of query, key and value in one."""
+    """Returns one layer's leaves, kernels transposed to (out, in), those of query, key and value in one."""
     own: dict[str, torch.Tensor] = {}
     for path, leaf in leaves.items():
         if path.startswith("layers/"):
@@ -180,12 +180,14 @@ def random_step(
     optim: OptimConfig,
     how: Settings,
 ) -> TorchStep:
-    """A step from random weights and masks, made on the device.
+    """Makes a step from random weights and masks on the device.
 
     Args:
-        config, optim, how: See `TorchStep`.
+        config: See `TorchStep`.
         shapes: {'params', 'heads' and 'packed': {path: shape}}.
         density: Share of the weights that each mask keeps.
+        optim: See `TorchStep`.
+        how: Settings of the computation.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -212,20 +214,20 @@ def random_step(
 def time_steps(
     make: Callable[[Settings], TorchStep], batches: Sequence[Batch], settings: Sequence[Settings], *, num_rounds: int
 ) -> dict[str, Any]:
-    """Times the steps of each of some settings, of which the fastest counts.
+    """Times the steps of several settings, of which the fastest counts.
 
     Args:
         make: Makes a step.
-        batches: Of a round.
-        settings: Each tried without computing layers again, and with that where memory does not do.
-        num_rounds: After two steps that warm up.
+        batches: Batches of a round.
+        settings: Settings; each is tried without computing layers again, and with it where memory does not suffice.
+        num_rounds: Number of timed rounds, after two steps that warm up.
 
     Returns:
-        By round the fastest settings' seconds a step, and what every one took.
+        The fastest settings' seconds a step, by round, and those of all settings.
     """
     tried = []
-    for wanted in settings:
-        for how in (wanted, dataclasses.replace(wanted, recomputes=True)):
+    for requested in settings:
+        for how in (requested, dataclasses.replace(requested, recomputes=True)):
             try:
                 found = _time_one(make, batches, how, num_rounds)
             except torch.OutOfMemoryError as error:
@@ -235,7 +237,7 @@ def time_steps(
             if found is not None:
                 tried.append(found)
                 break
-            # What the failed one held is gone with its traceback.
+            # The memory of a failed step is freed with its traceback.
             torch.cuda.empty_cache()
     if not tried:
         raise RuntimeError("PyTorch finds too little memory for any of its settings")

@@ -1,16 +1,16 @@
-"""Times explanations of a saved model beside its forward pass, and measures how complete integrated gradients are.
+r"""Times explanations of a saved model against its forward pass, and measures how complete integrated gradients are.
 
 python launch/benchmarks/explanation.py --model=runs/cebab/model --output=runs/explanation.json
-python launch/benchmarks/explanation.py --model=runs/cebab/model --parts=completeness --num_texts=64 \\
+python launch/benchmarks/explanation.py --model=runs/cebab/model --parts=completeness --num_texts=64 \
   --baselines=zero,pad
 
 The texts are the first of a split of the model's own data, or of --config's. There are three parts:
 
-  speed         `explain_stream` by gradient norm, to whole pathways, and `predict`, turn by turn over the same texts in
-                the same batches: only the ratios of one run mean anything; compiling comes before
-  memory        what the process holds while it explains a stream of texts, freed memory given back
-  completeness  by how many percent of u(text) − u(baseline) the words' scores by integrated gradients fail to add up
-                to it, over all texts and concepts, by baseline and number of steps
+  speed         `explain_stream` by gradient norm, to whole pathways, and `predict`, in turns over the same texts in the
+                same batches, after compilation: only the ratios of one run are meaningful
+  memory        memory of the process while it explains a sequence of texts; freed memory is returned to the system
+  completeness  distance of the sum of the words' scores by integrated gradients from u(text) − u(baseline), in percent
+                of the latter, over all texts and concepts, by baseline and number of steps
 
 Speed and memory of 1,000 reviews take about five minutes on 2 CPU cores with MiniLM. Linux.
 """
@@ -52,6 +52,7 @@ COMPLETE = 0.01
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/cebab/model")
     command_line.check_names("parts", PARTS)
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def speed(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
-    """Seconds of the forward pass and of the explanations, round by round."""
+    """Measures the seconds of the forward pass and of the explanations, round by round."""
     from sparsecbm_jax.explanation.pathways import WINDOW_BATCHES
     from sparsecbm_jax.model.predictions import predict
 
@@ -109,7 +110,7 @@ def speed(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def memory(model: SparseCBM, texts: Sequence[str]) -> dict[str, float]:
-    """Resident memory in MB after so many texts of a stream: the most since the first of them."""
+    """Measures the largest resident memory so far, in MB, after several numbers of texts of a sequence."""
     from sparsecbm_jax.explanation.pathways import explain_stream
     from sparsecbm_jax.runtime import memory
 
@@ -126,7 +127,7 @@ def memory(model: SparseCBM, texts: Sequence[str]) -> dict[str, float]:
 
 
 def completeness(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
-    """The distance of Σ word scores from u(text) − u(baseline), for every text and concept, by baseline and steps."""
+    """Measures the distance of Σ word scores from u(text) − u(baseline) by baseline and steps."""
     import numpy as np
 
     from sparsecbm_jax.explanation.pathways import explain
@@ -145,15 +146,15 @@ def completeness(model: SparseCBM, texts: Sequence[str]) -> dict[str, Any]:
             batch_size=FLAGS.batch_size,
         )
         lanes = [lane for pathway in pathways for lane in pathway.concepts]
-        wanted = np.array([lane.explained_logit for lane in lanes])
+        difference = np.array([lane.explained_logit for lane in lanes])
         # NaN would be a lane without a baseline, which integrated gradients always have.
-        wanted -= np.array([lane.baseline_logit for lane in lanes], float)
-        apart = np.abs([sum(lane.word_scores) for lane in lanes] - wanted)
-        share = apart / np.abs(wanted)
+        difference -= np.array([lane.baseline_logit for lane in lanes], float)
+        apart = np.abs([sum(lane.word_scores) for lane in lanes] - difference)
+        share = apart / np.abs(difference)
         percent = [*100 * np.quantile(share, [0.5, 0.9, 0.99, 1.0]), 100 * np.mean(share <= COMPLETE)]
         columns = "".join(f"{value:>12.3f}" for value in percent)
         print(f"{baseline:<10}{num_steps:>6}{columns}{apart.max():>12.5f}", flush=True)
-        report[f"{baseline}, {num_steps}"] = {"wanted": wanted.tolist(), "apart": apart.tolist()}
+        report[f"{baseline}, {num_steps}"] = {"wanted": difference.tolist(), "apart": apart.tolist()}
     return report
 
 
@@ -165,7 +166,7 @@ PARTS: dict[str, Callable[[SparseCBM, Sequence[str]], dict[str, Any]]] = {
 
 
 def _every_width(model: SparseCBM, texts: Sequence[str]) -> list[str]:
-    """A few texts that fill a batch of every width, and so have every program compiled."""
+    """Returns a few texts that fill a batch of every width, so that every program is compiled."""
     from sparsecbm_jax.model.predictions import text_batches
 
     of_width = {batch.input_ids.shape[1]: texts[batch.row_ids[0]] for batch in text_batches(model, texts, batch_size=1)}

@@ -1,11 +1,11 @@
-"""Times one correction of a saved model beside the way the authors do it, emulated in PyTorch on the same text.
+"""Times one correction of a saved model against the authors' method, emulated in PyTorch on the same text.
 
 python launch/benchmarks/intervention.py --model=runs/quickstart/model --output=runs/intervention_times.json
 
 Each side takes the gradient of one concept's loss by its mask, selects the weights to drop and to grow, and runs the
-subnetwork again. The PyTorch side sorts the scores of all kept and of all pruned weights, as the authors do; it is
-given the text unpadded. 'minimal' is the search for the smallest edit. Times are of the wall, on all cores, round by
-round; compiling comes before. Takes about a minute.
+subnetwork again. The PyTorch side sorts the scores of all kept and of all pruned weights, as the authors do; its text
+is not padded. 'minimal' is the search for the smallest edit. Times are wall-clock times on all cores, round by round,
+after compilation. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ flags.DEFINE_string("output", None, "JSON file to write.")
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/quickstart/model")
     try:
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def ours(model: SparseCBM, batch: Batch) -> dict[str, Callable[[], Any]]:
-    """The two saliencies at the given share, and the search for the smallest edit."""
+    """Returns functions for the two saliencies at the given share, and for the search for the smallest edit."""
     import jax
 
     from sparsecbm_jax.intervention.fixed_size_edit import intervene
@@ -95,7 +96,7 @@ def ours(model: SparseCBM, batch: Batch) -> dict[str, Callable[[], Any]]:
 
 
 def _target(model: SparseCBM, batch: Batch) -> int:
-    """The class that the concept is not read as, but nearly."""
+    """Returns the second most probable class of the concept."""
     import numpy as np
 
     from sparsecbm_jax.model.forward import make_forward
@@ -105,7 +106,7 @@ def _target(model: SparseCBM, batch: Batch) -> int:
 
 
 def theirs(model: SparseCBM, batch: Batch) -> Callable[[], Any]:
-    """One correction in PyTorch: a backward pass to the masks, two whole sorts, a pass under the new masks."""
+    """Returns one correction in PyTorch: a backward pass to the masks, two whole sorts, a pass under the new masks."""
     import torch
 
     from sparsecbm_jax.config.run_config import OptimConfig
@@ -138,7 +139,7 @@ def theirs(model: SparseCBM, batch: Batch) -> Callable[[], Any]:
         torch.nn.functional.cross_entropy(logits(soft), target).backward()
         scores = torch.cat([(soft[name].grad * weights[name]).abs().flatten() for name in weights])
         kept = torch.cat([mask[name].flatten() for name in weights])
-        # Not fewer than asked: ties at the threshold all go.
+        # At least as many as requested: all ties at the threshold are dropped.
         lowest = torch.sort(scores[kept]).values[count - 1]
         highest = torch.sort(scores[~kept], descending=True).values[count - 1]
         new, start = {}, 0

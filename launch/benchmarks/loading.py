@@ -3,10 +3,10 @@
 python launch/benchmarks/loading.py --workdir=runs/loading        # OPT-1.3B: 5.3 GB on the disk, 6 GB of memory
 
 Makes a random checkpoint of the shape of --backbone as PyTorch writes it, in float16 and in files of at most --shard_gb
-(extra torch; --format=safetensors does without), converts it to safetensors, and loads these onto a mesh of eight
-virtual CPU devices, whose arrays lie in the host's memory, too. Each is done in a process of its own. What the host
-needs is the largest growth of its memory, less the arrays. Pages of the checkpoint's files are not counted, which the
-system drops where it needs room; nor is importing torch. Linux only.
+(extra torch; --format=safetensors does not need it), converts it to safetensors, and loads these onto a mesh of eight
+virtual CPU devices, whose arrays lie in the host's memory, too. Each step runs in a process of its own. The host's need
+is the largest growth of its memory, less the arrays. Pages of the checkpoint's files, which the system drops when
+memory is short, are not counted; nor is the import of torch. Linux only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if typing.TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
-flags.DEFINE_string("backbone", "facebook/opt-1.3b", "Whose shape the checkpoint has.")
+flags.DEFINE_string("backbone", "facebook/opt-1.3b", "Backbone whose shape the checkpoint has.")
 flags.DEFINE_string("workdir", None, "Folder to write the checkpoint to, which is deleted in the end.")
-flags.DEFINE_enum("format", "bin", ["bin", "safetensors"], "What the checkpoint is before it is converted.")
+flags.DEFINE_enum("format", "bin", ["bin", "safetensors"], "Format of the checkpoint before it is converted.")
 flags.DEFINE_float("shard_gb", 1.0, "Largest file, in units of 10^9 bytes.", lower_bound=1e-6)
 flags.DEFINE_integer("fsdp", 8, "Devices that parameters are spread over.", lower_bound=1)
 flags.DEFINE_integer("tensor", 1, "Devices that heads and hidden units are spread over.", lower_bound=1)
@@ -45,13 +45,13 @@ T = typing.TypeVar("T")
 
 
 class Measured(typing.NamedTuple):
-    """In bytes.
+    """Measurements of one step, in bytes.
 
     Attributes:
-        arrays: of all devices.
-        largest: the largest tensor of the checkpoint, in the precision that it is read to.
-        growth: the most that the process held more than before.
-        seconds: that it took.
+        arrays: Arrays of all devices.
+        largest: Largest tensor of the checkpoint, in the precision that it is read to.
+        growth: Largest growth of the process's memory.
+        seconds: Duration in seconds.
     """
 
     arrays: int
@@ -60,18 +60,19 @@ class Measured(typing.NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        beside = self.growth - self.arrays
-        with_arrays = f"{self.growth / _GB:.2f} GB: beside the arrays by " if self.arrays else ""
-        of_largest = f"{beside / self.largest:.2f} times the largest tensor ({self.largest / _GB:.2f} GB)"
-        return f"the host's memory grew by at most {with_arrays}{beside / _GB:.2f} GB, {of_largest}"
+        rest = self.growth - self.arrays
+        with_arrays = f"{self.growth / _GB:.2f} GB: without the arrays by " if self.arrays else ""
+        of_largest = f"{rest / self.largest:.2f} times the largest tensor ({self.largest / _GB:.2f} GB)"
+        return f"the host's memory grew by at most {with_arrays}{rest / _GB:.2f} GB, {of_largest}"
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     if not FLAGS.workdir:
         raise ValueError("--workdir is missing; expected a folder to write the checkpoint to")
     source, converted = (Path(FLAGS.workdir) / name for name in ("source", "converted"))
     try:
-        # A process for each, whose memory the others have not touched.
+        # A process for each step, so that none starts with another's memory.
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             on_disk = pool.apply(make, (source, FLAGS.backbone, FLAGS.format, int(FLAGS.shard_gb * _GB)))
             print(f"{FLAGS.backbone}: {on_disk / _GB:.2f} GB of {FLAGS.format} on the disk", flush=True)
@@ -173,7 +174,7 @@ def _largest(folder: Path, itemsize: int) -> int:
 
 
 def _watched(function: Callable[[], T]) -> tuple[T, int, float]:
-    """What a function returns, the most that this process held more than before meanwhile, and its seconds."""
+    """Runs a function; returns its result, the largest growth of this process's memory meanwhile, and the seconds."""
     from sparsecbm_jax.runtime import memory
 
     memory.give_back_freed()
@@ -195,7 +196,7 @@ def _watched(function: Callable[[], T]) -> tuple[T, int, float]:
 
 
 def _held() -> int:
-    """Bytes of this process that lie in memory and are no file's."""
+    """Returns the bytes of this process that lie in memory and belong to no file."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

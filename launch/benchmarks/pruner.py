@@ -1,10 +1,11 @@
-"""Times WoodFisher scores on one core beside the sequential rank-1 update in PyTorch, and selection beside kthvalue.
+"""Times WoodFisher scores on one core against the sequential rank-1 update in PyTorch, and selection against kthvalue.
 
 python launch/benchmarks/pruner.py --output=runs/pruner.json
 
-Both sides get the same gradients of one kernel of a million weights and return the score of every weight, turn by turn;
-only the ratios of one run mean anything. The PyTorch side is what SparseML and the authors do, written anew: F⁻¹ starts
-as I/ζ and takes each gradient by a Woodbury step over all blocks. Selection marks half of ten million scores.
+Both sides get the same gradients of one kernel of a million weights and return the score of every weight, in turns;
+only the ratios of one run are meaningful. The PyTorch side is our implementation of the method of SparseML and the
+authors: F⁻¹ starts as I/ζ and takes each gradient by a Woodbury step over all blocks. Selection marks half of ten
+million scores.
 
 Takes about five minutes on a CPU core.
 """
@@ -28,7 +29,7 @@ flags.DEFINE_integer("num_rounds", 3, "Rounds, each of ours and then PyTorch's."
 flags.DEFINE_integer("inputs", 1024, "Inputs of the kernel.", lower_bound=1)
 flags.DEFINE_integer("outputs", 977, "Outputs of the kernel.", lower_bound=1)
 flags.DEFINE_list("num_grads", ["20", "128", "256"], "Numbers of gradients m.")
-flags.DEFINE_integer("selected_from", 10_000_000, "Scores that half are selected of.", lower_bound=10_000)
+flags.DEFINE_integer("selected_from", 10_000_000, "Number of scores, of which half are selected.", lower_bound=10_000)
 flags.DEFINE_string("output", None, "JSON file to write.")
 
 BLOCK_SIZE, DAMPING = 64, 0.1
@@ -36,6 +37,7 @@ PATH = "embed/project_in/kernel"
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     try:
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def scoring(num_grads: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Ours and PyTorch's scores of the same weights from the same gradients; checked to agree."""
+    """Returns our and PyTorch's scoring of the same weights from the same gradients, after a check that both agree."""
     import jax
     import numpy as np
     import torch
@@ -85,7 +87,7 @@ def scoring(num_grads: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def rank_1_scores(weights: Any, gradients: list[Any], damping: float) -> Any:
-    """ρ of every weight from F⁻¹ by one Woodbury step a gradient, all blocks at once."""
+    """Computes ρ of every weight from F⁻¹ by one Woodbury step a gradient, all blocks at once."""
     import torch
 
     num_blocks, size = weights.shape
@@ -99,7 +101,7 @@ def rank_1_scores(weights: Any, gradients: list[Any], damping: float) -> Any:
 
 
 def selecting(num_scores: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Ours and PyTorch's selection of the lower half; checked to agree."""
+    """Returns our and PyTorch's selection of the lower half, after a check that both agree."""
     import jax
     import numpy as np
     import torch
@@ -122,7 +124,7 @@ def selecting(num_scores: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def compare(ours: Callable[[], Any], theirs: Callable[[], Any], *, num_rounds: int) -> dict[str, Any]:
-    """Processor seconds of each, round by round."""
+    """Measures the processor seconds of each, round by round."""
     times: dict[str, list[float]] = {"ours": [], "torch": []}
     for _ in range(num_rounds):
         for name, function in (("ours", ours), ("torch", theirs)):

@@ -1,15 +1,15 @@
-"""Times the K-mask training step on CPU beside the same step in PyTorch and beside the authors' way of doing it.
+"""Times the K-mask training step on CPU against the same step in PyTorch and against the authors' method.
 
 python launch/benchmarks/training_step.py --output=runs/benchmark.json
 python launch/benchmarks/training_step.py --config=configs/cebab.py --config.data.path=DIR --output=runs/benchmark.json
 
 Without --config it reads the embedded reviews; DIR holds CEBaB as published. The masks are random, at the run's final
-sparsity (1 − 1/K where none is set). Ours and PyTorch's do the whole of the same step (embeddings, dropout, K masked
-passes, heads, joint loss, backward, norm clipping, Adam with two rates, constant here) on the same consecutive batches,
-turn by turn, so that the machine's load hits both: only the ratios of one run mean anything. PyTorch first tries its
-settings and keeps the fastest. It trains the whole token table, as its optimisers do; ours, as `training.train` does,
-the rows of tokens that occur, which leaves the other rows as Adam would (--whole_vocabulary: ours trains all rows too).
-The authors' way is a single step, padded to 512 tokens; with batch 8 it needs 12 GB.
+sparsity (1 − 1/K where none is set). Ours and PyTorch's compute the whole of the same step (embeddings, dropout, K
+masked passes, heads, joint loss, backward, norm clipping, Adam with two rates, constant here) on the same consecutive
+batches, in turns, so that the machine's load affects both: only the ratios of one run are meaningful. PyTorch first
+tries its settings and takes the fastest. It trains the whole token table, as its optimisers do. Ours trains the rows of
+tokens that occur, as `training.train` does, which leaves the other rows as Adam would (--whole_vocabulary: ours trains
+all rows too). The authors' method is a single step, padded to 512 tokens; with batch 8 it needs 12 GB.
 
 Takes about ten minutes on 2 CPU cores, half of them to compile; JAX_COMPILATION_CACHE_DIR saves that the next time.
 """
@@ -48,19 +48,19 @@ command_line.define_config()
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_integer("num_batches", 12, "Consecutive batches of a round.", lower_bound=1)
 flags.DEFINE_integer("num_rounds", 7, "Rounds, each of ours and then PyTorch's.", lower_bound=1)
-flags.DEFINE_bool("whole_vocabulary", False, "Ours trains the rows of tokens that no text has, too.")
-flags.DEFINE_bool("authors", True, "Also time one step of the authors' way.")
+flags.DEFINE_bool("whole_vocabulary", False, "Ours also trains the rows of tokens that no text has.")
+flags.DEFINE_bool("authors", True, "Also time one step of the authors' method.")
 flags.DEFINE_bool("torch_compile", False, "Also try torch.compile, which needs a C++ compiler and takes long.")
 flags.DEFINE_string("output", None, "JSON file to write.")
 
 DEFAULT_CONFIG = "configs/common.py"
 AUTHORS_LENGTH = 512
-# Seconds without work between the turns, in which the threads of the one go to sleep before the other starts.
+# Seconds without work between turns, in which the threads of one side go to sleep before the other starts.
 _PAUSE = 0.3
 
 
 class Workload(NamedTuple):
-    """What both sides train, and on what."""
+    """The model and data that both sides train."""
 
     config: CBMConfig
     params: Params
@@ -72,7 +72,7 @@ class Workload(NamedTuple):
 
 
 class OurStep:
-    """`make_train_step` as the training loop calls it: the batch is placed, nothing is waited for."""
+    """`make_train_step` as the training loop calls it: the batch is placed, and no call waits for the result."""
 
     def __init__(self, work: Workload, *, dropout: bool = True) -> None:
         import jax
@@ -91,21 +91,21 @@ class OurStep:
         self.rng = jax.random.key(0)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Does the step; returns the loss."""
+        """Runs the step; returns the loss."""
         from sparsecbm_jax.core import sharding
 
         self.state, metrics = self.step_fn(self.state, sharding.put_batch(batch, self.mesh), self.rng)
         return metrics["loss"]
 
     def wait(self) -> None:
-        """Returns when the last step is done."""
+        """Waits until the last step is done."""
         import jax
 
         jax.block_until_ready(self.state)
 
 
 def prepare(run: RunConfig, *, whole_vocabulary: bool = False) -> tuple[Workload, Workload]:
-    """Weights, heads, random masks and the batches of the first epoch: ours and PyTorch's, the same but for tokens."""
+    """Makes our and PyTorch's weights, heads, random masks and batches of the first epoch; only token ids differ."""
     import jax
 
     from sparsecbm_jax import backbones
@@ -117,7 +117,7 @@ def prepare(run: RunConfig, *, whole_vocabulary: bool = False) -> tuple[Workload
     if run.strategy != "sparse":
         raise ValueError(f"strategy is {run.strategy!r}; the benchmark times 'sparse'")
     prepared = setup.prepare(run)
-    # As `training.prepare` sets it for a run that is long enough to pay for the compilation.
+    # The setting of `training.prepare` for a run that is long enough to pay for the compilation.
     config, split = dataclasses.replace(prepared.config, unroll_layers=True), prepared.splits["train"]
     sparsity = 1 - 1 / config.num_concepts if run.sparsity.final is None else run.sparsity.final
     paths = backbones.maskable_paths(config.backbone)
@@ -144,14 +144,20 @@ def prepare(run: RunConfig, *, whole_vocabulary: bool = False) -> tuple[Workload
 
 
 class Seconds(NamedTuple):
-    """Mean time of a step: by the clock, and of the processor over all threads."""
+    """Mean time of a step: wall-clock time, and processor time over all threads."""
 
     wall: float
     cpu: float
 
 
 def timed(step: Callable[[Batch], Any], batches: Sequence[Batch], wait: Callable[[], None] = lambda: None) -> Seconds:
-    """Goes through the batches once."""
+    """Times one pass over the batches.
+
+    Args:
+        step: The step.
+        batches: The batches.
+        wait: Waits until the last step is done.
+    """
     time.sleep(_PAUSE)
     start, cpu_start = time.perf_counter(), time.process_time()
     for batch in batches:
@@ -167,15 +173,15 @@ def compare(
     """Runs the benchmark.
 
     Args:
-        our_work: What we train.
-        work: What PyTorch trains.
+        our_work: Model and data that we train.
+        work: Model and data that PyTorch trains.
         num_batches: Batches of a round; every round has the same.
         num_rounds: Rounds of both sides.
-        authors: Whether the authors' way is timed too.
-        torch_compile: Whether PyTorch tries `torch.compile`.
+        authors: True to time the authors' method, too.
+        torch_compile: True to let PyTorch try `torch.compile`.
 
     Returns:
-        What `--output` writes: seconds a step, ratios to ours, settings and the machine.
+        The contents of `--output`: seconds a step, ratios to ours, settings and the machine.
     """
     from launch.benchmarks import training_step_torch
 
@@ -184,7 +190,7 @@ def compare(
     first_of_width = {batch.input_ids.shape[1]: batch for batch in reversed(our_batches)}
     load = os.getloadavg()[0]
     if load > 0.5:
-        _say(f"{load:.1f} other processes want the {num_cores} cores: the times will scatter")
+        _say(f"{load:.1f} other processes use the {num_cores} cores: the times will scatter")
 
     ours = OurStep(our_work)
     for width, batch in sorted(first_of_width.items()):
@@ -192,7 +198,7 @@ def compare(
     training_step_torch.use_cores(num_cores)
     theirs = training_step_torch.TorchStep(work.config, work.params, work.heads, work.masks, work.optim)
     settings = training_step_torch.fastest(theirs, batches[::2], try_compile=torch_compile)
-    # A round that does not count: each side's memory is as its own steps, not the search for settings, leave it.
+    # A round that does not count: after it, each side's memory is that of its steps, not of the search for settings.
     timed(ours, our_batches, ours.wait)
     timed(theirs, batches)
 
@@ -203,7 +209,7 @@ def compare(
         now, then = times["ours"][-1].wall, times["torch"][-1].wall
         _say(f"round {number}/{num_rounds}: ours {now:.3f} s, torch {then:.3f} s a step, ratio {then / now:.2f}")
     if authors:
-        _say(f"one step of the authors' way, {work.padded.input_ids.shape[1]} tokens wide")
+        _say(f"one step of the authors' method, {work.padded.input_ids.shape[1]} tokens wide")
         theirs.set(training_step_torch.AUTHORS)
         theirs(batches[0])
         times["authors"] = [timed(theirs, [work.padded])]
@@ -228,7 +234,7 @@ def compare(
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text for a terminal."""
+    """Renders the report as text for a terminal."""
     machine, settings = report["machine"], report["torch_settings"]
     columns = ("step", "min ms", "median ms", "CPU ms", "examples/s", "/ ours: median", "min", "CPU")
     rows = [f"{columns[0]:<8}" + "".join(f"{column:>15}" for column in columns[1:])]
@@ -253,6 +259,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     run = command_line.run_config()
     try:
         import torch  # noqa: F401
@@ -271,7 +278,7 @@ def main() -> None:
 
 
 def _summary(times: Sequence[Seconds], ours: Sequence[Seconds]) -> dict[str, Any]:
-    """Figures of one way of doing the step; what they are divided by is ours, of the same run."""
+    """Summarises the times of one method, also as ratios to ours in the same run."""
     wall, our_wall = [time.wall for time in times], [time.wall for time in ours]
     cpu, our_cpu = (statistics.median(time.cpu for time in some) for some in (times, ours))
     return {

@@ -1,4 +1,4 @@
-"""The step of `training_step.py` in PyTorch: the same step at its fastest settings, and as the authors do it.
+"""The step of `training_step.py` in PyTorch: the same step at its fastest settings, and by the authors' method.
 
 Written from the formulas, on `transformers.BertModel`; the authors' code is only emulated where it costs time: every
 text padded to 512 tokens, one whole pass of the model for each concept, the mean over padding too.
@@ -27,7 +27,7 @@ from sparsecbm_jax.model.config import CBMConfig
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What may change the speed of a step; only `pooling` changes what it computes.
+    """Settings that may change the speed of a step; only `pooling` changes its result.
 
     Attributes:
         attention: 'sdpa' or 'eager'.
@@ -35,7 +35,7 @@ class Settings:
         embedding: 'once' for all concepts, as ours, or 'each'.
         optimizer: Adam's implementation: 'fused', 'foreach', or 'default', which torch chooses.
         pooling: 'tokens', or 'all' to count padding in the mean.
-        is_compiled: Whether one concept's encoder goes through `torch.compile`.
+        is_compiled: True to compile one concept's encoder by `torch.compile`.
     """
 
     attention: str = "sdpa"
@@ -46,19 +46,19 @@ class Settings:
     is_compiled: bool = False
 
 
-# Tried one after the other, each beside the best of what came before.
+# Tried one after the other, each against the best so far.
 ALTERNATIVES = ({"attention": "eager"}, {"masking": "multiply"}, {"embedding": "each"}, {"optimizer": "foreach"})
 AUTHORS = Settings(embedding="each", optimizer="default", pooling="all")
 
 
 def use_cores(num_cores: int) -> None:
-    """Sets what torch sets for the process: one thread a core, and denormals flushed to zero as XLA does."""
+    """Makes torch use one thread a core, and flush denormals to zero as XLA does."""
     torch.set_num_threads(num_cores)
     torch.set_flush_denormal(True)
 
 
 def to_torch(config: CBMConfig, leaves: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """{our path: leaf} as {their name: tensor}, layers apart and kernels turned to (out, in)."""
+    """Converts {our path: leaf} to {their name: tensor}, layers apart and kernels transposed to (out, in)."""
     tensors = {}
     for tensor in tensor_names(config.backbone):
         if tensor.path not in leaves:
@@ -106,7 +106,7 @@ class TorchStep:
         self.set(Settings())
 
     def set(self, settings: Settings) -> None:
-        """Changes the settings; Adam starts anew."""
+        """Changes the settings and resets Adam."""
         self.settings = settings
         self.bert.set_attn_implementation(settings.attention)
         self.parameters = [*self.bert.parameters(), *self.heads.values()]
@@ -122,7 +122,7 @@ class TorchStep:
         self.encoder_fn = _compiled(self.bert.encoder) if settings.is_compiled else self._encoder
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Does the step; returns the loss."""
+        """Runs the step; returns the loss."""
         self.adam.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         loss.backward()
@@ -131,7 +131,7 @@ class TorchStep:
         return loss.detach()
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """L_joint = CE(y, label) + γ · mean_k CE(u_k, c_k)."""
+        """Computes L_joint = CE(y, label) + γ · mean_k CE(u_k, c_k)."""
         input_ids, attention_mask = torch.from_numpy(batch.input_ids).long(), torch.from_numpy(batch.attention_mask)
         seen = attention_mask.float()
         weight = torch.ones_like(seen) if self.settings.pooling == "all" else seen
@@ -186,13 +186,13 @@ def _compiled(encoder: torch.nn.Module) -> Any:
 
 
 def fastest(step: TorchStep, batches: Sequence[Batch], *, try_compile: bool = False, num_repeats: int = 3) -> Settings:
-    """Leaves the step at the fastest of its settings, found one at a time, and says what each took.
+    """Sets the step to the fastest of its settings, found one at a time, and prints the seconds of each.
 
     Args:
         step: The step.
-        batches: What is timed.
-        try_compile: Also tries `torch.compile`, which compiles for minutes.
-        num_repeats: Times that the batches are gone through; the fastest counts, so the first may warm up.
+        batches: Batches that are timed.
+        try_compile: True to try `torch.compile`, too, which compiles for minutes.
+        num_repeats: Passes over the batches; the fastest counts, so the first may warm up.
 
     Returns:
         The fastest settings.

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the recipes on_*.sh: starting again where training asks for it, converting once, and showing commands only.
+# Sourced by the other recipes: start training again when it asks for it, convert once, print commands only.
 #
-#   DRY_RUN=1 bash launch/clusters/gpus.sh    prints what would be run
+#   DRY_RUN=1 bash launch/clusters/gpus.sh    prints the commands
 
-# What training that was sent SIGTERM ends with, once it has saved what it had (sparsecbm_jax/stopping.py).
+# The exit status of training after SIGTERM, once it has saved its state (sparsecbm_jax/runtime/preemption.py).
 AGAIN=75
 
 # run COMMAND...
@@ -16,8 +16,8 @@ run() {
     fi
 }
 
-# start_again COMMAND...: again as long as it ends with $AGAIN. A SIGTERM to this shell goes to the command, and is the
-# last start.
+# start_again COMMAND...: runs the command again as long as it ends with $AGAIN. A SIGTERM to this shell is passed to the
+# command, which is then not started again.
 start_again() {
     local child='' status is_last='' is_told=''
     if [[ -n "${DRY_RUN:-}" ]]; then
@@ -28,7 +28,7 @@ start_again() {
     while :; do
         "$@" &
         child=$!
-        # A signal that came before there was a number to tell.
+        # A signal that came before the command's process number was known.
         if [[ -n "$is_last" ]]; then
             tell_once
         fi
@@ -48,7 +48,7 @@ start_again() {
     done
 }
 
-# The command of start_again, whose variables these are.
+# Passes SIGTERM to the command of start_again, once; uses its variables.
 tell_once() {
     if [[ -n "$child" && -z "$is_told" ]]; then
         is_told=1
@@ -56,14 +56,14 @@ tell_once() {
     fi
 }
 
-# convert_once CHECKPOINT DIR: to safetensors, where DIR is not there. It comes to be whole, at once.
+# convert_once CHECKPOINT DIR: converts to safetensors if DIR does not exist. DIR appears only when it is complete.
 convert_once() {
     if [[ ! -d "$2" ]]; then
         run python launch/convert.py --model="$1" --save="$2"
     fi
 }
 
-# wait_for DIR: until another process has converted.
+# wait_for DIR: waits until another process has converted.
 wait_for() {
     until [[ -d "$1" || -n "${DRY_RUN:-}" ]]; do
         sleep 5

@@ -16,7 +16,7 @@ source launch/clusters/common.sh
 : "${CLUSTER:?the cluster, as xpk made it}"
 : "${IMAGE:?the image that holds this checkout}"
 : "${NAME:=sparsecbm}"                      # of the workload
-: "${TYPE:=v5p-128}"                        # 64 chips: launch/plan.py --topology=v5p:4x4x4 says whether they do
+: "${TYPE:=v5p-128}"                        # 64 chips: launch/plan.py --topology=v5p:4x4x4 says whether they suffice
 : "${CONFIG:=configs/cebab_opt.py:66b}"     # what to train; its mesh has to have as many devices as the slice
 : "${CHECKPOINT:=facebook/opt-66b}"         # its backbone: a name on the hub, or a directory
 : "${DATA:=/mnt/share/cebab}"               # folder of the data's files
@@ -25,7 +25,7 @@ source launch/clusters/common.sh
 
 train=(python launch/train.py --coordinator=auto --config="$CONFIG" --config.data.path="$DATA"
     --config.backbone.name="$WEIGHTS" --workdir="$WORKDIR" "$@")
-# The first pod converts, the others wait for it. `exec`, so that SIGTERM comes to Python.
+# The first pod converts, the others wait for it. `exec`, so that Python receives SIGTERM.
 first="if [[ \${TPU_WORKER_ID:-0} == 0 ]]; then convert_once $(printf '%q %q' "$CHECKPOINT" "$WEIGHTS"); fi"
 command="cd /app && source launch/clusters/common.sh && $first && wait_for $(printf '%q' "$WEIGHTS") && exec $(printf '%q ' "${train[@]}")"
 

@@ -4,7 +4,7 @@
 #   bash launch/clusters/gpus.sh --config.seed=1          further flags go to train.py
 #   DRY_RUN=1 bash launch/clusters/gpus.sh                prints the commands
 #
-# Wants the extras cuda, and torch where the checkpoint is a pytorch_model.bin.
+# Needs the extra cuda, and torch if the checkpoint is a pytorch_model.bin.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/clusters/common.sh

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of several nodes under SLURM, one process for each GPU; sent to the queue again after SIGTERM:
+# Trains on the GPUs of several nodes under SLURM, one process for each GPU, and requeues itself after SIGTERM:
 #
 #   sbatch launch/clusters/slurm.sh --config.seed=1       from the checkout; further flags go to train.py
 #   DRY_RUN=1 bash launch/clusters/slurm.sh               prints the commands
 #
-# SIGTERM comes five minutes before the time is over, or when another job needs the nodes. Checkout, environment, data
-# and all folders below lie where every node finds them.
+# SIGTERM comes five minutes before the time limit, or when another job needs the nodes. Every node must see the checkout,
+# the environment, the data and all folders below.
 #SBATCH --job-name=sparsecbm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

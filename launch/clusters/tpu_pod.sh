@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod slice, from a machine that has gcloud; makes the slice, and makes it anew when it was pre-empted:
+# Trains on a TPU pod slice, from a machine that has gcloud; makes the slice, and makes it again after pre-emption:
 #
 #   PROJECT=... ZONE=... REPOSITORY=... SHARE=... bash launch/clusters/tpu_pod.sh --config.seed=1
 #   DRY_RUN=1 ... bash launch/clusters/tpu_pod.sh         prints the commands
 #
-# Further flags go to train.py. The slice is not deleted in the end; the last line says how.
+# Further flags go to train.py. The slice is not deleted in the end; the last line shows the command for that.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/clusters/common.sh
@@ -12,10 +12,10 @@ source launch/clusters/common.sh
 # Set these, here or in the environment.
 : "${PROJECT:?the project on Google Cloud}"
 : "${ZONE:?the zone of the slice, such as us-east5-a}"
-: "${REPOSITORY:?what git clones this code from}"
+: "${REPOSITORY:?the address from which git clones this code}"
 : "${SHARE:?an NFS share (Filestore) for data, checkpoints and runs, such as 10.0.0.2:/share}"
 : "${NAME:=sparsecbm}"                      # of the slice
-: "${TYPE:=v5p-128}"                        # 64 chips: launch/plan.py --topology=v5p:4x4x4 says whether they do
+: "${TYPE:=v5p-128}"                        # 64 chips: launch/plan.py --topology=v5p:4x4x4 says whether they suffice
 : "${VERSION:=v2-alpha-tpuv5}"              # software of the slice
 : "${CONFIG:=configs/cebab_opt.py:66b}"     # what to train; its mesh has to have as many devices as the slice
 : "${CHECKPOINT:=facebook/opt-66b}"         # its backbone: a name on the hub, or a directory
@@ -57,12 +57,12 @@ while :; do
     make_slice
     run gcloud compute tpus tpu-vm ssh "$NAME" "${on_slice[@]}" --worker=all --command="$mount && ($clone) && $install"
     on_workers 0 "convert_once $(printf '%q %q' "$CHECKPOINT" "$WEIGHTS")"
-    # Each worker starts again by itself as long as the slice is there.
+    # Each worker starts again by itself as long as the slice exists.
     if on_workers all "start_again $(printf '%q ' "${train[@]}")"; then
         break
     fi
     if [[ "$(state)" == READY ]]; then
-        echo "error: training failed, though the slice is there; see what the workers said above" >&2
+        echo "error: training failed, though the slice exists; see the output of the workers above" >&2
         exit 1
     fi
 done

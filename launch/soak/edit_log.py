@@ -1,13 +1,13 @@
-"""Kills writers of an edit log at random points, and checks that nothing that was acknowledged is ever lost.
+"""Kills writers of an edit log at random points, and checks that no acknowledged edit is ever lost.
 
 bash launch/soak/run.sh                              # 200 kills
-python launch/soak/edit_log.py --kills=20 --workdir=soak  # keeps the logs
+python launch/soak/edit_log.py --kills=20 --workdir=soak  # the logs stay
 
-A writer appends and undoes edits, small ones and ones of 20 kilobytes, and says so once the log has acknowledged
-each. It gets SIGKILL at a random moment: while it opens the log, mends it, writes, or waits for the disk. Then the log
-has to be readable, to hold what was acknowledged, in order, and at most the one entry more that was on its way; and the
-next writer goes on with it. In the end the edits of every log are made and undone, to the bit. Prints a line, or says
-what was lost and ends with status 2. Takes some minutes; Linux or macOS.
+A writer appends and undoes edits, small ones and ones of 20 kilobytes, and reports each once the log has acknowledged
+it. It gets SIGKILL at a random moment: while it opens the log, repairs it, writes, or waits for the disk. Then the log
+must be readable, and hold the acknowledged entries in order and at most the one that was being written. The next writer
+continues it. In the end the edits of every log are applied and undone, to the bit. Prints a line, or the lost entries
+and ends with status 2. Takes some minutes; Linux or macOS.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if typing.TYPE_CHECKING:
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_integer("kills", 200, "Writers to kill.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Of the moments, and of what is written.")
-flags.DEFINE_string("workdir", None, "Folder to keep the logs in; by default they are thrown away.")
+flags.DEFINE_integer("seed", 0, "Seed of the moments and of the edits.")
+flags.DEFINE_string("workdir", None, "Folder for the logs; by default they are deleted.")
 
 CONCEPTS = ("food", "service")
 KERNEL = "layers/a/kernel"
@@ -49,6 +49,7 @@ LONGEST = 0.8
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     from sparsecbm_jax.runtime.progress import progress
 
     with contextlib.ExitStack() as stack:
@@ -62,13 +63,13 @@ def main() -> None:
 
 @functools.cache
 def masks() -> dict[str, typing.Any]:
-    """Two concepts' masks of one kernel."""
+    """Makes two concepts' masks of one kernel."""
     return {KERNEL: np.random.default_rng(0).random((len(CONCEPTS), *SHAPE)) < 0.5}
 
 
 @functools.cache
 def edits() -> dict[str, StoredEdit]:
-    """Edits of several sizes that touch no weight twice, by id."""
+    """Makes edits of several sizes that change no weight twice, by id."""
     from sparsecbm_jax.intervention.stored_edit import Positions, StoredEdit, text_hash
 
     found = []
@@ -81,7 +82,7 @@ def edits() -> dict[str, StoredEdit]:
 
 
 def write(path: Path, seed: int, say: typing.Callable[[str], object]) -> None:
-    """Appends and undoes edits for ever; says '+id' or '-id' once each is acknowledged."""
+    """Appends and undoes edits for ever; reports '+id' or '-id' once each is acknowledged."""
     from sparsecbm_jax.intervention.edit_log import EditLog
 
     draw = random.Random(seed)
@@ -91,15 +92,15 @@ def write(path: Path, seed: int, say: typing.Callable[[str], object]) -> None:
             if edit not in log.edits:
                 say(f"+{log.append(edit)}")
             elif draw.random() < 0.5:
-                # What `undo` writes; no masks are at hand here, which it would also change.
+                # The entry that `undo` writes; `undo` itself also needs masks, which this process does not have.
                 log._write("undo", edit, {"id": edit.id})
                 say(f"-{edit.id}")
 
 
 def kill_one(path: Path, seed: int) -> list[str]:
-    """Starts a writer and kills it at a random moment; gives what it said."""
+    """Starts a writer and kills it at a random moment; returns its reports."""
     hears, says = os.pipe()
-    # A child has everything imported and starts at once; JAX has started no thread yet that it could miss.
+    # A forked child has all imports and starts at once; JAX has no threads yet, which a fork would lose.
     writer = os.fork()
     if not writer:
         try:
@@ -110,7 +111,7 @@ def kill_one(path: Path, seed: int) -> list[str]:
             os._exit(1)
     os.close(says)
     until, heard, is_open = time.monotonic() + random.Random(seed).uniform(0, LONGEST), b"", True
-    # The pipe is emptied all the while: a full one would stop the writer, and always at the same point.
+    # The pipe is emptied continuously: a full one would stop the writer, and always at the same point.
     while is_open and (left := until - time.monotonic()) > 0:
         if select.select([hears], [], [], left)[0]:
             heard += (part := os.read(hears, 65536))
@@ -124,14 +125,15 @@ def kill_one(path: Path, seed: int) -> list[str]:
 
 
 def check(path: Path, before: list[str], said: list[str]) -> list[str]:
-    """The active ids in a log that a writer left, oldest first.
+    """Checks the log of a killed writer; returns the active ids, oldest first.
 
     Args:
-        before: those active when it came.
-        said: what it said.
+        path: The log.
+        before: Ids active when the writer started.
+        said: The writer's reports.
 
     Raises:
-        ValueError: if the log is damaged, or holds another thing than was acknowledged.
+        ValueError: The log is damaged, or holds other entries than were acknowledged.
     """
     from sparsecbm_jax.intervention.edit_log import EditLog
 
@@ -147,7 +149,7 @@ def check(path: Path, before: list[str], said: list[str]) -> list[str]:
 
 
 def follows(found: list[str], acknowledged: list[str]) -> bool:
-    """Whether the log holds what was acknowledged, or what one entry more makes of it.
+    """Returns True where the log holds the acknowledged entries, or these and one more entry.
 
     >>> [follows(found, ["a", "b"]) for found in (["a", "b"], ["a", "b", "c"], ["b"], ["b", "a"], [])]
     [True, True, True, False, False]
@@ -159,26 +161,32 @@ def follows(found: list[str], acknowledged: list[str]) -> bool:
 def soak(
     folder: Path, kills: int, seed: int = 0, on_kill: typing.Callable[[], object] = lambda: None
 ) -> collections.Counter[str]:
-    """Kills writers one after another; says what was seen.
+    """Kills writers one after another; counts the entries and the kills.
+
+    Args:
+        folder: Folder of the logs.
+        kills: Number of writers to kill.
+        seed: Seed of the moments and of the edits.
+        on_kill: Called after each kill.
 
     Raises:
-        ValueError: as `check`; or a log does not replay.
+        ValueError: As `check`; or a log does not replay.
     """
     from sparsecbm_jax.intervention.edit_log import EditLog
 
     edits()  # Made before the first fork, for all writers.
     seen = collections.Counter({"entries acknowledged": 0, "writers killed before any": 0, "entries torn": 0})
     logs = [folder / f"{first}.log" for first in range(0, kills, KILLS_A_LOG)]
-    in_force: dict[Path, list[str]] = {path: [] for path in logs}
+    active: dict[Path, list[str]] = {path: [] for path in logs}
     for number in range(kills):
         path = logs[number // KILLS_A_LOG]
         said = kill_one(path, seed + number)
         if path.exists():
             torn = _num_torn(path)
-            in_force[path] = check(path, in_force[path], said)
+            active[path] = check(path, active[path], said)
             seen["entries torn"] += _num_torn(path) > torn
         elif said:
-            raise ValueError(f"{path}: not there, though {said} were acknowledged")
+            raise ValueError(f"{path}: does not exist, though {said} were acknowledged")
         seen["entries acknowledged"] += len(said)
         seen["writers killed before any"] += not said
         on_kill()

@@ -1,6 +1,6 @@
-"""Runs in one process or two that are killed and started again, and what has to hold after that.
+"""Runs in one or two processes that are killed and started again, and checks of their results.
 
-For `soak/training.py`, which kills one many times, and for a test, which does it twice.
+`soak/training.py` kills a run many times; a test kills one twice.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ TRAIN = Path(__file__).with_name("train.py")
 NUM_DEVICES = 8
 # Seconds that processes wait for each other at the start, and that the others may take to end.
 START, LIMIT = 20, 60.0
-# What differs between two runs that do the same, since it is measured.
+# Measured values, which differ between two equal runs.
 MEASURED = ("seconds", "peak_bytes", "concepts", "step_seconds", "examples_per_second", "tokens_per_second")
-# Two processes add gradients up in another order than one: rounding, which may swap weights of almost equal score.
+# Two processes add gradients up in another order than one process; the rounding may swap weights of almost equal score.
 TOLERANCE, OTHER_MASKS = 1e-4, 1e-3
 
 
 class Kill(typing.NamedTuple):
-    """One way to end a run.
+    """A signal that ends a run, and its moment.
 
     Attributes:
-        num_processes: that it is started in.
-        victim: which of them gets the signal.
+        num_processes: Number of processes of the run.
+        victim: Index of the process that gets the signal.
         signal: SIGKILL or SIGTERM.
-        steps: how many more steps are waited for.
-        delay: seconds that are waited for after them.
+        steps: Number of further steps before the signal.
+        delay: Seconds between these steps and the signal.
     """
 
     num_processes: int
@@ -48,14 +48,14 @@ class Kill(typing.NamedTuple):
 
 @dataclasses.dataclass
 class Outcome:
-    """How a start ended.
+    """The end of a start.
 
     Attributes:
-        is_finished: whether the run came to its end instead.
-        step: last step in its log.
-        saved: the latest step of a checkpoint, which is whole; None where there is none yet.
-        statuses: of the processes.
-        seconds: from the signal to the end of the last one.
+        is_finished: True where the run finished before the signal.
+        step: Last step in its log.
+        saved: Latest step of a checkpoint, which is whole; None where there is none yet.
+        statuses: Exit statuses of the processes.
+        seconds: Seconds from the signal to the end of the last process.
     """
 
     is_finished: bool
@@ -65,6 +65,7 @@ class Outcome:
     seconds: float
 
     def describe(self, kill: Kill) -> str:
+        """Formats the outcome in a line."""
         checkpoint = "no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is whole"
         return (
             f"{kill.signal.name} to process {kill.victim} after step {self.step}: statuses "
@@ -78,7 +79,14 @@ class Run:
     def __init__(
         self, workdir: Path, settings: Sequence[str], environment: Mapping[str, str], *, silence: int = 20
     ) -> None:
-        """Takes the folder, the flags, the environment, and the seconds of silence after which a process is dead."""
+        """Stores the settings of the run.
+
+        Args:
+            workdir: The run's folder.
+            settings: Flags of `launch/train.py`.
+            environment: Environment of the processes.
+            silence: Seconds of silence after which the others count a process as dead.
+        """
         self.workdir, self._settings, self._environment, self._silence = workdir, settings, environment, silence
 
     def _start(self, num_processes: int) -> list[subprocess.Popen[bytes]]:
@@ -102,11 +110,11 @@ class Run:
         return started
 
     def output(self, index: int) -> Path:
-        """What a process printed when it was last started."""
+        """Returns the file with the output of a process since its last start."""
         return self.workdir.with_name(f"{self.workdir.name}-{index}.txt")
 
     def finish(self, num_processes: int) -> None:
-        """Lets the run come to its end."""
+        """Runs to the end."""
         processes = self._start(num_processes)
         try:
             statuses = [process.wait() for process in processes]
@@ -117,10 +125,10 @@ class Run:
 
     def end_by(self, kill: Kill) -> Outcome:
         """Starts the run and sends a signal to one of its processes."""
-        wanted = (self._saved() or 0) + kill.steps
+        last = (self._saved() or 0) + kill.steps
         processes = self._start(kill.num_processes)
         try:
-            while kill.steps and self.last_step() < wanted and all(process.poll() is None for process in processes):
+            while kill.steps and self.last_step() < last and all(process.poll() is None for process in processes):
                 time.sleep(0.02)
             time.sleep(kill.delay)
             is_finished = all(process.poll() == 0 for process in processes)
@@ -141,7 +149,7 @@ class Run:
         if kill.signal == signal.SIGKILL:
             is_expected = statuses[kill.victim] == -signal.SIGKILL and all(statuses)
         else:
-            # While Python starts, nobody listens yet.
+            # While Python starts, no handler is installed yet.
             is_expected = statuses[kill.victim] in (75, -signal.SIGTERM) and all(statuses)
         if not is_expected:
             raise ValueError(f"{self.workdir}: {kill} led to {statuses}; {self._tails()}")
@@ -153,19 +161,19 @@ class Run:
         return "\n".join(ends)
 
     def records(self) -> list[dict[str, typing.Any]]:
-        """What the log holds of whole lines."""
+        """Returns the records of the log's whole lines."""
         path = self.workdir / "metrics.jsonl"
         return [record for _, record in read_json_lines(path, "what the run logs")] if path.is_file() else []
 
     def last_step(self) -> int:
-        """The last step in the log."""
+        """Returns the last step in the log."""
         return max((record["step"] for record in self.records()), default=0)
 
     def _saved(self) -> int | None:
-        """The latest step of a checkpoint, which is read to its end.
+        """Returns the latest step of a checkpoint, after reading all of it.
 
         Raises:
-            CheckpointError: if it is not whole.
+            CheckpointError: The checkpoint is not whole.
         """
         from sparsecbm_jax.runtime.checkpoints import Checkpointer
 
@@ -179,10 +187,10 @@ class Run:
 
 
 def differences(one: Run, other: Run) -> tuple[float, float, float]:
-    """The largest difference of logged numbers and that of parameters, and the share of weights whose masks differ.
+    """Compares two runs: largest difference of logged numbers, that of parameters, and share of mask bits that differ.
 
     Raises:
-        ValueError: One is too large, or the logs have other records.
+        ValueError: A difference is too large, or the logs have other records.
     """
     import numpy as np
 
@@ -224,7 +232,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Finds a port of this machine that is free."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port: int = server.getsockname()[1]

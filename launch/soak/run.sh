@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Kills 200 writers of an edit log at random points and checks that no acknowledged edit is lost; see edit_log.py. With
-# 'server', 50 clients press the live page's server for a minute, and it is killed under them; see server.py. With
-# 'training', a run in one or two processes is killed 50 times, and has to come to the same end; see training.py.
-# Arguments go to them:
+# 'server', 50 clients load the live page's server for a minute, and it is killed meanwhile; see server.py. With
+# 'training', a run in one or two processes is killed 50 times, and must reach the same end; see training.py.
+# Arguments go to these programs:
 #
 #   bash launch/soak/run.sh
 #   bash launch/soak/run.sh --kills=1000 --seed=1

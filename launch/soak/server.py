@@ -1,15 +1,14 @@
-"""Presses the live page's server with many clients, kills it under them, and checks that no acknowledged edit is lost.
+"""Loads the live page's server with many clients, kills it meanwhile, and checks that no acknowledged edit is lost.
 
 bash launch/soak/run.sh server --model=runs/quickstart/model            # 50 clients, a minute
-python launch/soak/server.py --model=runs/quickstart/model --clients=8 --seconds=10 --workdir=soak  # keeps the log
+python launch/soak/server.py --model=runs/quickstart/model --clients=8 --seconds=10 --workdir=soak  # the log stays
 
 Each client explains, previews, applies and undoes corrections of synthetic reviews, and sends bodies that are too
-large, as fast as it gets answers; after a 429 it waits for up to the time that it was told. Every answer has to be a
-result, a 429 with Retry-After, a 413 where the body is too large, or a 409 that names the later edits which an edit
-cannot be undone without. Then the server gets SIGKILL with requests on their way, and another is started on its log:
-exactly the edits that were acknowledged and not undone have to be active, but for those whose answer was on its way.
-Prints answers by status, time and memory, or says what was wrong and ends with status 2. Linux or macOS; wants the
-extra `app`.
+large, as fast as it gets answers; after a 429 it waits at most as long as the answer says. Every answer must be a
+result, a 429 with Retry-After, a 413 where the body is too large, or a 409 that names the later edits that must be
+undone first. Then the server gets SIGKILL during requests, and another is started on its log: exactly the edits that
+were acknowledged and not undone must be active, apart from those of unanswered requests. Prints answers by status, time
+and memory, or the error and ends with status 2. Linux or macOS; needs the extra `app`.
 """
 
 from __future__ import annotations
@@ -39,19 +38,20 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string("model", None, "Folder of the saved model.")
 flags.DEFINE_integer("clients", 50, "Clients at once.", lower_bound=1)
-flags.DEFINE_float("seconds", 60.0, "Until the server is killed.", lower_bound=0.5)
-flags.DEFINE_integer("seed", 0, "Of what the clients ask.")
-flags.DEFINE_string("workdir", None, "Folder to keep the log and what is compiled in; by default they are thrown away.")
+flags.DEFINE_float("seconds", 60.0, "Seconds until the server is killed.", lower_bound=0.5)
+flags.DEFINE_integer("seed", 0, "Seed of the clients' requests.")
+flags.DEFINE_string("workdir", None, "Folder for the log and compiled programs; by default they are deleted.")
 
 SERVE = Path(__file__).with_name("serve.py")
 PATIENCE = 120.0
 TOO_LARGE = 100_000
-# What the server may hold more at the end than after a third of the time: a leak of a kilobyte an answer shows.
+# Most growth of the server's memory from a third of the time to the end: a leak of a kilobyte an answer exceeds it.
 MAX_GROWTH_MB = 32.0
 MOMENTS = ("after warm-up", "at a third", "at two thirds", "at the end")
 
 
 def main() -> None:
+    """Runs the command; see the docstring of this file."""
     if not FLAGS.model:
         raise ValueError("--model is missing; expected the folder of a saved model, such as runs/quickstart/model")
     with contextlib.ExitStack() as stack:
@@ -61,26 +61,30 @@ def main() -> None:
 
 
 class Server(typing.NamedTuple):
-    """A server that answers."""
+    """A running server."""
 
     process: subprocess.Popen
     port: int
 
     def memory(self) -> float:
-        """Resident memory, in MB."""
+        """Returns the resident memory, in MB."""
         found = subprocess.run(["ps", "-o", "rss=", "-p", str(self.process.pid)], capture_output=True, text=True)
         return int(found.stdout) / 1000
 
 
 @contextlib.contextmanager
 def started(folder: Path, model: str) -> Iterator[Server]:
-    """A server on the folder's log, killed in the end.
+    """Starts a server on the folder's log; kills it in the end.
+
+    Args:
+        folder: Folder of the log.
+        model: Folder of the saved model.
 
     Raises:
-        ValueError: if it does not come up; its last words are given.
+        ValueError: The server does not start; the end of its output is given.
     """
     command = [sys.executable, str(SERVE), f"--model={model}", "--port=0", f"--edits={folder / 'edits.log'}"]
-    # What the first server compiles, the second need not.
+    # The second server reuses the programs that the first compiled.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), **os.environ}
     with (folder / "server.txt").open("a+") as output:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment)
@@ -101,15 +105,15 @@ def started(folder: Path, model: str) -> Iterator[Server]:
 
 @dataclasses.dataclass
 class Client:
-    """One client, and what it saw.
+    """One client, and its answers.
 
     Attributes:
-        number: its own.
-        answers: how many of each (what was asked, status).
-        seconds: that each result took.
+        number: The client's number.
+        answers: Number of answers by (operation, status).
+        seconds: Duration of each result.
         acknowledged: '+id' and '-id', in order.
-        unknown: what was on its way when the server was killed, as '+' or '-id'.
-        problem: what should not have happened; it stops then.
+        unknown: Change that was not answered when the server was killed, as '+' or '-id'.
+        problem: Unexpected event, at which the client stops.
     """
 
     number: int
@@ -120,7 +124,15 @@ class Client:
     problem: str | None = None
 
     def press(self, port: int, texts: list[str], schema: dict[str, list[str]], seed: int, end: threading.Event) -> None:
-        """Asks until the server is killed, which `end` announces."""
+        """Sends requests until the server is killed, which `end` announces.
+
+        Args:
+            port: The server's port.
+            texts: Texts to send.
+            schema: Names of concepts and of classes.
+            seed: Seed of the requests.
+            end: Set before the server is killed.
+        """
         draw = random.Random(f"{seed} {self.number}")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         own: list[str] = []
@@ -158,7 +170,7 @@ class Client:
                 end.wait(draw.uniform(0, wait))
 
     def _ask(self, connection: http.client.HTTPConnection, what: str, form: dict) -> tuple[int, typing.Any, int]:
-        # Each has an address of its own, as behind a proxy: the bound on one address is not what is tried here.
+        # Each client has an address of its own, as behind a proxy: the limit of one address is not tested here.
         headers = {"Content-Type": "application/json", "X-Forwarded-For": f"10.0.0.{self.number}"}
         connection.request("POST", f"/api/{what}", json.dumps(form), headers)
         response = connection.getresponse()
@@ -172,11 +184,18 @@ class Client:
 
 
 def soak(folder: Path, model: str, num_clients: int, seconds: float, seed: int = 0) -> str:
-    """Presses one server, kills it, starts another; says what was seen.
+    """Loads one server, kills it, starts another; returns a summary.
+
+    Args:
+        folder: Folder of the log.
+        model: Folder of the saved model.
+        num_clients: Number of clients at once.
+        seconds: Seconds until the server is killed.
+        seed: Seed of the clients' requests.
 
     Raises:
-        ValueError: if an answer was none of those expected, an acknowledged edit is lost, an undone one is back, or
-            the server's memory grew.
+        ValueError: An answer was not expected, an acknowledged edit is lost, an undone one is active, or the server's
+            memory grew.
     """
     from sparsecbm_jax.data.synthetic.reviews import sample_reviews
 
@@ -186,7 +205,7 @@ def soak(folder: Path, model: str, num_clients: int, seconds: float, seed: int =
     clients = [Client(number) for number in range(num_clients)]
     end, memory = threading.Event(), []
     with started(folder, model) as server:
-        before = in_force(server.port)
+        before = active_edits(server.port)
         memory.append(server.memory())
         given = (server.port, texts, schema, seed, end)
         threads = [threading.Thread(target=client.press, args=given, daemon=True) for client in clients]
@@ -202,14 +221,14 @@ def soak(folder: Path, model: str, num_clients: int, seconds: float, seed: int =
     if problems := [f"client {client.number}: {client.problem}" for client in clients if client.problem]:
         raise ValueError("\n".join(problems))
     with started(folder, model) as server:
-        num_edits, num_unknown = check(before, clients, in_force(server.port))
+        num_edits, num_unknown = check(before, clients, active_edits(server.port))
     if memory[-1] - memory[1] > MAX_GROWTH_MB:
         raise ValueError(f"the server's memory grew, in MB: {dict(zip(MOMENTS, memory, strict=True))}")
     return "\n".join(_lines(clients, seconds, memory, num_edits, num_unknown))
 
 
-def in_force(port: int) -> set[str]:
-    """Ids of the edits that are active in a server."""
+def active_edits(port: int) -> set[str]:
+    """Returns the ids of the active edits of a server."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request("GET", "/api/edits")
     found = {edit["id"] for edit in json.loads(connection.getresponse().read())["edits"]}
@@ -218,15 +237,15 @@ def in_force(port: int) -> set[str]:
 
 
 def check(before: set[str], clients: list[Client], found: set[str]) -> tuple[int, int]:
-    """How many edits are active after a restart, and how many requests were on their way before.
+    """Checks the active edits after a restart; returns their number, and that of unanswered requests before it.
 
     Args:
-        before: ids active when the clients came.
-        clients: what they saw.
-        found: ids active after the restart.
+        before: Ids active when the clients started.
+        clients: The clients, with their answers.
+        found: Ids active after the restart.
 
     Raises:
-        ValueError: if an acknowledged edit is lost, or there are more than can have been on their way.
+        ValueError: An acknowledged edit is lost, or there are more than unanswered requests can have made.
     """
     balance = collections.Counter(before)
     for client in clients:

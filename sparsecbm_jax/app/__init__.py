@@ -1,6 +1,6 @@
-"""The page of pathways, live: a text is explained, a concept corrected, the correction previewed, made, undone.
+"""The live page of pathways: it explains texts, and previews, applies and undoes corrections of concepts.
 
-This room is a small server around explanation, correction and the log of edits. It needs the extra `app`.
+This package is a small server around explanation, correction and the log of edits. It needs the extra `app`.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the JSON API, made of the operations themselves."""
+"""The OpenAPI document of the JSON API, made from the operations themselves."""
 
 import re
 from collections.abc import Iterable
@@ -21,15 +21,20 @@ _SECURITY = {
 _BARE = str.maketrans("", "", "{}")
 
 
-def document(operations: Iterable["Operation"], limits: Limits, *, is_token_wanted: bool) -> dict[str, Any]:
-    """The document, as JSON.
+def document(operations: Iterable["Operation"], limits: Limits, *, is_token_needed: bool) -> dict[str, Any]:
+    """Makes the document, as JSON values.
+
+    Args:
+        operations: The operations of the API.
+        limits: The server's limits, which the description names.
+        is_token_needed: True where requests need a token.
 
     Reference: OpenAPI 3.1, whose schemas are JSON Schema 2020-12.
     """
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     for one in operations:
-        paths.setdefault(one.path, {})[one.method.lower()] = _operation(one, schemas, is_token_wanted)
+        paths.setdefault(one.path, {})[one.method.lower()] = _operation(one, schemas, is_token_needed)
     return {
         "openapi": VERSION,
         "info": {
@@ -37,19 +42,19 @@ def document(operations: Iterable["Operation"], limits: Limits, *, is_token_want
             "version": __version__,
             "summary": "Explains texts and takes corrections of their concepts.",
             "description": f"A request has at most {limits.max_body:,} bytes, a text at most {limits.max_text:,} "
-            f"characters. One address may ask {limits.rate:g} times a second, {limits.burst} times at once; "
+            f"characters. One address may send {limits.rate:g} requests a second, {limits.burst} at once; "
             f"{limits.max_waiting} requests wait for the model at most.",
         },
         "paths": paths,
-        "components": {"schemas": schemas, **({"securitySchemes": _SECURITY} if is_token_wanted else {})},
+        "components": {"schemas": schemas, **({"securitySchemes": _SECURITY} if is_token_needed else {})},
     }
 
 
-def _operation(one: "Operation", schemas: dict[str, Any], is_token_wanted: bool) -> dict[str, Any]:
+def _operation(one: "Operation", schemas: dict[str, Any], is_token_needed: bool) -> dict[str, Any]:
     refusals = {403, *one.refusals}
     is_open = one.path in OPEN_PATHS
     if not is_open:
-        refusals |= {429} | ({401} if is_token_wanted else set())
+        refusals |= {429} | ({401} if is_token_needed else set())
     if one.form is not None:
         refusals |= {408, 413, 415}
     answers: dict[str, Any] = {"200": {"description": "The answer.", "content": _json(one.answer, schemas)}}
@@ -66,7 +71,7 @@ def _operation(one: "Operation", schemas: dict[str, Any], is_token_wanted: bool)
         ]
     if one.form is not None:
         described["requestBody"] = {"required": True, "content": _json(one.form, schemas)}
-    if is_token_wanted and not is_open:
+    if is_token_needed and not is_open:
         described["security"] = [{"bearer": []}, {"cookie": []}]
     return {**described, "responses": answers}
 
@@ -76,7 +81,7 @@ def _json(kind: type | None, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add(kind: type, schemas: dict[str, Any]) -> str:
-    """Adds a dataclass, and those that it holds, to the document's schemas; gives the reference."""
+    """Adds a dataclass, and those that it holds, to the document's schemas; returns the reference."""
     if kind.__name__ not in schemas:
         schema = schema_of(kind)
         del schema["$schema"]
@@ -86,7 +91,7 @@ def _add(kind: type, schemas: dict[str, Any]) -> str:
 
 
 def _moved(schema: Any) -> Any:
-    """A schema whose references lead to the document's schemas."""
+    """Returns a schema whose references point to the document's schemas."""
     if isinstance(schema, dict):
         moved = {key: _moved(value) for key, value in schema.items()}
         if isinstance(moved.get("$ref"), str):

@@ -1,4 +1,4 @@
-"""The operations of the JSON API: a path, the classes of its request and response, and what answers it."""
+"""The operations of the JSON API: a path, the classes of its request and answer, and the function that answers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,16 +10,16 @@ from sparsecbm_jax.explanation.pathways import DecisionPathway
 
 
 class Operation(NamedTuple):
-    """One thing that the API does.
+    """An operation of the API.
 
     Attributes:
-        method, path: of HTTP.
-        summary: for a person.
-        form: dataclass of the request's JSON; None for none.
-        answer: dataclass of the answer's JSON; None for JSON of another format.
-        refusals: HTTP's numbers of what may come in its place.
-        work: from form, or from the path's id, to the answer.
-        is_slow: whether the model has to work, or the disk.
+        method, path: HTTP method and path.
+        summary: Description for a person.
+        form: Dataclass of the request's JSON; None for a request without JSON.
+        answer: Dataclass of the answer's JSON; None for JSON of another format.
+        refusals: HTTP status codes of possible errors.
+        work: Function from the form, or from the path's id, to the answer.
+        is_slow: True where the operation runs the model or writes to disk.
     """
 
     method: str
@@ -53,7 +53,7 @@ def operations(session: Session, worker: Worker) -> tuple[Operation, ...]:
         Operation(
             "POST",
             "/api/preview",
-            "Says what a correction would do, to the text and to held-out ones; changes nothing.",
+            "Previews a correction: its effect on the text and on held-out ones; changes nothing.",
             schemas.Question,
             schemas.Preview,
             (400,),
@@ -73,7 +73,7 @@ def operations(session: Session, worker: Worker) -> tuple[Operation, ...]:
         Operation(
             "POST",
             "/api/undo",
-            "Undoes an edit, whichever its place; on disk when this answers.",
+            "Undoes an edit at any place of the log; on disk when this answers.",
             schemas.EditId,
             schemas.Edits,
             (400, 404, 409, 503),
@@ -93,7 +93,7 @@ def operations(session: Session, worker: Worker) -> tuple[Operation, ...]:
         Operation(
             "GET",
             "/api/edits/{edit}",
-            "Gives an edit as a file, for launch/edits.py --add.",
+            "Returns an edit as a file, for launch/edits.py --add.",
             None,
             None,
             (404,),

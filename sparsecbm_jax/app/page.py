@@ -1,4 +1,4 @@
-"""The live page: the static page's template, styles and scripts, with a form and a script that asks the API."""
+"""The live page: the static page's template, styles and scripts, with a form and a script that calls the API."""
 
 import jinja2
 
@@ -10,10 +10,15 @@ _BOTH = jinja2.ChoiceLoader([jinja2.PackageLoader(__package__), TEMPLATES])
 
 
 def live_page(model: SparseCBM, title: str, limits: Limits, *, keeps_earlier: bool) -> tuple[str, str]:
-    """The page, which corrections do not change, and its content-security policy: it may ask this server alone.
+    """Renders the page, which corrections do not change, and its content-security policy.
+
+    The policy lets the page call this server alone.
 
     Args:
-        keeps_earlier: each correction is made together with those before it.
+        model: The model, for the names of concepts and classes.
+        title: The page's heading.
+        limits: The server's limits.
+        keeps_earlier: True where each correction is made together with the earlier ones.
     """
     schema = model.schema
     content = {
@@ -36,5 +41,5 @@ def live_page(model: SparseCBM, title: str, limits: Limits, *, keeps_earlier: bo
         num_omitted=0,
         keeps_earlier=keeps_earlier,
     )
-    # What browsers take from a header alone.
+    # Browsers accept this directive in a header only.
     return page, f"{policy}; frame-ancestors 'none'"

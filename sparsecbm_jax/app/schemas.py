@@ -1,4 +1,4 @@
-"""What the live page is asked and what it answers: dataclasses, which checks, JSON and the OpenAPI document follow."""
+"""Requests and answers of the live page's API: dataclasses, which define checks, JSON and the OpenAPI document."""
 
 import dataclasses
 import json
@@ -19,12 +19,12 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 class ApiError(ValueError):
-    """What is answered in place of a result.
+    """An error that is answered in place of a result.
 
     Attributes:
-        status: of HTTP.
-        field: of the form that was wrong; None where it is no field's fault.
-        headers: of the answer.
+        status: HTTP status code.
+        field: Field of the form that was wrong; None where no single field was.
+        headers: Headers of the answer.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Text:
     """A text to explain.
 
     Attributes:
-        text: not empty, and no longer than the server allows.
+        text: The text, not empty, and at most as long as the server allows.
     """
 
     text: str
@@ -47,12 +47,12 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A correction that someone thinks of making.
+    """A correction to preview.
 
     Attributes:
-        text: the text that the model misreads.
-        concept: the concept that it misreads.
-        target: the class that the concept should have.
+        text: The text that is predicted incorrectly.
+        concept: The concept that is predicted incorrectly.
+        target: The class that the concept should have.
     """
 
     text: str
@@ -65,9 +65,9 @@ class Order:
     """A correction to make.
 
     Attributes:
-        text, concept, target: as in a preview.
-        edit: id of the edit that the preview showed; where the model has changed since, so that another one would be
-            made, nothing is. Null or left out: whichever repairs the concept now.
+        text, concept, target: As in a preview.
+        edit: Id of the edit that the preview showed; no edit is made if the model has changed since and another edit
+            would be needed. Null or absent makes any edit that repairs the concept now.
     """
 
     text: str
@@ -81,7 +81,7 @@ class EditId:
     """An active edit.
 
     Attributes:
-        edit: its id.
+        edit: Its id.
     """
 
     edit: str
@@ -92,13 +92,13 @@ class Correction:
     """A correction in numbers.
 
     Attributes:
-        text, concept, target, label: what was asked; label is null: the task label does not enter.
-        editor: how the model was changed.
-        num_dropped, num_grown: changed weights.
-        num_weights: maskable weights of the backbone.
-        is_repaired: whether the concept has the asked class with it.
-        changed_share: dropped and grown weights over `num_weights`.
-        before, after: what the model says about the text.
+        text, concept, target, label: The request; label is null, since the task label is not corrected.
+        editor: The editor that changed the model.
+        num_dropped, num_grown: Numbers of changed weights.
+        num_weights: Maskable weights of the backbone.
+        is_repaired: True where the concept has the requested class with the edit.
+        changed_share: Dropped and grown weights over `num_weights`.
+        before, after: Predictions for the text.
     """
 
     text: str
@@ -116,23 +116,23 @@ class Correction:
 
     @classmethod
     def of(cls, report: CorrectionReport) -> "Correction":
-        """The same without the positions."""
-        kept_as_they_are = {name: getattr(report, name) for name in ("editor", "before", "after")}
-        return cls(**(report.to_dict() | kept_as_they_are))
+        """Makes a correction from a report, without the positions."""
+        unconverted = {name: getattr(report, name) for name in ("editor", "before", "after")}
+        return cls(**(report.to_dict() | unconverted))
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleEffect:
-    """What an edit does to held-out texts. Other concepts are predicted as before: their subnetworks stay.
+    """The effect of an edit on held-out texts. Other concepts are predicted as before: their subnetworks stay.
 
     Attributes:
-        num_texts: texts in the sample.
-        num_changed: those whose concept is predicted as another class.
-        num_repaired, num_broken: of the texts with a gold class, those predicted correctly only after, and only before.
-        num_labels_changed: texts that get another label.
-        shift: mean total variation distance of the concept's probabilities before and after, from 0 to 1.
-        flips: by class before and class after, how many texts are predicted as another class.
-        changed_texts: the first of those texts.
+        num_texts: Texts in the sample.
+        num_changed: Texts whose concept is predicted as another class.
+        num_repaired, num_broken: Texts with a gold class that are predicted correctly only after, and only before.
+        num_labels_changed: Texts that get another label.
+        shift: Mean total variation distance of the concept's probabilities before and after, from 0 to 1.
+        flips: Number of texts that are predicted as another class, by class before and class after.
+        changed_texts: The first of those texts.
     """
 
     num_texts: int
@@ -147,13 +147,13 @@ class SampleEffect:
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """What a correction would do; nothing is changed yet.
+    """The effect of a correction that is not made yet.
 
     Attributes:
-        edit: id of the edit, to make this one and no other; null where nothing would change.
-        report: the correction in numbers.
-        before, after: the text's pathway now, and with the edit, for the class that was asked.
-        sample: what it does to held-out texts; null where the server has none, or nothing would change.
+        edit: Id of the edit, to apply this one and no other; null where nothing would change.
+        report: The correction in numbers.
+        before, after: The text's pathway now, and with the edit, for the requested class.
+        sample: The effect on held-out texts; null where the server has none, or nothing would change.
     """
 
     edit: str | None
@@ -168,10 +168,10 @@ class EditSummary:
     """An active edit.
 
     Attributes:
-        id: twelve hexadecimal digits.
-        concept, was, target: what was corrected, the class before, and the class that was asked.
-        num_dropped, num_grown: changed weights.
-        text_sha256: of the text that was corrected; the text itself is not kept.
+        id: Twelve hexadecimal digits.
+        concept, was, target: The corrected concept, its class before, and the requested class.
+        num_dropped, num_grown: Numbers of changed weights.
+        text_sha256: SHA-256 of the corrected text; the text itself is not stored.
     """
 
     id: str
@@ -184,7 +184,7 @@ class EditSummary:
 
     @classmethod
     def of(cls, edit: StoredEdit) -> "EditSummary":
-        """What a list says of an edit."""
+        """Makes the entry of an edit for a list."""
         was = edit.before.get("concepts", {}).get(edit.concept, "?")
         return cls(edit.id, edit.concept, was, edit.target, *edit.num_changed, edit.text_sha256)
 
@@ -194,7 +194,7 @@ class Edits:
     """All active edits.
 
     Attributes:
-        edits: oldest first.
+        edits: The edits, oldest first.
     """
 
     edits: tuple[EditSummary, ...]
@@ -202,12 +202,12 @@ class Edits:
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
-    """What was made of an order.
+    """The result of an order.
 
     Attributes:
-        edit: id of the edit that is active now; null where nothing had to change, or no edit was found.
-        is_repaired: whether the concept has the asked class on the text now.
-        edits: all active ones, oldest first.
+        edit: Id of the edit that is active now; null where no change was needed, or no edit was found.
+        is_repaired: True where the concept of the text has the requested class now.
+        edits: All active edits, oldest first.
     """
 
     edit: str | None
@@ -217,12 +217,12 @@ class Applied:
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """Whether the server answers.
+    """The state of the server.
 
     Attributes:
-        status: 'ok'.
-        num_waiting: requests for the model at work or in wait.
-        num_edits: active edits.
+        status: Always 'ok', since the server answers.
+        num_waiting: Requests for the model that are running or waiting.
+        num_edits: Number of active edits.
     """
 
     status: str
@@ -232,11 +232,11 @@ class Health:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Why there is no result.
+    """The reason why there is no result.
 
     Attributes:
-        message: for a person.
-        field: of the request that was wrong; null where it is no field's fault.
+        message: Message for a person.
+        field: Field of the request that was wrong; null where no single field was.
     """
 
     message: str
@@ -244,10 +244,14 @@ class Problem:
 
 
 def read_request(form: type[T], body: bytes) -> T:
-    """A request's JSON as the dataclass that it should be.
+    """Reads a request's JSON into a dataclass.
+
+    Args:
+        form: The dataclass.
+        body: JSON in UTF-8.
 
     Raises:
-        Refusal: 400, naming the field, if it is not.
+        ApiError: 400, if the JSON is not of this form; the field is named.
     """
     hints = typing.get_type_hints(form)
     expected = f"a JSON object with {', '.join(map(repr, hints))}"

@@ -1,4 +1,4 @@
-"""Who may ask, how often, and from which page: checked before any route is looked for."""
+"""Checks of every request before its route is looked up: host, origin, rate and token."""
 
 import dataclasses
 import hmac
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sparsecbm_jax.app.schemas import ApiError, Problem
 
 COOKIE = "sparsecbm_token"
-# What anyone may ask, token or none: it says nothing but whether the server answers.
+# Paths that need no token: the answer shows only that the server runs.
 OPEN_PATHS = ("/healthz",)
 MAX_CLIENTS = 1024
 HEADERS = {
@@ -29,20 +29,20 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-# Of answers that are no page; the page has its own.
+# Content-security policy of all answers but the page, which has its own.
 POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """The limits of a server.
 
     Attributes:
-        max_body: bytes of a request.
-        max_text: characters of a text.
-        max_waiting: requests for the model at work or in wait.
-        rate, burst: requests a second of one address in the long run, and how many at once.
-        read_seconds: time that a request may take to arrive.
+        max_body: Most bytes of a request.
+        max_text: Most characters of a text.
+        max_waiting: Most requests for the model that are running or waiting.
+        rate, burst: Most requests of one address per second in the long run, and at once.
+        read_seconds: Most seconds that a request may take to arrive.
     """
 
     max_body: int = 65_536
@@ -54,14 +54,14 @@ class Limits:
 
 
 class Rates:
-    """How much every address may still ask: a bucket that fills with time, for the addresses seen last."""
+    """The requests that each address may still make: a bucket that fills with time, for the most recent addresses."""
 
     def __init__(self, rate: float, burst: int, now: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._burst, self._now = rate, burst, now
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait(self, address: str) -> float:
-        """Takes one request from the bucket: 0; or the seconds until there is one to take."""
+        """Takes one request from the bucket and returns 0, or returns the seconds until there is one."""
         now = self._now()
         left, then = self._buckets.pop(address, (float(self._burst), now))
         left = min(float(self._burst), left + self._rate * (now - then))
@@ -73,26 +73,27 @@ class Rates:
 
 
 class Guard:
-    """Lets requests through to the app that name this server, come from its own page or none, and hold its token.
+    """Middleware that passes on requests that name this server, come from its own page or none, and have its token.
 
     A page of another site can make a browser send requests here, under a name of its own that it points at this machine
-    (DNS rebinding), or across sites. The first is told by the Host header, the second by Origin and Sec-Fetch-Site.
+    (DNS rebinding), or across sites. The Host header shows the first, Origin and Sec-Fetch-Site show the second.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None, host_names: Collection[str], limits: Limits) -> None:
         """Wraps the app.
 
         Args:
-            token: what has to be shown; None for nothing.
-            host_names: by which the server may be called, beside 'localhost' and any IP address.
-            limits: what the server takes on.
+            app: The app.
+            token: Token that requests need; None for none.
+            host_names: Names of the server, in addition to 'localhost' and any IP address.
+            limits: The server's limits.
         """
         self._app, self._token = app, token
         self._names = {"localhost", *(name.lower() for name in host_names)}
         self._rates = Rates(limits.rate, limits.burst)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a refusal, or hands the request on; every answer gets the headers that keep browsers strict."""
+        """Refuses a request or passes it on; adds strict security headers to every answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -112,14 +113,14 @@ class Guard:
         await answer(scope, receive, send_strictly)
 
     def _checked(self, request: Request) -> Response | None:
-        """None, or the answer that hands a browser its cookie.
+        """Checks a request; returns None, or the answer that gives a browser its cookie.
 
         Raises:
-            Refusal: the request is not let through.
+            ApiError: The request is refused.
         """
         host = request.headers.get("host", "")
         if not self._is_known(host):
-            raise ApiError(403, f"Host is {host!r}, which is no name of this server; --allowed_hosts adds names")
+            raise ApiError(403, f"Host is {host!r}, which is not a name of this server; --allowed_hosts adds names")
         origin = request.headers.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise ApiError(403, f"Origin is {origin!r}; expected this server's own page")
@@ -139,15 +140,15 @@ class Guard:
         if path == "/" and "token" in request.query_params:
             if not self._is_token(request.query_params["token"]):
                 raise ApiError(401, "the token is wrong; expected the one printed when the server was started")
-            # Out of the address bar, into a cookie that scripts cannot read and other sites' requests do not carry.
+            # Moves the token from the address bar into a cookie that scripts cannot read and other sites do not send.
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict", path="/")
             return answer
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
         shown = shown.strip() if scheme.lower() == "bearer" else request.cookies.get(COOKIE, "")
         if not self._is_token(shown):
-            wanted = "open the address that was printed when the server was started, or send 'Authorization: Bearer …'"
-            raise ApiError(401, f"a token is wanted: {wanted}", headers={"WWW-Authenticate": "Bearer"})
+            how = "open the address that was printed when the server was started, or send 'Authorization: Bearer …'"
+            raise ApiError(401, f"a token is needed: {how}", headers={"WWW-Authenticate": "Bearer"})
         return None
 
     def _is_token(self, shown: str) -> bool:
@@ -159,27 +160,27 @@ class Guard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        # An address cannot be pointed elsewhere, as a name can.
+        # An address, unlike a name, cannot be pointed to another machine.
         return name in self._names or _is_address(name)
 
 
 def as_json(answer: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A dataclass as JSON in ASCII, whatever characters a request may have put into it."""
+    """Returns a dataclass as JSON in ASCII, whatever characters a request may have put into it."""
     return Response(json.dumps(dataclasses.asdict(answer), allow_nan=False), status, headers, "application/json")
 
 
 def error_response(refusal: ApiError) -> Response:
-    """The answer that a refusal is."""
+    """Turns an error into an answer."""
     return as_json(Problem(str(refusal), refusal.field), refusal.status, refusal.headers)
 
 
 def too_many(message: str, seconds: float) -> ApiError:
-    """429, with the whole seconds after which to try again."""
+    """Makes an error 429, with the whole seconds after which to try again."""
     return ApiError(429, f"{message}; try again later", headers={"Retry-After": str(max(1, round(seconds)))})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches a server that is bound to a host.
+    """Returns True where only this machine reaches a server that is bound to a host.
 
     >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "example.org")]
     [True, True, True, False, False, False]

@@ -1,4 +1,4 @@
-"""The routes of the live page and of its JSON API. One thread does the model's work, one request after another."""
+"""The routes of the live page and of its JSON API. One thread runs the model, one request after another."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from sparsecbm_jax.app.session import Session
 from sparsecbm_jax.app.worker import Worker
 from sparsecbm_jax.intervention.stored_edit import StoredEdit
 
-# A body that is too large is read on to this many times the limit, since a sender may read no answer before it is done.
+# A body that is too large is read up to this many times the limit, since a sender may read the answer only at its end.
 _DRAINED = 16
 
 
@@ -34,20 +34,20 @@ def create_app(
     limits: Limits | None = None,
     title: str = "Decision pathways, live",
 ) -> Starlette:
-    """Builds the live page and its API around a session, to be served by any ASGI server in one process.
+    """Builds the live page and its API around a session, for any ASGI server in one process.
 
     Args:
-        session: what is asked; it is the caller's to close, once the app has shut down.
-        token: what has to be shown with every request but for `/healthz`; wanted where others reach the server.
-        host_names: by which the server may be called, beside 'localhost' and any IP address.
-        limits: what it takes on; None for the defaults.
-        title: the page's heading.
+        session: The session; the caller closes it once the app has shut down.
+        token: Token that every request needs but for `/healthz`; necessary where others can reach the server.
+        host_names: Names of the server, in addition to 'localhost' and any IP address.
+        limits: The server's limits; None for the defaults.
+        title: The page's heading.
     """
     limits = limits or Limits()
     worker = Worker(limits.max_waiting)
     known = operations(session, worker)
     content, policy = live_page(session.model, title, limits, keeps_earlier=session.keeps_earlier)
-    api = document(known, limits, is_token_wanted=token is not None)
+    api = document(known, limits, is_token_needed=token is not None)
 
     async def page(request: Request) -> Response:
         return HTMLResponse(content, headers={"Content-Security-Policy": policy})
@@ -82,7 +82,7 @@ def _endpoint(operation: Operation, worker: Worker, limits: Limits) -> Callable[
                 raise ApiError(413, message, field="text")
             given = (form,)
         if operation.is_slow:
-            # Its JSON, too, is the thread's work: that of a long text would keep other requests waiting.
+            # The thread also makes the JSON: that of a long text would block other requests.
             return await worker.do(lambda: _rendered(operation.work(*given)))
         return _rendered(operation.work(*given))
 
@@ -97,10 +97,10 @@ def _rendered(answer: Any) -> Response:
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    """The body of a request.
+    """Reads the body of a request.
 
     Raises:
-        ApiError: 413, if it is too large; 408, if it takes too long to come.
+        ApiError: 413, if it is too large; 408, if it takes too long to arrive.
     """
     too_large = ApiError(413, f"the request is too large; at most {limits.max_body:,} bytes are allowed")
     size, parts = 0, []
@@ -113,7 +113,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
                 if size <= limits.max_body:
                     parts.append(part)
     except TimeoutError:
-        raise ApiError(408, f"the request took more than {limits.read_seconds:g} s to come") from None
+        raise ApiError(408, f"the request took more than {limits.read_seconds:g} s to arrive") from None
     if size > limits.max_body:
         raise too_large
     return b"".join(parts)
@@ -133,4 +133,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return error_response(ApiError(500, "the server failed; what happened stands in its own output"))
+    return error_response(ApiError(500, "the server failed; its own output has the error"))

@@ -1,4 +1,4 @@
-"""The model that the live page shows and corrects, and the log that its corrections are kept in. Knows no HTTP."""
+"""The model that the live page shows and corrects, and the log of its corrections; independent of HTTP."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ from sparsecbm_jax.model.config import CBMOutput
 from sparsecbm_jax.model.predictions import text_batches
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
-# What single texts are padded to.
+# Widths, in tokens, to which single texts are padded.
 WIDTHS = (64, 128, 256, 512)
 SAMPLE_BATCH = 32
 MAX_CHANGED_TEXTS = 5
@@ -51,24 +51,24 @@ MAX_REMEMBERED = 64
 
 
 class Found(NamedTuple):
-    """The edit that answers a question, None where nothing would change; and whether the concept is repaired then."""
+    """The edit for a question, None where nothing would change; and whether the concept is repaired with it."""
 
     edit: StoredEdit | None
     is_repaired: bool
 
 
 class SessionState(NamedTuple):
-    """The model with all active edits made."""
+    """The model with all active edits applied, and these edits."""
 
     model: SparseCBM
     edits: tuple[StoredEdit, ...]
 
 
 class Session:
-    """A model that takes corrections, one after another.
+    """A model that is corrected, one request after another.
 
-    It does what it is asked at once, in the caller's thread, and one thing at a time. Only `edits`, `num_edits` and
-    `get` may be called from another thread meanwhile: they read a state that is replaced as a whole.
+    Every method runs in the caller's thread, and only one may run at a time. Only `edits`, `num_edits` and `get` may be
+    called from another thread meanwhile: they read a state that is replaced as a whole.
     """
 
     def __init__(
@@ -80,18 +80,18 @@ class Session:
         editor: Editor | None = None,
         requests: RequestFile | None = None,
     ) -> None:
-        """Opens the log, or creates it, and makes the edits that are active there.
+        """Opens the log, or creates it, and applies its active edits.
 
         Args:
-            model: with masks, and without any of the log's edits.
-            log: file of edits; see `EditLog`.
-            sample: held-out texts that previews read; None or no texts for none.
-            editor: how corrections change the model; None for the minimal edit.
-            requests: file that the texts of corrections are written to, so that the editor is given the earlier ones;
-                None for an editor that looks at one text only.
+            model: A model with masks, and without any of the log's edits.
+            log: File of edits; see `EditLog`.
+            sample: Held-out texts on which previews measure effects; None or no texts for none.
+            editor: The editor of corrections; None for the minimal edit.
+            requests: File for the texts of corrections, from which the editor receives the earlier ones; None for an
+                editor that uses one text only.
 
         Raises:
-            ValueError: if the model has no masks, or the log is damaged or another model's.
+            ValueError: The model has no masks, or the log is damaged or belongs to another model.
         """
         check_masks(model.masks)
         masks = model.masks
@@ -108,12 +108,12 @@ class Session:
             tokens = tokenize(sample, model.tokenizer, model.max_length)
             self._sample = list(eval_batches(tokens, batch_size=SAMPLE_BATCH, buckets=WIDTHS))
             self._sample_texts = dict(zip(sample.row_ids.tolist(), sample.texts, strict=True))
-        # The outputs on the sample, with which edits; and the edits that questions led to lately.
+        # The outputs on the sample and the edits active then; and the edits of recent questions.
         self._outputs: tuple[tuple[StoredEdit, ...] | None, list[tuple[Batch, CBMOutput]]] = (None, [])
         self._found: dict[tuple[tuple[str, ...], Question], Found] = {}
 
     def close(self) -> None:
-        """Lets another process have the log."""
+        """Closes the log, so that another process can write it."""
         self._log.close()
 
     @property
@@ -128,17 +128,17 @@ class Session:
 
     @property
     def num_edits(self) -> int:
-        """How many edits are active."""
+        """Number of active edits."""
         return len(self._state.edits)
 
     @property
     def keeps_earlier(self) -> bool:
-        """Whether each correction is made together with those before it."""
+        """True where each correction is made together with the earlier ones."""
         return self._requests is not None
 
     @property
     def num_kept(self) -> int:
-        """How many active edits later corrections are made together with: those whose texts are in the file."""
+        """Number of active edits that later corrections are made together with: those whose texts are in the file."""
         return 0 if self._requests is None else len(self._requests.of_edits(self._state.edits))
 
     def get(self, edit_id: str) -> StoredEdit:
@@ -153,19 +153,19 @@ class Session:
         raise ApiError(404, f"there is no active edit {edit_id!r}", field="edit")
 
     def explain(self, text: str) -> DecisionPathway:
-        """The pathway of a text.
+        """Explains a text by its pathway.
 
         Raises:
-            ApiError: 400, if there is nothing in it to read.
+            ApiError: 400, if the text has no tokens.
         """
         self._check_text(text)
         return explain(self.model, [text])[0]
 
     def preview(self, question: Question) -> Preview:
-        """What a correction would do to its text and to held-out ones.
+        """Computes the effect of a correction on its text and on held-out ones, without making it.
 
         Raises:
-            ApiError: 400, if there is no such concept or class, or nothing in the text to read.
+            ApiError: 400, if there is no such concept or class, or the text has no tokens.
         """
         found, corrected, report = self._correct(question)
         target = {question.concept: question.target}
@@ -179,11 +179,11 @@ class Session:
         )
 
     def apply(self, order: Order) -> Applied:
-        """Makes a correction, which is on disk then.
+        """Makes a correction and returns once it is on disk.
 
         Raises:
-            ApiError: as `preview`; 409, if the edit would be another than the one that was previewed; 503, if it cannot
-                be written, and then it is not made.
+            ApiError: As `preview`; 409, if the edit would be another than the one that was previewed; 503, if it cannot
+                be written, in which case it is not made.
         """
         question = Question(order.text, order.concept, order.target)
         found = self._found.get(self._key(question)) or self._correct(question)[0]
@@ -194,14 +194,14 @@ class Session:
             masks = apply_stored(self._masks(), found.edit, concepts)
             with _writing():
                 if self._requests is not None:
-                    # First: an active edit has its text then.
+                    # Before the edit, so that every active edit has its text.
                     self._requests.add(CorrectionRequest(order.text, order.concept, order.target))
                 self._log.append(found.edit)
             self._state = SessionState(dataclasses.replace(self.model, masks=masks), self._log.edits)
         return Applied(found.edit.id if found.edit else None, found.is_repaired, self.edits)
 
     def undo(self, edit_id: str) -> Edits:
-        """Undoes an edit, whichever its place; the undoing is on disk then.
+        """Undoes an edit at any place of the log, and returns once that is on disk.
 
         Raises:
             ApiError: 404, if it is not active; 409, if later edits changed the same weights; 503, as `apply`.
@@ -220,26 +220,26 @@ class Session:
 
     @property
     def num_lengths(self) -> int:
-        """How many widths a text can be padded to; programs are compiled for each."""
+        """Number of widths to which texts are padded; programs are compiled for each."""
         return len(self._lengths())
 
     def warm_up(self) -> Iterator[int]:
-        """Compiles what requests will run, one width of texts after another, and yields each; nothing is changed."""
+        """Compiles the programs of requests, one width of texts after another; yields each width; changes nothing."""
         schema = self.model.schema
         self._flip_and_back()
         if self._sample:
             self._effect(self.model, schema.concepts[0])
         for length in self._lengths():
             text = " ".join(["a"] * (length - self.model.tokenizer.num_special_tokens_to_add()))
-            reading = self.explain(text).concepts[0]
-            target = next(name for name in schema.classes if name != reading.predicted_class)
-            # Edits for several texts are as wide as their widest: the program for wide ones waits for the first.
+            lane = self.explain(text).concepts[0]
+            target = next(name for name in schema.classes if name != lane.predicted_class)
+            # Edits for several texts are as wide as their widest text: programs for wide ones are compiled when needed.
             if self._requests is None or length == self._lengths()[0]:
                 self._correct(Question(text, schema.concepts[0], target))
             yield length
 
     def _flip_and_back(self) -> None:
-        """Makes and undoes an edit of every kernel, aside: what few flipped weights of any need is compiled then."""
+        """Applies and undoes an edit of every kernel on a copy, to compile the programs that flip few weights."""
         masks, concepts = self._masks(), self.model.schema.concepts
         positions = {}
         for path, mask in masks.items():
@@ -258,7 +258,7 @@ class Session:
         return dict(masks)
 
     def _key(self, question: Question) -> tuple[tuple[str, ...], Question]:
-        """What an edit depends on: the question, and the masks, which the active edits tell."""
+        """Returns all that an edit depends on: the question, and the active edits, which determine the masks."""
         return tuple(edit.id for edit in self._state.edits), question
 
     def _correct(self, question: Question) -> tuple[Found, SparseCBM, CorrectionReport]:
@@ -310,7 +310,7 @@ class Session:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Says that nothing was changed where the log cannot be written."""
+    """Turns errors in writing the log into error 503, which says that nothing was changed."""
     try:
         yield
     except OSError as error:

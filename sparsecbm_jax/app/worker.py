@@ -1,4 +1,4 @@
-"""One thread that runs what needs the model, so that requests wait for it in turn."""
+"""One thread that runs all work of the model, so that requests wait for it in turn."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,24 +11,28 @@ T = TypeVar("T")
 
 
 class Worker:
-    """One thread for the model's work, and a bound on how much of it waits."""
+    """One thread for the model's work, and a bound on the number of requests that wait for it."""
 
     def __init__(self, max_waiting: int) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._max_waiting, self.num_waiting = max_waiting, 0
 
     async def do(self, work: Callable[..., T], *args: Any) -> T:
-        """Waits for its turn, and for the work.
+        """Runs work in the thread, after all earlier work, and returns its result.
+
+        Args:
+            work: The function to run.
+            *args: Its arguments.
 
         Raises:
-            Refusal: 429, if too much of it waits already.
+            ApiError: 429, if too many requests wait already.
         """
         if self.num_waiting >= self._max_waiting:
             raise too_many(f"{self.num_waiting} requests wait for the model already", 1)
         self.num_waiting += 1
         turn = asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
         turn.add_done_callback(self._is_done)
-        # Work that nobody waits for any longer counts until it is done.
+        # Work counts until it is done, also when its request was cancelled.
         return await asyncio.shield(turn)
 
     def _is_done(self, turn: asyncio.Future) -> None:
@@ -37,5 +41,5 @@ class Worker:
             turn.exception()
 
     def close(self) -> None:
-        """Waits for the work that has begun; what waits is not begun."""
+        """Waits for the work that has begun; cancels work that has not."""
         self._pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Puts the pieces of a family together: the `Backbone` of three pure functions, fresh parameters, the plain encoder."""
+"""The `Backbone` of three pure functions, made from the modules of a family; fresh parameters; the plain encoder."""
 
 import functools
 from collections.abc import Callable
@@ -23,10 +23,10 @@ _LAYER_KERNELS = ("attention/query", "attention/key", "attention/value", "attent
 
 
 class Backbone(NamedTuple):
-    """Three pure functions; whoever composes them scans `layer` over the leading axis of `params['layers']`.
+    """Three pure functions; their composition scans `layer` over the leading axis of `params['layers']`.
 
     Attributes:
-        config: Its static shape.
+        config: The backbone's static shape.
         embed: (params['embed'], input_ids, attention_mask, *, keys=None, word_embeddings=None) -> h. `word_embeddings`
             [B, T, E] replaces the lookup; `keys` [B] draws dropout, None is deterministic.
         layer: (parameters of one layer, h, attention_mask, *, keys=None) -> h.
@@ -86,13 +86,14 @@ def make_backbone(
 
 @functools.partial(jax.jit, static_argnums=1)
 def init_params(rng: Key[Array, ""], config: BackboneConfig) -> Params:
-    """Fresh float32 parameters: kernels and embeddings truncated normal of deviation 0.02, layers stacked.
+    """Draws float32 parameters: kernels and embeddings truncated normal of deviation 0.02, layers stacked.
 
-    One program: drawn one by one, every shape would be compiled by itself. Pure: `jax.jit(init_params,
-    static_argnums=1, out_shardings=...)` creates shards in place, and `jax.eval_shape` gives the tree of shapes.
+    One program draws all of them; drawn one by one, every shape would need a program of its own. The function is pure:
+    `jax.jit(init_params, static_argnums=1, out_shardings=...)` creates shards in place, and `jax.eval_shape` gives the
+    tree of shapes.
 
     Args:
-        rng: One key.
+        rng: One key; equal keys give equal parameters.
         config: The backbone's shape.
 
     Returns:
@@ -111,7 +112,7 @@ def init_params(rng: Key[Array, ""], config: BackboneConfig) -> Params:
 
 
 def maskable_paths(config: BackboneConfig) -> tuple[str, ...]:
-    """Paths of the kernels that a subnetwork masks, sorted: the layers' six, and OPT-350M's two projections."""
+    """Returns the paths of the kernels that a subnetwork masks, sorted: six in a layer, and OPT-350M's projections."""
     paths = [f"layers/{name}/kernel" for name in _LAYER_KERNELS]
     if config.has_projections:
         paths += ["embed/project_in/kernel", "finish/project_out/kernel"]
@@ -127,15 +128,15 @@ def encode_dense(
     keys: Key[Array, " B"] | None = None,
     word_embeddings: Float[Array, "B T E"] | None = None,
 ) -> Float[Array, "B T out"]:
-    """Last hidden states of the plain backbone: embed, a scan over the layers, finish.
+    """Computes the last hidden states of the plain backbone: embed, a scan over the layers, finish.
 
     Args:
-        backbone: What `make_backbone` returned.
-        params: What `init_params` or `load_pretrained` returned.
+        backbone: The three functions, from `make_backbone`.
+        params: The parameters, from `init_params` or `load_pretrained`.
         input_ids: Token ids.
         attention_mask: 1 at real tokens, 0 at padding.
-        keys: One key a row for dropout; None for none.
-        word_embeddings: Replaces the lookup of `input_ids`.
+        keys: One key a row for dropout; None computes without dropout.
+        word_embeddings: Word embeddings that replace the lookup of `input_ids`.
 
     Returns:
         Float32 hidden states; those at padding mean nothing.
@@ -154,11 +155,11 @@ def encode_dense(
 def input_squares(
     config: BackboneConfig, params: Params, input_ids: Int[Array, "B T"], attention_mask: Num[Array, "B T"]
 ) -> dict[str, Float[Array, "*layers inputs"]]:
-    """Σ x² over the real tokens of a batch, of every input of every maskable kernel.
+    """Computes Σ x² over the real tokens of a batch, for every input x of every maskable kernel.
 
     Args:
         config: The backbone's shape.
-        params: As for `encode_dense`.
+        params: The parameters, as for `encode_dense`.
         input_ids: Token ids.
         attention_mask: 1 at real tokens, 0 at padding.
 

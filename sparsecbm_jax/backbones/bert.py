@@ -1,4 +1,4 @@
-"""The BERT family (BERT, RoBERTa, DistilBERT, MiniLM): its embeddings, and what follows its last layer."""
+"""The BERT family (BERT, RoBERTa, DistilBERT, MiniLM): *embed* and *finish*."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sparsecbm_jax.backbones.layers import EMBED_SITE, LayerNorm, Table, check_l
 
 
 class EncoderEmbed(nn.Module):
-    """Word + position + token type 0, normalised."""
+    """The sum of word, position and token type 0 embeddings, normalised."""
 
     config: BackboneConfig
     dtype: DTypeLike = jnp.float32
@@ -25,6 +25,7 @@ class EncoderEmbed(nn.Module):
         keys: Key[Array, " B"] | None = None,
         word_embeddings: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """Embeds token ids; see `Backbone.embed`."""
         del attention_mask
         cfg = self.config
         length = input_ids.shape[1]
@@ -35,7 +36,7 @@ class EncoderEmbed(nn.Module):
         if cfg.type_vocab_size:
             h = h + Table(cfg.type_vocab_size, cfg.hidden_size, name="token_type").rows_from(0, 1)
         if cfg.family == "roberta":
-            # As transformers: by id, not by attention_mask, and padding keeps the padding row.
+            # As in transformers: padding is found by its id, not by attention_mask, and has the padding row's position.
             is_token = (input_ids != cfg.pad_token_id).astype(jnp.int32)
             h = h + position(jnp.cumsum(is_token, axis=1) * is_token + cfg.pad_token_id)
         else:
@@ -45,11 +46,12 @@ class EncoderEmbed(nn.Module):
 
 
 class EncoderFinish(nn.Module):
-    """The encoders end with their last layer."""
+    """The identity in float32: the encoders end with their last layer."""
 
     config: BackboneConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the last layer's output in float32; see `Backbone.finish`."""
         return h.astype(jnp.float32)

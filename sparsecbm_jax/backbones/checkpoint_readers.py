@@ -31,14 +31,14 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str, index: Index) -> np.ndarray:
-        """The values of one tensor at `index`, in the checkpoint's own precision."""
+        """Reads the values of one tensor at `index`, in the checkpoint's own precision."""
 
     def read_whole(self, name: str) -> np.ndarray:
-        """All values of one tensor."""
+        """Reads all values of one tensor."""
         return self.read(name, tuple(slice(None) for _ in self.shapes[name]))
 
     def dtype(self, name: str) -> np.dtype:
-        """The precision of one tensor."""
+        """Reads the precision of one tensor."""
         return self.read(name, tuple(slice(0, 0) for _ in self.shapes[name])).dtype
 
 
@@ -55,7 +55,7 @@ def _sharded_files(index_file: Path) -> list[Path]:
         raise WeightsError(f"{index_file}: has no 'weight_map'")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise WeightsError(f"{index_file}: names {name!r}; expected the name of a file beside it")
+            raise WeightsError(f"{index_file}: names {name!r}; expected the name of a file in the same directory")
     files = [index_file.parent / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
@@ -64,7 +64,7 @@ def _sharded_files(index_file: Path) -> list[Path]:
 
 
 class SafetensorsReader(Reader):
-    """Reads only the bytes of the slices asked for."""
+    """A reader of safetensors files that reads only the bytes of the requested slices."""
 
     def __init__(self, files: list[Path]) -> None:
         from safetensors import SafetensorError, safe_open
@@ -83,12 +83,13 @@ class SafetensorsReader(Reader):
                 self._places[_spelling(stored)] = handle, stored
 
     def read(self, name: str, index: Index) -> np.ndarray:
+        """Reads the values of one tensor at `index`."""
         handle, stored = self._places[name]
         return handle.get_slice(stored)[index]
 
 
 class TorchReader(Reader):
-    """Reads `pytorch_model.bin` through torch, memory-mapped, without executing what is pickled in it."""
+    """A reader of `pytorch_model.bin` through torch, memory-mapped, that executes none of the pickled code."""
 
     def __init__(self, files: list[Path]) -> None:
         try:
@@ -117,15 +118,16 @@ class TorchReader(Reader):
             raise WeightsError(f"{path}: cannot be read as PyTorch weights (truncated?): {error}") from error
 
     def read(self, name: str, index: Index) -> np.ndarray:
+        """Reads the values of one tensor at `index`."""
         tensor = self._tensors[name][index].detach()
         if tensor.dtype == self._torch.bfloat16:
-            # numpy has none of its own that torch would convert to: its bits go over.
+            # numpy has no bfloat16 of its own that torch could convert to, so the bits are passed on.
             return tensor.view(self._torch.int16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
 
 
 class MsgpackReader(Reader):
-    """Reads `flax_model.msgpack`; the format has no random access, so one file at a time is held in memory."""
+    """A reader of `flax_model.msgpack`; the format has no random access, so one file at a time is held in memory."""
 
     def __init__(self, files: list[Path]) -> None:
         self.shapes = {}
@@ -160,12 +162,13 @@ class MsgpackReader(Reader):
         return self._open[1]
 
     def read(self, name: str, index: Index) -> np.ndarray:
+        """Reads the values of one tensor at `index`."""
         path, stored = self._places[name]
         array = self._load(path)[stored]
         return (array.T if self._is_kernel(stored) else array)[index]
 
 
-# In order of preference: what streams first, what needs torch last.
+# In order of preference: the format with random access first, the one that needs torch last.
 FORMATS: tuple[tuple[str, Callable[[list[Path]], Reader]], ...] = (
     ("model.safetensors", SafetensorsReader),
     ("flax_model.msgpack", MsgpackReader),

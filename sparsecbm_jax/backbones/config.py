@@ -1,4 +1,4 @@
-"""What shape a backbone has, read from and written to the Hugging Face `config.json`."""
+"""The shape of a backbone, read from and written to the Hugging Face `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -78,12 +78,12 @@ class BackboneConfig:
 
     @property
     def output_size(self) -> int:
-        """Width of what `finish` returns: E for OPT-350M, which projects back, else D."""
+        """Width of the last hidden states: E for OPT-350M, which projects back, else D."""
         return self.embedding_size
 
     @property
     def has_projections(self) -> bool:
-        """Whether word embeddings are projected to the hidden width and back (OPT-350M)."""
+        """True where word embeddings are projected to the hidden width and back (OPT-350M)."""
         return self.embedding_size != self.hidden_size
 
     @property
@@ -92,12 +92,15 @@ class BackboneConfig:
         return self.max_positions - self.position_offset
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data from which `from_dict` makes an equal config."""
+        """Returns plain data from which `from_dict` makes an equal config."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "BackboneConfig":
-        """The inverse of `to_dict`.
+        """Makes a config from plain data: the inverse of `to_dict`.
+
+        Args:
+            data: Attributes by name; those that are absent have their defaults.
 
         Raises:
             ValueError: A key is unknown; the nearest known one is named.
@@ -205,7 +208,10 @@ def _opt_from_hf(hf: Mapping[str, Any]) -> BackboneConfig:
 
 
 def config_to_hf(config: BackboneConfig) -> dict[str, Any]:
-    """The `config.json` from which `transformers` builds the same model, and `config_from_hf` an equal config."""
+    """Returns the `config.json` from which `transformers` builds the same model.
+
+    `config_from_hf` reads an equal config from it.
+    """
     common = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id, "dtype": "float32"}
     if config.family in ("bert", "roberta"):
         special = {"bos_token_id": 0, "eos_token_id": 2} if config.family == "roberta" else {}

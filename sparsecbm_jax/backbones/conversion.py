@@ -1,7 +1,7 @@
-"""Checkpoints of any format to a directory of safetensors, tensor by tensor: what many hosts then read is not pickled.
+"""Conversion of checkpoints of any format to safetensors, tensor by tensor: many hosts then read files without pickles.
 
 A safetensors file is the length of its header in eight bytes, the header, which says in JSON where each tensor lies,
-and the tensors one after another. So a tensor can be written without those beside it.
+and the tensors one after another. So one tensor can be written without the others in memory.
 """
 
 import json
@@ -17,7 +17,7 @@ from sparsecbm_jax.backbones.checkpoint_readers import Reader, SafetensorsReader
 from sparsecbm_jax.backbones.pretrained import find_checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
-# What goes along, where it is there.
+# Copied with the weights, where they exist.
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,7 +43,7 @@ _TYPES = {
 
 
 class _Entry(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor's entry in the header."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,14 +55,14 @@ class _Entry(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
-        num_tensors: all of them, with those of heads.
-        num_bytes: of their values.
-        dtypes: their precisions.
-        files: names of the files of weights.
-        others: names of the files that were copied.
+        num_tensors: Number of tensors, with those of heads.
+        num_bytes: Bytes of their values.
+        dtypes: Their precisions.
+        files: Names of the files of weights.
+        others: Names of the files that were copied.
     """
 
     num_tensors: int
@@ -81,27 +81,27 @@ def convert(
 ) -> Converted:
     """Writes a checkpoint as safetensors, in its own precision, with its configuration and tokeniser.
 
-    The host holds one tensor at a time, and two to compare them; of msgpack checkpoints, one file. Every tensor is read
-    again, from both sides; only if they are equal does the directory get its name.
+    The host holds one tensor at a time, and two to compare them; of msgpack checkpoints, one file. Afterwards every
+    tensor is read from both checkpoints; only if all are equal does the directory get its name.
 
     Args:
         name_or_dir: A directory of the hub's layout, or a name on the hub.
-        directory: Made; must not be there.
-        max_shard_bytes: Values in a file; a larger tensor has one for itself.
-        on_bytes: Called with the bytes that have just been written or compared, and how many there are of both.
+        directory: The directory to make; it must not exist.
+        max_shard_bytes: Most bytes of values in a file; a larger tensor has a file for itself.
+        on_bytes: Called with the bytes that have just been written or compared, and the total of both.
 
     Returns:
-        What was written.
+        Counts, precisions and file names.
 
     Raises:
-        WeightsError: The checkpoint cannot be read, a tensor has a type that safetensors has not, or what was written
-            reads differently.
-        FileExistsError: `directory` is there.
-        OSError: The checkpoint cannot be had, or the disk has no room for it.
+        WeightsError: The checkpoint cannot be read, a tensor has a type that safetensors does not have, or a written
+            tensor differs from its source.
+        FileExistsError: `directory` exists.
+        OSError: The checkpoint is not found, or the disk has too little space for it.
     """
     target = Path(directory).expanduser().absolute()
     if target.exists():
-        raise FileExistsError(f"{target} is there already; expected a name that is free")
+        raise FileExistsError(f"{target} exists already; expected a name that is free")
     source = find_checkpoint(name_or_dir, also=(*CONFIG_FILES, *TOKENIZER_FILES))
     if not (source / "config.json").is_file():
         raise WeightsError(f"{source}: holds no config.json")
@@ -113,28 +113,28 @@ def convert(
     if free < total:
         raise OSError(f"{target.parent}: has {free / 1e9:.1f} GB free; the weights need {total / 1e9:.1f} GB")
     shards = _shards(entries, max_shard_bytes)
-    beside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    partial = target.with_name(f".{target.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
         for file_name, shard in shards.items():
-            _write(beside / file_name, shard, reader, lambda num_bytes: on_bytes(num_bytes, 2 * total))
+            _write(partial / file_name, shard, reader, lambda num_bytes: on_bytes(num_bytes, 2 * total))
         if len(shards) > 1:
             weight_map = {entry.name: file_name for file_name, shard in shards.items() for entry in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         others = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (source / name).is_file()]
         for name in others:
-            shutil.copyfile(source / name, beside / name)
+            shutil.copyfile(source / name, partial / name)
         _compare(
             reader,
-            SafetensorsReader([beside / name for name in shards]),
+            SafetensorsReader([partial / name for name in shards]),
             entries,
             lambda num_bytes: on_bytes(num_bytes, 2 * total),
         )
-        beside.rename(target)
+        partial.rename(target)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     dtypes = tuple(sorted({entry.dtype.name for entry in entries}))
     return Converted(len(entries), total, dtypes, tuple(shards), tuple(others))
@@ -148,15 +148,15 @@ def _entry(source: Path, reader: Reader, name: str) -> _Entry:
 
 
 def _shards(entries: Sequence[_Entry], max_bytes: int) -> Mapping[str, list[_Entry]]:
-    """Entries by file name, in their order, as a source that has no random access wants it."""
+    """Distributes entries over files, in their order, as a source without random access needs it."""
     shards: list[list[_Entry]] = [[]]
-    room = max_bytes
+    free = max_bytes
     for entry in entries:
-        if entry.num_bytes > room and shards[-1]:
+        if entry.num_bytes > free and shards[-1]:
             shards.append([])
-            room = max_bytes
+            free = max_bytes
         shards[-1].append(entry)
-        room -= entry.num_bytes
+        free -= entry.num_bytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {
@@ -185,13 +185,13 @@ def _write(path: Path, entries: Sequence[_Entry], reader: Reader, on_bytes: Call
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The values in C order as they lie in memory, which is little-endian wherever JAX runs."""
+    """Returns the values in C order as they lie in memory, which is little-endian wherever JAX runs."""
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
 def _compare(source: Reader, written: Reader, entries: Sequence[_Entry], on_bytes: Callable[[int], object]) -> None:
     if set(written.shapes) != {entry.name for entry in entries}:
-        raise WeightsError("what was written has other tensors than the source; is the disk sound?")
+        raise WeightsError("the written files have other tensors than the source; is the disk sound?")
     for entry in entries:
         before, after = source.read_whole(entry.name), written.read_whole(entry.name)
         is_described = (after.shape, after.dtype) == (entry.shape, entry.dtype)

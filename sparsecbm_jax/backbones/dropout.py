@@ -1,4 +1,4 @@
-"""Dropout whose noise is a pure function of one key per row, so that any sharding of rows or heads draws the same."""
+"""Dropout whose noise is a pure function of one key per row: any sharding of rows or heads draws the same noise."""
 
 import math
 
@@ -11,7 +11,15 @@ _RESOLUTION = 1 << 16
 
 
 def fold_keys(keys: Key[Array, "*n"], data: int | Int[Array, ""] | Int[Array, "..."]) -> Key[Array, "..."]:
-    """`jax.random.fold_in` over an array of keys; keys and data broadcast against each other."""
+    """Applies `jax.random.fold_in` to an array of keys.
+
+    Args:
+        keys: Keys of any shape.
+        data: Non-negative integers to fold in; keys and data broadcast against each other.
+
+    Returns:
+        Keys of the broadcast shape.
+    """
     data = jnp.asarray(data, jnp.uint32)
     shape = jnp.broadcast_shapes(keys.shape, data.shape)
     folded = jax.vmap(jax.random.fold_in)(
@@ -23,7 +31,7 @@ def fold_keys(keys: Key[Array, "*n"], data: int | Int[Array, ""] | Int[Array, ".
 def _threefry(
     keys: UInt32[Array, "n 2"], high: int, low: UInt32[Array, " c"]
 ) -> tuple[UInt32[Array, "n c"], UInt32[Array, "n c"]]:
-    # jax.random.bits throws half of each block away and loops over the rounds on CPU: this takes a third of its time.
+    # jax.random.bits discards half of each block and loops over the rounds on CPU: this takes a third of its time.
     # Reference: Salmon et al. 2011, Threefry-2x32 with 20 rounds.
     first, second = keys[:, :1], keys[:, 1:]
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
@@ -40,24 +48,28 @@ def _threefry(
 def _bits(keys: Key[Array, "*n"], size: int) -> UInt16[Array, "n size"]:
     # Two words are a threefry key whatever the generator behind the keys.
     words = jax.random.key_data(keys.reshape(-1))[:, :2]
-    # fold_in enciphers (0, data); a high word of 1 keeps the noise apart from every key folded from the same one.
+    # fold_in enciphers (0, data). With a high word of 1 the noise differs from every key folded from the same one.
     blocks = _threefry(words, 1, jnp.arange(math.ceil(size / 4), dtype=jnp.uint32))
     halves = [half.astype(jnp.uint16) for word in blocks for half in (word, word >> np.uint32(16))]
     return jnp.concatenate(halves, axis=1)[:, :size]
 
 
 def dropout(x: Num[Array, "..."], keys: Key[Array, "..."] | None, rate: float) -> Num[Array, "..."]:
-    r"""Zeroes each element with probability `rate` and scales the others by :math:`1 / (1 - rate)`.
+    """Zeroes each element with probability `rate` and scales the others by 1 / (1 − rate).
 
-    The rate is rounded to a multiple of 2⁻¹⁶, and the scale is that of the rounded rate, so the mean is kept exactly.
+    The rate is rounded to a multiple of 2⁻¹⁶ and the scale is that of the rounded rate, so that the mean is preserved
+    exactly.
 
     Args:
-        x: Values; its leading axes are those of `keys`.
+        x: Values; the leading axes are those of `keys`.
         keys: One key for each index of the leading axes; None leaves `x` as it is.
-        rate: In [0, 1).
+        rate: Probability of zero, in [0, 1).
 
     Returns:
         An array like `x`.
+
+    Raises:
+        ValueError: `rate` lies outside [0, 1), or the shape of `keys` does not lead that of `x`.
     """
     threshold = round(rate * _RESOLUTION)
     if keys is None or threshold == 0:

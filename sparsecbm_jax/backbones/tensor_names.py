@@ -10,11 +10,11 @@ from sparsecbm_jax.backbones.config import BackboneConfig
 
 
 class TensorName(NamedTuple):
-    """Where one of our leaves lies in a checkpoint.
+    """The tensors of a checkpoint that hold one of our leaves.
 
     Attributes:
         path: Our path, such as 'layers/ffn_in/kernel'.
-        names: Theirs, without prefix, one a layer for stacked leaves and else a single one.
+        names: Their names, without prefix: one a layer for a stacked leaf, else a single one.
         is_stacked: Whether our leaf has a leading axis of layers.
         is_transposed: Whether theirs is (out, in).
         tied: Full names that hold the same tensor in checkpoints that leave out tied copies.
@@ -42,7 +42,7 @@ _TIED = {
     "opt": ("lm_head.weight",),
 }
 
-# (ours, theirs) for what holds a kernel and a bias.
+# (ours, theirs) of modules that hold a kernel and a bias.
 _BERT_LINEARS = (
     ("attention/query", "encoder.layer.{}.attention.self.query"),
     ("attention/key", "encoder.layer.{}.attention.self.key"),
@@ -88,7 +88,7 @@ _LAYER_TABLES = {
 
 
 def tensor_names(config: BackboneConfig) -> tuple[TensorName, ...]:
-    """Every leaf of the backbone's parameters, embeddings first, then layers, then what follows them."""
+    """Returns every leaf of the backbone's parameters: embeddings, layers, and then the norm that follows them."""
     return _outer_names(config) + _layer_names(config)
 
 

@@ -1,8 +1,8 @@
 """The K boolean masks: one subnetwork of the shared backbone per concept.
 
-`Masks` maps a kernel's path to booleans with a leading concept axis; True is kept. The masks stay apart from the
-parameters, and a subnetwork is made by `where`, never by multiplying (NaN · 0 is NaN). Inside a program the K masks
-of a weight are the bits of one unsigned integer (`Packed`), so a layer's masks travel once for all concepts.
+`Masks` maps a kernel's path to booleans with a leading concept axis; True means kept. The masks stay apart from the
+parameters, and `where` makes a subnetwork of both, never a product (NaN · 0 is NaN). Inside a program the K masks of a
+weight are the bits of one unsigned integer (`Packed`), so a layer's masks travel once for all concepts.
 
 Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways', θ_{M_k} = M_k ⊙ θ.
 """
@@ -22,16 +22,22 @@ from sparsecbm_jax.core.trees import Params, leaf_at, with_leaf
 
 Masks = dict[str, Bool[Array, "K ..."]]
 Packed = dict[str, UInt[Array, "..."]]
-# Either of both, as it is handed through.
+# Masks of either form, for functions that take both.
 AnyMasks = dict[str, Bool[Array, "K ..."] | UInt[Array, "..."]]
 MAX_CONCEPTS = 32
 
 
 def create(params: Params, paths: Iterable[str], num_concepts: int) -> Masks:
-    """All-True masks for the kernels at `paths`: every concept starts from the dense backbone.
+    """Makes all-True masks: every concept starts from the dense backbone.
+
+    Args:
+        params: The backbone's parameters, or their shapes.
+        paths: '/'-joined paths of the maskable kernels.
+        num_concepts: K, from 1 to 32.
 
     Raises:
-        ValueError: if `num_concepts` is not in 1..32.
+        ValueError: `num_concepts` is out of range.
+        KeyError: The parameters have no leaf at one of the paths.
     """
     if not 1 <= num_concepts <= MAX_CONCEPTS:
         raise ValueError(f"num_concepts is {num_concepts}; it must be between 1 and {MAX_CONCEPTS}")
@@ -39,10 +45,10 @@ def create(params: Params, paths: Iterable[str], num_concepts: int) -> Masks:
 
 
 def num_concepts(masks: Masks) -> int:
-    """K, the leading axis shared by all masks.
+    """Returns K, the length of the leading axis that all masks share.
 
     Raises:
-        ValueError: if the masks disagree or there are none.
+        ValueError: The masks disagree, or there are none.
     """
     sizes = {path: mask.shape[0] for path, mask in masks.items()}
     if len(set(sizes.values())) != 1:
@@ -51,17 +57,17 @@ def num_concepts(masks: Masks) -> int:
 
 
 def num_weights(masks: AnyMasks) -> int:
-    """Maskable weights of the backbone (of one concept), as an exact Python int."""
+    """Counts the maskable weights of the backbone, which are those of one concept, as an exact Python int."""
     return sum(math.prod(mask.shape if is_packed(mask) else mask.shape[1:]) for mask in masks.values())
 
 
 def is_packed(mask: Array) -> bool:
-    """Whether a leaf has its concepts as bits of an integer, not as booleans along its first axis."""
+    """Returns True where a leaf has its concepts as bits of an integer, not as booleans along its first axis."""
     return mask.dtype != jnp.bool_
 
 
 def concept(masks: AnyMasks, index: int | Int[Array, ""]) -> dict[str, Bool[Array, "..."]]:
-    """The masks of one concept, without the concept axis; `index` may be traced."""
+    """Returns the masks of one concept, without the concept axis; `index` may be traced."""
 
     def one(mask: Array) -> Bool[Array, "..."]:
         if is_packed(mask):
@@ -72,7 +78,7 @@ def concept(masks: AnyMasks, index: int | Int[Array, ""]) -> dict[str, Bool[Arra
 
 
 def replace_concept(masks: AnyMasks, index: int | Int[Array, ""], mask: Mapping[str, Bool[Array, "..."]]) -> AnyMasks:
-    """New masks in which concept `index` has `mask`, packed where they were; `index` may be traced.
+    """Returns masks in which concept `index` has `mask`, packed where they were packed; `index` may be traced.
 
     >>> import jax.numpy as jnp
     >>> bits = replace_concept({"w": jnp.array([3, 2], jnp.uint8)}, 1, {"w": jnp.array([False, True])})
@@ -90,11 +96,19 @@ def replace_concept(masks: AnyMasks, index: int | Int[Array, ""], mask: Mapping[
 
 
 def apply(params: Params, masks: Masks, index: int) -> dict[str, Any]:
-    """θ_k = where(M_k, θ, 0): the parameters of one concept's subnetwork, as a plain tree.
+    """Computes θ_k = where(M_k, θ, 0), the parameters of one concept's subnetwork, as a plain tree.
 
     >>> import jax.numpy as jnp
     >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([[True, False]])}, 0)["w"].tolist()
     [1.0, 0.0]
+
+    Args:
+        params: θ, the shared parameters.
+        masks: The masks of all concepts.
+        index: The concept, from 0 to K − 1.
+
+    Raises:
+        ValueError: A mask and its kernel have different shapes.
     """
     subnetwork: dict[str, Any] = dict(params)
     for path, mask in masks.items():
@@ -106,7 +120,9 @@ def apply(params: Params, masks: Masks, index: int) -> dict[str, Any]:
 
 
 def kernels_of(params: Params, mask: Mapping[str, Bool[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-    """θ_k on the maskable kernels alone, {path: where(mask, θ, 0)}: what one concept's loss is differentiated by.
+    """Computes θ_k on the maskable kernels alone, {path: where(mask, θ, 0)}.
+
+    A concept's loss is differentiated with respect to these.
 
     >>> import jax.numpy as jnp
     >>> kernels_of({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"].tolist()
@@ -116,23 +132,23 @@ def kernels_of(params: Params, mask: Mapping[str, Bool[Array, "..."]]) -> dict[s
 
 
 def num_kept(masks: Masks) -> np.ndarray:
-    """Kept weights of each concept, [K], exact."""
+    """Counts the kept weights of each concept exactly, [K]."""
     of_concept = [count_true(concept(masks, k)) for k in range(num_concepts(masks))]
     return np.array(of_concept, np.int64)
 
 
 def total_density(masks: Masks) -> np.ndarray:
-    """Kept share of the maskable backbone for each concept, [K]."""
+    """Computes the kept share of the maskable backbone for each concept, [K]."""
     return num_kept(masks) / num_weights(masks)
 
 
 def density(masks: Masks) -> dict[str, np.ndarray]:
-    """Kept share of each kernel for each concept, {path: [K]}."""
+    """Computes the kept share of each kernel for each concept, {path: [K]}."""
     return {path: np.asarray(mask).reshape(mask.shape[0], -1).mean(axis=1) for path, mask in masks.items()}
 
 
 def overlap(masks: Masks) -> np.ndarray:
-    """Jaccard index |M_i ∩ M_j| / |M_i ∪ M_j| of every pair of concepts, [K, K].
+    """Computes the Jaccard index |M_i ∩ M_j| / |M_i ∪ M_j| of every pair of concepts, [K, K].
 
     At density d two random masks of equal density have about d / (2 − d) (`chance_overlap`).
     """
@@ -150,9 +166,9 @@ def overlap(masks: Masks) -> np.ndarray:
 
 
 def chance_overlap(density_value: float, other: float | None = None) -> float:
-    """Expected Jaccard index of two random masks of the same density d: d / (2 − d).
+    """Computes the expected Jaccard index of two random masks of the same density d: d / (2 − d).
 
-    Where the other one's density e differs, d e / (d + e − d e).
+    Where the second mask has another density e, it is d e / (d + e − d e).
 
     >>> round(chance_overlap(0.25), 3)
     0.143
@@ -165,7 +181,11 @@ def chance_overlap(density_value: float, other: float | None = None) -> float:
 
 
 def packed_dtype(k: int) -> Any:
-    """The smallest unsigned integer with K bits."""
+    """Returns the smallest unsigned integer type of at least `k` bits.
+
+    Raises:
+        ValueError: `k` is not in 1..32.
+    """
     if not 1 <= k <= MAX_CONCEPTS:
         raise ValueError(f"{k} concepts cannot be packed; between 1 and {MAX_CONCEPTS} can")
     return jnp.uint8 if k <= 8 else jnp.uint16 if k <= 16 else jnp.uint32
@@ -190,25 +210,29 @@ def pack(masks: Mapping[str, Bool[Array, "K ..."]]) -> Packed:
 
 
 def unpack(packed: Packed, k: int) -> Masks:
-    """The inverse of `pack`."""
+    """Unpacks the masks of `k` concepts: the inverse of `pack`."""
     return {path: jnp.stack([kept(bits, i) for i in range(k)]) for path, bits in packed.items()}
 
 
 def kept(bits: UInt[Array, "..."], k: int | Int[Array, ""]) -> Bool[Array, "..."]:
-    """Bit k of packed masks as booleans; `k` may be traced."""
+    """Returns bit `k` of packed masks as booleans; `k` may be traced."""
     return ((bits >> jnp.asarray(k, bits.dtype)) & 1).astype(bool)
 
 
 def to_bits(masks: Masks) -> dict[str, np.ndarray]:
-    """The masks at rest: eight booleans a byte, row-major over [K, ...]."""
+    """Packs masks as they lie on disk: eight booleans a byte, row-major over [K, ...]."""
     return {path: np.packbits(np.asarray(mask).reshape(-1)) for path, mask in masks.items()}
 
 
 def from_bits(bits: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Masks:
-    """The inverse of `to_bits`.
+    """Unpacks masks from disk: the inverse of `to_bits`.
+
+    Args:
+        bits: Bytes of every mask, by path.
+        shapes: Shape of every mask, (K, ...), by path.
 
     Raises:
-        ValueError: if a leaf's bytes do not fit its shape.
+        ValueError: A leaf's bytes do not fit its shape.
     """
     masks: Masks = {}
     for path, shape in shapes.items():
@@ -222,7 +246,7 @@ def from_bits(bits: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ..
 
 
 def fingerprint(masks: Masks) -> str:
-    """SHA-256 of the masks' paths, shapes and bits: equal on any mesh for equal masks."""
+    """Computes SHA-256 of the masks' paths, shapes and bits: equal on any mesh for equal masks."""
     digest = hashlib.sha256()
     for path, bits in sorted(to_bits(masks).items()):
         digest.update(f"{path}{masks[path].shape}".encode())
@@ -231,7 +255,13 @@ def fingerprint(masks: Masks) -> str:
 
 
 class DropGrow(NamedTuple):
-    """The result of `drop_and_grow` for one concept: the new mask and the positions that changed."""
+    """The result of `drop_and_grow` for one concept.
+
+    Attributes:
+        mask: The new mask, by path.
+        dropped: True at weights that were kept and are no longer.
+        grown: True at weights that were pruned and are now kept.
+    """
 
     mask: dict[str, Bool[Array, "..."]]
     dropped: dict[str, Bool[Array, "..."]]
@@ -246,16 +276,19 @@ def drop_and_grow(
 ) -> DropGrow:
     """Drops the `count` kept weights of lowest drop score and grows the `count` pruned ones of highest grow score.
 
-    Both sets are chosen from the mask as it was, so nothing dropped grows back at once; ties go by index. The number
-    of kept weights does not change as long as `count` is at most the kept and at most the pruned weights: the caller
+    Both sets are chosen from the mask as it was, so no dropped weight grows back at once; ties go by index. The number
+    of kept weights does not change as long as `count` is at most the kept and at most the pruned weights. The caller
     checks that, since `count` may be traced.
 
     Args:
-        mask: one concept's mask, {path: booleans}.
-        drop_score: lowest is dropped first.
-        grow_score: highest is grown first.
-        count: how many to drop and to grow in the whole tree, or {path: how many in each kernel}, a number for every
-            layer that a leaf stacks; may be traced.
+        mask: One concept's mask, {path: booleans}.
+        drop_score: Score of every weight; the lowest is dropped first.
+        grow_score: Score of every weight; the highest is grown first.
+        count: Number of weights to drop and to grow in the whole tree; or {path: number in each kernel}, one for every
+            layer that a leaf stacks. May be traced.
+
+    Returns:
+        The new mask and the changed positions.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention', after Evci et al. 2020 (RigL).
     """
@@ -276,7 +309,7 @@ def _select_in_kernels(
     counts: Mapping[str, Int[Array, "*layers"]],
     eligible: Mapping[str, Bool[Array, "..."]],
 ) -> dict[str, Bool[Array, "..."]]:
-    """`select_smallest` of every kernel by itself."""
+    """Applies `select_smallest` to every kernel by itself."""
 
     def in_one(score: Float[Array, "..."], count: Int[Array, ""], among: Bool[Array, "..."]) -> Bool[Array, "..."]:
         return select_smallest({"kernel": score}, count, {"kernel": among})["kernel"]
@@ -288,7 +321,11 @@ def _select_in_kernels(
 
 
 def check_masks(masks: AnyMasks | None) -> None:
-    """Raises ValueError where there are no masks, or neither booleans nor their bits."""
+    """Checks that there are masks, and that they are booleans or their bits.
+
+    Raises:
+        ValueError: They are not.
+    """
     if not masks:
         raise ValueError(
             "the model has no masks: a dense model has nothing to drop or grow, train with strategy 'sparse'"

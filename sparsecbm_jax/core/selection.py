@@ -1,9 +1,9 @@
-"""The exact k smallest scores of a tree of arrays, however it is sharded.
+"""Exact selection of the k smallest scores of a tree of arrays, under any sharding.
 
 Sorting gathers a sharded array onto every device. Counting does not: scores become order-preserving unsigned
-integers and the threshold is found two bits at a time, each step one elementwise pass and three counts. Ties are
+integers, and the threshold is found two bits at a time, each step one elementwise pass and three counts. Ties are
 broken by index, so the result has the same bits on any mesh. Programs have no integers of 64 bits, and the kernels of
-a large model more than 2³² weights, so counts are pairs of integers.
+a large model have more than 2³² weights, so counts are pairs of integers.
 
 Reference: Kurtic et al. 2022 select globally by a sort; here by bisection, whose result is the same set up to ties.
 """
@@ -21,14 +21,16 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 Count = UInt[Array, " 2"]
 _LOW = 16
 _MAX_UINT = 2**32 - 1
-# Three counts travel in one integer while they are small: at most 1023 elements are added up before they part.
+# Three counts share one integer while they are small: at most 1023 elements are added up before they are separated.
 _FIELD, _FIELD_MAX = 10, 1023
-# Rows of a plain matrix that are added up first.
+# Number of rows of a plain matrix that are added up first.
 _FOLD = 16
 
 
 def order_key(scores: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers of their width in the order of the floats; −0 and +0 are equal, NaN of either sign is largest.
+    """Maps floats to unsigned integers of the same width in the same order.
+
+    −0 and +0 are equal; NaN of either sign is largest.
 
     >>> import jax.numpy as jnp
     >>> key = order_key(jnp.array([-1.0, -0.0, 0.0, 2.0, jnp.inf]))
@@ -48,7 +50,7 @@ def order_key(scores: Float[Array, "..."]) -> UInt[Array, "..."]:
 
 
 def exact_count(number: int | np.integer | UInt[Array, ""] | Count) -> Count:
-    """A number as a pair; integers of any size up to 2⁴⁸, and traced ones.
+    """Turns a number into a pair of integers; it may be traced, and is below 2⁴⁸.
 
     >>> exact_count(5 * 2**30).tolist()
     [81920, 0]
@@ -63,7 +65,7 @@ def exact_count(number: int | np.integer | UInt[Array, ""] | Count) -> Count:
 
 
 def count_true(flags: Mapping[str, Bool[Array, "..."]]) -> int:
-    """How many booleans of a tree are True.
+    """Counts the True elements of a tree of booleans.
 
     >>> import jax.numpy as jnp
     >>> count_true({"w": jnp.array([[True, False], [True, True]])})
@@ -87,7 +89,7 @@ def _plus(first: Count, second: Count) -> Count:
 
 
 def _minus(first: Count, second: Count) -> Count:
-    """Of a count and one that is not larger."""
+    """Subtracts a count that is not larger."""
     borrowed = (first[1] < second[1]).astype(jnp.uint32)
     return jnp.stack([first[0] - second[0] - borrowed, (first[1] - second[1]) & (2**_LOW - 1)])
 
@@ -97,21 +99,21 @@ def _is_less(first: Count, second: Count) -> Bool[Array, ""]:
 
 
 def _sum(part: UInt[Array, "..."] | Bool[Array, "..."]) -> Count:
-    """The sum of a leaf that `_check_countable` has let through."""
+    """Sums a leaf that `_check_countable` has accepted."""
     rows = jnp.sum(jnp.atleast_1d(part), axis=range(max(0, part.ndim - 1)), dtype=jnp.uint32)
     parts = (rows >> _LOW, rows & (2**_LOW - 1))
     return _carried(*(jnp.sum(one, dtype=jnp.uint32) for one in parts))
 
 
 def _sum_of_counts(part: UInt[Array, "..."]) -> Count:
-    """The sum, below 2⁴⁰, of at most 2²⁴ counts."""
+    """Sums at most 2²⁴ counts; the sum is below 2⁴⁰."""
     half = _LOW // 2
     high, low = jnp.sum(part >> half, dtype=jnp.uint32), jnp.sum(part & (2**half - 1), dtype=jnp.uint32)
     return _carried(high >> (_LOW - half), ((high & (2 ** (_LOW - half) - 1)) << half) + low)
 
 
 def _largest_with_fewer(count_before: Callable[[UInt[Array, ""]], Count], needed: Count, most: int) -> UInt[Array, ""]:
-    """The largest number up to `most` with fewer than `needed` elements before it."""
+    """Finds the largest number up to `most` with fewer than `needed` elements before it."""
     bits = most.bit_length()
 
     def bit(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
@@ -132,11 +134,11 @@ def _check_countable(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _places(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[UInt[Array, "..."], UInt[Array, "..."]]]:
-    """Where the elements of each leaf stand: their row, counted on from leaf to leaf, and their column.
+    """Returns the row of each leaf's elements, counted on from leaf to leaf, and their column.
 
-    To be broadcast to the leaf, without a reshape, so that nothing is gathered when sharded. Behind the barrier each
-    leaf has numbers of its own: those that two leaves of one shape shared would lie as one of them does, and the other
-    leaf would be gathered to meet them.
+    Both broadcast to the leaf without a reshape, so that nothing is gathered when it is sharded. The barrier gives each
+    leaf numbers of its own. If two leaves of one shape shared them, they would be sharded as one of the leaves is, and
+    the other leaf would be gathered to meet them.
     """
     places, offset = [], 0
     for shape in shapes.values():
@@ -153,35 +155,35 @@ def _places(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[UInt[Array, "..
 
 
 def _folded(leaf: Array) -> UInt[Array, "..."] | None:
-    """Sums over the layers that a leaf stacks, or over few rows of a matrix; None where that is not to be had.
+    """Sums over the layers that a leaf stacks, or over few rows of a matrix; returns None where neither is possible.
 
-    Neither crosses devices, and what is left is small: XLA on CPU adds up to one number five times as slowly.
+    Neither sum crosses devices, and the result is small: XLA on CPU sums everything to one number five times as slowly.
     """
     if leaf.ndim > 2 and leaf.shape[0] <= _FIELD_MAX:
         return jnp.sum(leaf, axis=0, dtype=jnp.uint32)
-    # So many rows that a mesh splits what is left evenly, too.
+    # Enough rows that a mesh also splits the result evenly.
     if leaf.ndim == 2 and leaf.shape[0] % (8 * _FOLD) == 0:
         return jnp.sum(leaf.reshape(-1, _FOLD, leaf.shape[1]), axis=1, dtype=jnp.uint32)
     return None
 
 
 def _count(flags: list[Bool[Array, "..."]]) -> Count:
-    """How many are True."""
+    """Counts the True elements."""
 
     def in_steps(flag: Bool[Array, "..."]) -> Count:
         folded = _folded(flag)
         return _sum(jax.lax.optimization_barrier(flag if folded is None else folded))
 
     def one(flag: Bool[Array, "..."]) -> Count:
-        # A TPU's tile has 32 rows of booleans; where sums over half a one meet, its compiler (libtpu 0.0.52) ends the
-        # process, as for OPT-350M's projections, which no layer stacks.
+        # A TPU's tile has 32 rows of booleans. Where sums over half a tile meet, its compiler (libtpu 0.0.52) ends the
+        # process. That happens for OPT-350M's projections, which no layer stacks.
         return jax.lax.platform_dependent(flag, tpu=_sum, default=in_steps) if flag.ndim == 2 else in_steps(flag)
 
     return functools.reduce(_plus, map(one, flags), exact_count(0))
 
 
 def _count_below(keys: list[UInt[Array, "..."]], candidates: list[UInt[Array, ""]]) -> list[Count]:
-    """How many keys are smaller than each of three candidates."""
+    """Counts the keys that are smaller than each of three candidates."""
     counts = [exact_count(0)] * len(candidates)
     for key in keys:
         flags = [key < candidate for candidate in candidates]
@@ -201,14 +203,17 @@ def select_smallest_in_rows(
     counts: UInt[Array, "*layers outputs"],
     eligible: Bool[Array, "*layers inputs outputs"],
 ) -> Bool[Array, "*layers inputs outputs"]:
-    """Marks, among the inputs of each output unit, the `counts` eligible ones of lowest score; ties by index.
-
-    Counts as `select_smallest` does, once a unit; more than there are eligible ones marks them all.
+    """Marks, among the inputs of each output unit, the `counts` eligible ones of lowest score; ties go by index.
 
     >>> import jax.numpy as jnp
     >>> scores = jnp.array([[3.0, 0.0], [1.0, 0.0], [2.0, 5.0]])
     >>> select_smallest_in_rows(scores, jnp.array([2, 1], jnp.uint32), jnp.ones((3, 2), bool)).astype(int).tolist()
     [[0, 1], [1, 0], [1, 0]]
+
+    Args:
+        scores: Scores of the inputs of every output unit.
+        counts: Number of inputs to mark for each unit; a number above that of eligible inputs marks all of those.
+        eligible: True at inputs that may be marked.
     """
     key = order_key(scores)
     width = jnp.dtype(key.dtype).itemsize * 8
@@ -216,22 +221,22 @@ def select_smallest_in_rows(
     def in_row(flags: Bool[Array, "..."]) -> UInt[Array, "*layers 1 outputs"]:
         return jnp.sum(flags, axis=-2, keepdims=True, dtype=jnp.uint32)
 
-    wanted = jnp.minimum(counts[..., None, :], in_row(eligible))
+    quota = jnp.minimum(counts[..., None, :], in_row(eligible))
 
-    def search(key: UInt[Array, "..."], among: Bool[Array, "..."], wanted: Array, width: int) -> UInt[Array, "..."]:
-        """The largest value that fewer than `wanted` keys are below."""
+    def search(key: UInt[Array, "..."], among: Bool[Array, "..."], quota: Array, width: int) -> UInt[Array, "..."]:
+        """Finds the largest value that fewer than `quota` keys are below."""
 
         def bit(step: Int[Array, ""], found: UInt[Array, "..."]) -> UInt[Array, "..."]:
             candidate = found | (jnp.asarray(1, key.dtype) << (width - 1 - step).astype(key.dtype))
-            return jnp.where(in_row((key < candidate) & among) < wanted, candidate, found)
+            return jnp.where(in_row((key < candidate) & among) < quota, candidate, found)
 
-        return jax.lax.fori_loop(0, width, bit, jnp.zeros(wanted.shape, key.dtype))
+        return jax.lax.fori_loop(0, width, bit, jnp.zeros(quota.shape, key.dtype))
 
-    threshold = search(key, eligible, wanted, width)
+    threshold = search(key, eligible, quota, width)
     below, tied = (key < threshold) & eligible, (key == threshold) & eligible
     index = jax.lax.broadcasted_iota(jnp.uint32, scores.shape, scores.ndim - 2)
-    last = search(index, tied, wanted - in_row(below), 32)
-    return (wanted > 0) & (below | (tied & (index <= last)))
+    last = search(index, tied, quota - in_row(below), 32)
+    return (quota > 0) & (below | (tied & (index <= last)))
 
 
 def select_smallest(
@@ -244,16 +249,16 @@ def select_smallest(
     Ties go to the lowest index: paths in sorted order, then row-major position.
 
     Args:
-        scores: per path, the scores; NaN counts as the largest.
-        count: how many to mark; traced values are welcome, and those of `exact_count`. More than there are eligible
-            elements marks them all.
-        eligible: per path, which elements may be marked; all by default.
+        scores: Scores by path; NaN counts as the largest.
+        count: Number of elements to mark; may be traced, or come from `exact_count`. A number above that of eligible
+            elements marks all of those.
+        eligible: True at elements that may be marked, by path; None makes all eligible.
 
     Returns:
-        Per path, True where marked.
+        True at marked elements, by path.
 
     Raises:
-        ValueError: if a leaf is too large to be counted, or `eligible` has other paths or shapes.
+        ValueError: A leaf is too large to be counted, or `eligible` has other paths or shapes.
 
     >>> import jax.numpy as jnp
     >>> select_smallest({"a": jnp.array([3.0, 1.0, 1.0, 1.0])}, 2)["a"].tolist()
@@ -274,27 +279,27 @@ def select_smallest(
     allowed = [eligible[path] for path in paths]
     uint = keys[0].dtype if keys else jnp.uint32
     width = jnp.dtype(uint).itemsize * 8
-    # What may not be marked counts as largest, so that no candidate has it below.
+    # Elements that may not be marked count as largest, so that they are below no candidate.
     largest = jnp.asarray(2**width - 1, uint)
     keys = [jnp.where(ok, key, largest) for key, ok in zip(keys, allowed, strict=True)]
     keys = jax.lax.optimization_barrier(keys)
-    wanted, most = exact_count(count), _count(allowed)
-    wanted = jnp.where(_is_less(wanted, most), wanted, most)
+    quota, most = exact_count(count), _count(allowed)
+    quota = jnp.where(_is_less(quota, most), quota, most)
 
     def two_bits(step: Int[Array, ""], found: UInt[Array, ""]) -> UInt[Array, ""]:
         shift = (width - 2 - 2 * step).astype(uint)
         candidates = [found | (jnp.asarray(digit, uint) << shift) for digit in (1, 2, 3)]
-        digit = sum(_is_less(below, wanted).astype(uint) for below in _count_below(keys, candidates))
+        digit = sum(_is_less(below, quota).astype(uint) for below in _count_below(keys, candidates))
         return found | (digit << shift)
 
-    # The smallest key that is marked last: the largest value with fewer than `wanted` keys below it.
+    # The smallest key that is marked last: the largest value with fewer than `quota` keys below it.
     threshold = jax.lax.fori_loop(0, width // 2, two_bits, jnp.asarray(0, uint))
     below = [key < threshold for key in keys]
     tied = [(key == threshold) & ok for key, ok in zip(keys, allowed, strict=True)]
-    needed = _minus(wanted, _count(below))
+    needed = _minus(quota, _count(below))
 
     def last_tied() -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-        """Row and column of the last tied element to mark, from how many each row has, and each column of that row."""
+        """Finds row and column of the last tied element to mark, from counts of rows, then of that row's columns."""
         rows = [row for row, _ in _places(shapes)]
         of_row = [jnp.sum(t, axis=range(t.ndim)[-1:], keepdims=True, dtype=jnp.uint32) for t in tied]
         of_row = jax.lax.optimization_barrier(of_row)
@@ -321,7 +326,7 @@ def select_smallest(
 
     everything = jnp.uint32(_MAX_UINT), jnp.uint32(_MAX_UINT)
     last_row, last_column = jax.lax.cond(jnp.all(_count(tied) == needed), lambda: everything, last_tied)
-    is_any = _is_less(exact_count(0), wanted)
+    is_any = _is_less(exact_count(0), quota)
     return {
         path: is_any & (b | (t & ((row < last_row) | ((row == last_row) & (column <= last_column)))))
         for path, b, t, (row, column) in zip(paths, below, tied, _places(shapes), strict=True)

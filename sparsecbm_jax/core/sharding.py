@@ -1,12 +1,12 @@
-"""Mesh, path rules and the few collectives that the model needs.
+"""The mesh, the path rules and the few collectives that the model needs.
 
-Every leaf of a parameter, head or optimiser tree matches exactly one rule below or raises: nothing large is left
-replicated by accident. The mesh has four axes whatever the machine; one device is the trivial mesh.
+Every leaf of a parameter, head or optimiser tree matches one rule below, or `spec_for` raises: no large leaf is
+replicated by accident. The mesh has four axes on any machine; one device is the trivial mesh.
 
 Axes:
     data: copies of everything, other rows of the batch (across slices or hosts).
-    fsdp: other rows of the batch, parameters split on their first matrix dimension and gathered layer by layer.
-    tensor: heads and feed-forward columns of one layer split over devices (Megatron).
+    fsdp: other rows of the batch; parameters split on their first matrix dimension and gathered layer by layer.
+    tensor: heads and feed-forward columns of one layer, split over devices (Megatron).
     concept: other concepts of the same rows; behaves like a batch axis.
 """
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor", "concept")
 ROW_AXES = ("data", "fsdp")
 BATCH_SPEC = P(ROW_AXES)
-# Arrays whose second axis is a kernel's output units, spread over all devices: a block's inputs stay together.
+# For arrays whose second axis is a kernel's output units, spread over all devices: a block's inputs stay together.
 UNITS_SPEC = P(None, AXES)
 
 
@@ -54,22 +54,23 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 class Axes(NamedTuple):
-    """Which mesh axes a function body may name: all of them inside a manual `shard_map`, none outside.
+    """The mesh axes that a function body may name: all of them inside a manual `shard_map`, none outside.
 
     Attributes:
         is_manual: True inside a `shard_map` whose axes are all manual.
-        sizes: devices along each axis of `AXES`.
+        sizes: Number of devices along each axis of `AXES`.
     """
 
     is_manual: bool = False
     sizes: tuple[int, int, int, int] = (1, 1, 1, 1)
 
     def size(self, name: str) -> int:
-        """Devices along axis `name`."""
+        """Returns the number of devices along axis `name`."""
         return self.sizes[AXES.index(name)]
 
     @property
     def num_devices(self) -> int:
+        """Number of devices along all axes."""
         return int(np.prod(self.sizes))
 
 
@@ -82,46 +83,53 @@ def make_mesh(
     """Builds the four-axis mesh.
 
     Args:
-        data, fsdp, tensor, concept: devices along each axis, at least 1.
-        devices: the devices to use; the first data·fsdp·tensor·concept of all devices by default.
+        data: Devices along axis `data`, at least 1.
+        fsdp: Devices along axis `fsdp`, at least 1.
+        tensor: Devices along axis `tensor`, at least 1.
+        concept: Devices along axis `concept`, at least 1.
+        devices: The devices to use; None takes the first data·fsdp·tensor·concept of all devices.
 
     Raises:
-        ValueError: if an axis is below 1, the product is more than the devices at hand, or several processes would
+        ValueError: An axis is below 1, the product is more than the available devices, or several processes would
             share rows.
     """
     sizes = dict(zip(AXES, (data, fsdp, tensor, concept), strict=True))
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"mesh axis {name!r} has size {size}; it must be at least 1")
-    wanted = int(np.prod(list(sizes.values())))
-    at_hand = list(jax.devices()) if devices is None else list(devices)
-    if wanted > len(at_hand):
+    needed = int(np.prod(list(sizes.values())))
+    available = list(jax.devices()) if devices is None else list(devices)
+    if needed > len(available):
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"the mesh {shape} needs {wanted} devices, but {len(at_hand)} are at hand")
-    if wanted != len(at_hand) and jax.process_count() > 1:
-        raise ValueError(f"with several processes the mesh must use all {len(at_hand)} devices; it names {wanted}")
+        raise ValueError(f"the mesh {shape} needs {needed} devices, but {len(available)} are available")
+    if needed != len(available) and jax.process_count() > 1:
+        raise ValueError(f"with several processes the mesh must use all {len(available)} devices; it names {needed}")
     if (data * fsdp) % jax.process_count():
         raise ValueError(
-            f"{jax.process_count()} processes each read rows of their own, so data x fsdp must be a multiple of that; "
-            f"it is {data * fsdp}"
+            f"each of {jax.process_count()} processes reads rows of its own, so data x fsdp must be a multiple of "
+            f"{jax.process_count()}; it is {data * fsdp}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=at_hand[:wanted])
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=available[:needed])
 
 
 def axes_of(mesh: Mesh | None) -> Axes:
-    """The manual axes of a mesh; `SINGLE` for one device or none, where no collective is ever needed."""
+    """Returns the manual axes of a mesh; `SINGLE` for one device or None, where no collective is ever needed."""
     if mesh is None or mesh.size == 1:
         return SINGLE
     return Axes(True, tuple(mesh.shape[name] for name in AXES))  # type: ignore[arg-type]
 
 
 def spec_for(path: str, ndim: int) -> P:
-    """The PartitionSpec of the leaf at `path`.
+    """Returns the PartitionSpec of the leaf at `path`.
 
-    Optimiser moments carry the parameter's path as their suffix, so the same rules serve them; scalars are replicated.
+    Paths of optimiser moments end in the parameter's path, so the same rules apply to them; scalars are replicated.
+
+    Args:
+        path: '/'-joined path of the leaf.
+        ndim: The leaf's number of dimensions.
 
     Raises:
-        KeyError: if no rule matches.
+        KeyError: No rule matches.
     """
     if ndim == 0:
         return P()
@@ -132,17 +140,17 @@ def spec_for(path: str, ndim: int) -> P:
 
 
 def param_specs(tree: Any) -> Any:
-    """The tree of PartitionSpecs for a tree of parameters, heads or optimiser state (arrays or ShapeDtypeStructs)."""
+    """Returns the PartitionSpecs of a tree of parameters, heads or optimiser state (arrays or ShapeDtypeStructs)."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_for(path_string(path), len(leaf.shape)), tree)
 
 
 def packed_specs(packed: Mapping[str, Any]) -> dict[str, P]:
-    """Specs of packed masks: each lies as its kernel lies, so both are gathered alike."""
+    """Returns the specs of packed masks: each is sharded as its kernel, so both are gathered alike."""
     return {path: spec_for(path, len(leaf.shape)) for path, leaf in packed.items()}
 
 
 def mask_specs(masks: Mapping[str, Any]) -> dict[str, P]:
-    """Specs of K boolean masks: each concept's lies as its kernel lies."""
+    """Returns the specs of K boolean masks: each concept's mask is sharded as its kernel."""
     return {path: P(None, *spec_for(path, len(leaf.shape) - 1)) for path, leaf in masks.items()}
 
 
@@ -155,7 +163,7 @@ def check_divisible(tree: Any, mesh: Mesh) -> None:
     """Checks that every sharded dimension divides by the devices along its axes.
 
     Raises:
-        ValueError: naming each leaf, dimension and axis that do not fit.
+        ValueError: Some do not; each leaf, dimension and axis is named.
     """
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -171,21 +179,25 @@ def check_divisible(tree: Any, mesh: Mesh) -> None:
 
 
 def put(tree: Any, mesh: Mesh) -> Any:
-    """Places a copy of a tree on the mesh by the path rules; a copy, since a training step donates its state."""
+    """Places a copy of a tree on the mesh by the path rules; a copy, since a training step donates its state.
+
+    Raises:
+        ValueError: A sharded dimension does not divide over its devices.
+    """
     check_divisible(tree, mesh)
     place = functools.partial(jax.device_put, may_alias=False)
     return jax.tree.map(place, tree, shardings(mesh, param_specs(tree)))
 
 
 def mesh_of(leaf: Any) -> Mesh | None:
-    """The mesh of several devices that an array lies on; None where it lies on one."""
+    """Returns the mesh of several devices that an array lies on; None where it lies on one device."""
     place = getattr(leaf, "sharding", None)
     mesh = place.mesh if isinstance(place, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def spread_units(leaf: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """An array (inputs, units) with its units over all devices, padded with zeros to as many for each."""
+    """Spreads the units of an array (inputs, units) over all devices, padded with zeros to as many for each."""
     if mesh is None:
         return leaf
     padded = jax.numpy.pad(leaf, ((0, 0), (0, -leaf.shape[1] % mesh.size)))
@@ -193,10 +205,12 @@ def spread_units(leaf: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def by_units(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`function` run by each device on units of its own, without communication.
+    """Makes each device run `function` on units of its own, without communication.
 
     Args:
-        function: of arrays whose second axis is units, and of scalars; all that it returns has units second, too.
+        function: A function of arrays whose second axis is units, and of scalars; all that it returns has units as
+            second axis, too.
+        mesh: The mesh; None returns `function` itself.
     """
     if mesh is None:
         return function
@@ -210,7 +224,7 @@ def by_units(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
 
 
 def to_host(value: Any) -> np.ndarray:
-    """The whole of an array as numpy on every process, also where it lies on the devices of several."""
+    """Returns the whole array as numpy on every process, also where it lies on the devices of several processes."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable and not value.is_fully_replicated:
         from jax.experimental import multihost_utils
 
@@ -219,11 +233,11 @@ def to_host(value: Any) -> np.ndarray:
 
 
 def in_turn(tree: T) -> T:
-    """The same arrays; on a CPU only once they are there.
+    """Returns the same arrays; on a CPU only once they are computed.
 
-    For results that nothing later hangs on, of programs that are started one after the other. Virtual devices share few
-    threads: of two programs under way at once, either may hold those that the other's collectives wait for, for ever.
-    And what many programs under way have in memory adds up. Accelerators have queues, and nobody waits.
+    For results of programs that are started one after the other and that no later program reads. Virtual devices share
+    few threads: of two running programs, either may hold the threads that the other's collectives wait for, for ever.
+    The memory of many running programs also adds up. Accelerators have queues, so there the call does not wait.
     """
     if jax.default_backend() == "cpu":
         jax.block_until_ready(tree)
@@ -234,7 +248,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Places this process's rows of a batch on the mesh, rows over `data` and `fsdp`.
 
     Raises:
-        ValueError: if the rows do not divide over the mesh.
+        ValueError: The rows do not divide over the mesh.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = NamedSharding(mesh, BATCH_SPEC)
@@ -251,15 +265,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def gather(leaf: jax.Array, spec: P, axes: Axes, over: Sequence[str], skip_leading: bool = False) -> jax.Array:
     """Gathers one leaf over `fsdp` and marks it as varying over the batch-like axes `over`.
 
-    Marking it once, before the concepts use it, makes the transpose reduce the summed gradient once instead of once
+    Since it is marked once, before the concepts use it, the transpose reduces the summed gradient once instead of once
     per concept.
 
     Args:
-        leaf: this device's shard.
-        spec: the leaf's PartitionSpec.
-        axes: the manual axes; with `SINGLE` the leaf is returned untouched.
-        over: the axes along which the leaf's uses differ.
-        skip_leading: the spec's first entry is the layer axis, which a scan has already taken off.
+        leaf: This device's shard.
+        spec: The leaf's PartitionSpec.
+        axes: The manual axes; with `SINGLE` the leaf is returned as it is.
+        over: The axes along which the leaf's uses differ.
+        skip_leading: True where the spec's first entry is the layer axis, which a scan has already removed.
     """
     if not axes.is_manual:
         return leaf
@@ -271,23 +285,23 @@ def gather(leaf: jax.Array, spec: P, axes: Axes, over: Sequence[str], skip_leadi
 
 
 def _varying(leaf: jax.Array, named: Collection[str], over: Sequence[str]) -> jax.Array:
-    """Marks a leaf as differing along `over`; it already does along the axes that its spec names."""
+    """Marks a leaf as varying over the axes `over`; over the axes that its spec names it varies already."""
     missing = tuple(name for name in over if name not in named)
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
 def look_up(table: jax.Array, ids: jax.Array, axes: Axes, over: Sequence[str], dtype: DTypeLike) -> jax.Array:
-    """Rows of a table whose columns are split over `fsdp`, for this device's ids: ids and rows travel, not the table.
+    """Looks up this device's ids in a table whose columns are split over `fsdp`: ids and rows travel, not the table.
 
     Args:
-        table: this device's columns (rows, columns).
-        ids: (batch, tokens) of this device; one outside the table gives NaN, as in `backbones`.
-        axes: the manual axes.
-        over: the axes along which the uses differ.
-        dtype: in which the rows travel.
+        table: This device's columns, (rows, columns).
+        ids: This device's ids, (batch, tokens); an id outside the table gives NaN, as in `backbones`.
+        axes: The manual axes.
+        over: The axes along which the uses differ.
+        dtype: Precision in which the rows travel.
 
     Returns:
-        (batch, tokens, all columns).
+        Rows (batch, tokens, all columns).
     """
     everyones = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
     own = jax.numpy.take(_varying(table, ("fsdp",), over), everyones, axis=0, mode="fill")

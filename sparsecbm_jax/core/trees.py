@@ -7,10 +7,10 @@ Params = Mapping[str, Any]
 
 
 def leaf_at(tree: Params, path: str) -> Any:
-    """The leaf of a nested dict at a '/'-joined path.
+    """Returns the leaf of a nested dict at a '/'-joined path.
 
     Raises:
-        KeyError: naming the path, if it is not there.
+        KeyError: The dict has no such leaf; the path is named.
     """
     node: Any = tree
     for part in path.split("/"):
@@ -21,11 +21,11 @@ def leaf_at(tree: Params, path: str) -> Any:
 
 
 def with_leaf(tree: Params, path: str, leaf: Any) -> dict[str, Any]:
-    """A copy of a nested dict in which the leaf at `path` is replaced."""
+    """Returns a copy of a nested dict in which the leaf at a '/'-joined path is replaced."""
     head, _, rest = path.partition("/")
     return {**tree, head: with_leaf(tree[head], rest, leaf) if rest else leaf}
 
 
 def path_string(path: Sequence[Any]) -> str:
-    """'/'-joined name of a leaf from a JAX key path (dicts, sequences and NamedTuples)."""
+    """Joins a JAX key path (dicts, sequences and NamedTuples) by '/' to the name of a leaf."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)

@@ -1,6 +1,6 @@
-"""Corrections by name, for people: a text, a concept, the class that it should have; and what came of it.
+"""Corrections by name, for people: a text, a concept, and the class that it should have.
 
-`intervention.editors` has the functions on arrays that do the work.
+`intervention.editors` has the functions on arrays that make the edits.
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,19 @@ def correct(
     """Corrects one concept of one text.
 
     Args:
-        model: a model with masks; it stays as it is.
-        request: the text that the model misreads, the concept, and the class that it should have.
-        editor: how the model is changed, one of `intervention.editors` or your own; by default the minimal edit, which
-            changes as few weights as repair this text and looks at no other.
-        earlier: corrections made before, oldest first, for editors that keep them, such as `editors.continual`.
+        model: A model with masks; it is not changed.
+        request: The text that is predicted incorrectly, the concept, and the class that it should have.
+        editor: The editor that changes the model, one of `intervention.editors` or your own; None takes the minimal
+            edit, which changes as few weights as repair this text, regardless of other texts.
+        earlier: Earlier corrections, oldest first, for editors that retain them, such as `editors.continual`.
 
     Returns:
-        The corrected model, without the scores of the old one, and what changed. The concept may still have another
-        class than asked: `CorrectionReport.is_repaired` says so.
+        The corrected model, without the scores of the old one, and a report of the changes. The concept may still have
+        another class than the requested one: `CorrectionReport.is_repaired` is False then.
 
     Raises:
-        TypeError: if the request is no `CorrectionRequest`.
-        ValueError: if a name is not in the schema (the nearest one is given), the model has no masks, the text holds
+        TypeError: The request is not a `CorrectionRequest`.
+        ValueError: A name is not in the schema (the nearest one is given), the model has no masks, the text holds
             nothing that the tokeniser reads, the model's output is not finite, or the editor refuses.
     """
     editor = editors.minimal() if editor is None else editor
@@ -68,7 +68,8 @@ def concept_correction(model: SparseCBM, request: CorrectionRequest) -> ConceptC
     """Returns a request as arrays: tokens in place of the text, indices in place of names.
 
     Raises:
-        TypeError, ValueError: as `correct`.
+        TypeError: As `correct`.
+        ValueError: As `correct`.
     """
     if not isinstance(request, CorrectionRequest):
         raise TypeError(f"the request is a {type(request).__name__}; expected CorrectionRequest(text, concept, target)")

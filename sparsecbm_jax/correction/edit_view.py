@@ -1,4 +1,4 @@
-"""Where an edit of a concept's mask lies: by kernel, layer and head."""
+"""The changes of an edit of a concept's mask, counted by kernel, layer and head."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from sparsecbm_jax.intervention.stored_edit import StoredEdit, positions_of
 
 @dataclasses.dataclass(frozen=True)
 class KernelChange:
-    """How many weights of a kernel an edit changed.
+    """Numbers of weights of a kernel that an edit changed.
 
     Attributes:
-        path: the kernel.
-        dropped, grown: for each layer, weights kept before and pruned since, and the reverse.
-        rows: for each layer, how many rows have a changed weight.
+        path: Path of the kernel.
+        dropped, grown: For each layer, weights kept before and pruned now, and the reverse.
+        rows: For each layer, the number of rows with a changed weight.
     """
 
     path: str
@@ -30,14 +30,14 @@ class KernelChange:
 
 @dataclasses.dataclass(frozen=True)
 class EditChange:
-    """Where an edit changed a concept's subnetwork.
+    """The changes of a concept's subnetwork by an edit.
 
     Attributes:
-        concept: whose mask it is.
-        num_dropped, num_grown: changed weights.
-        dropped_per_layer, grown_per_layer: those of each transformer layer.
-        dropped_per_head, grown_per_head: for each layer, those of each head's query, key, value and output weights.
-        kernels: one entry for each kernel with a change.
+        concept: Name of the concept.
+        num_dropped, num_grown: Numbers of changed weights.
+        dropped_per_layer, grown_per_layer: The same for each transformer layer.
+        dropped_per_head, grown_per_head: For each layer, those of each head's query, key, value and output weights.
+        kernels: One entry for each kernel with a change.
     """
 
     concept: str
@@ -50,7 +50,7 @@ class EditChange:
     kernels: tuple[KernelChange, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The change as nested dicts and tuples, ready for JSON."""
+        """Returns the change as nested dicts and tuples, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -58,9 +58,9 @@ def view_edit(edit: MaskEdit | StoredEdit, config: BackboneConfig, concepts: Seq
     """Counts an edit's changes by kernel, layer and head.
 
     Args:
-        edit: as it was computed, or as it is stored.
-        config: the backbone, for its heads.
-        concepts: the model's concepts, in order.
+        edit: The edit, as computed or as stored.
+        config: The backbone's shape, for its heads.
+        concepts: The model's concepts, in order.
     """
     if isinstance(edit, StoredEdit):
         concept, positions = edit.concept, edit.positions

@@ -1,4 +1,4 @@
-"""What an edit would do before it is made: to its text, to a sample of other texts, to every concept and the label."""
+"""The effect of an edit before it is applied: on its text, on a sample of other texts, on concepts and the label."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 @dataclasses.dataclass(frozen=True)
 class SampleEffect:
-    """What one concept's edit does to a sample of texts. Other concepts are not touched by it: their masks stay.
+    """The effect of one concept's edit on a sample of texts. It does not affect other concepts: their masks stay.
 
     Attributes:
-        num_texts: texts in the sample.
-        flips: [C, C], texts whose concept was predicted as the first class before and is as the second after.
+        num_texts: Texts in the sample.
+        flips: [C, C], texts whose concept is predicted as the first class before and as the second after.
         label_flips: [Y, Y], the same for the label.
-        shift: mean total variation distance between the concept's probabilities before and after, in [0, 1].
+        shift: Mean total variation distance between the concept's probabilities before and after, in [0, 1].
         changed_rows: `row_ids` of texts whose concept is predicted as another class.
-        num_repaired, num_broken: of the texts with a gold class, those predicted correctly only after, and only before.
+        num_repaired, num_broken: Texts with a gold class that are predicted correctly only after, and only before.
     """
 
     num_texts: int
@@ -41,22 +41,22 @@ class SampleEffect:
 
     @property
     def num_changed(self) -> int:
-        """Texts whose concept is predicted as another class."""
+        """Number of texts whose concept is predicted as another class."""
         return len(self.changed_rows)
 
     @property
     def num_labels_changed(self) -> int:
-        """Texts whose label is predicted as another."""
+        """Number of texts whose label is predicted as another."""
         return int(self.label_flips.sum() - np.trace(self.label_flips))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Returns plain data for JSON."""
         plain = {name: value.tolist() for name, value in (("flips", self.flips), ("label_flips", self.label_flips))}
         return {**dataclasses.asdict(self), **plain, "changed_rows": list(self.changed_rows)}
 
 
 def outputs_of(config: CBMConfig, arrays: ModelArrays, batches: Iterable[Batch]) -> list[tuple[Batch, CBMOutput]]:
-    """Runs the model on a sample: what `preview` compares with, made once for many previews."""
+    """Runs the model on a sample, once for many previews, which compare with these outputs."""
     forward = make_forward(config)
     return [(batch, in_turn(forward(arrays, batch))) for batch in batches]
 
@@ -67,13 +67,13 @@ def preview(
     """Compares a concept's subnetwork under new masks with the outputs of the model before.
 
     Args:
-        config: the model's static description.
-        arrays: with the edited masks, which are the only difference to the model that `sample` is of.
-        sample: what `outputs_of` gave; rows with a weight of 0 do not count.
-        concept: the edited one. Its subnetwork alone is run: a K-th of the work of running the model again.
+        config: The model's static description.
+        arrays: Arrays with the edited masks, which are the only difference from the model of `sample`.
+        sample: Batches and outputs, from `outputs_of`; rows with a weight of 0 do not count.
+        concept: Index of the edited concept. Only its subnetwork is run: a K-th of the work of running the model.
 
     Raises:
-        ValueError: if the sample is empty.
+        ValueError: The sample is empty.
     """
     flips = np.zeros((config.num_classes,) * 2, int)
     label_flips = np.zeros((config.num_labels,) * 2, int)

@@ -1,4 +1,4 @@
-"""What a correction changed, by name, and how a terminal shows it."""
+"""Reports of corrections, by name, and their form for a terminal."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from sparsecbm_jax.intervention.stored_edit import StoredEdit, positions_of, tex
 
 @dataclasses.dataclass(frozen=True)
 class TextPrediction:
-    """What the model says about a text: classes and probabilities of the concepts, the label and its probabilities."""
+    """The prediction for a text: classes and probabilities of the concepts, the label and its probabilities."""
 
     concepts: dict[str, str]
     concept_probabilities: dict[str, dict[str, float]]
@@ -25,8 +25,8 @@ class EditorDescription:
     """An editor as data.
 
     Attributes:
-        name: what reports call it.
-        settings: its settings by name.
+        name: The editor's name in reports.
+        settings: Its settings by name.
     """
 
     name: str
@@ -42,12 +42,12 @@ class CorrectionReport:
     """One correction in plain numbers, with the edit itself for `apply` and `undo`.
 
     Attributes:
-        request: what was asked.
-        editor: how the model was changed.
-        num_dropped, num_grown: changed weights of the concept's mask.
-        num_weights: maskable weights of the backbone.
-        before, after: the predictions on the text.
-        edit: the positions; not part of `to_dict`.
+        request: The request.
+        editor: The editor that changed the model.
+        num_dropped, num_grown: Numbers of changed weights of the concept's mask.
+        num_weights: Maskable weights of the backbone.
+        before, after: Predictions for the text.
+        edit: The changed positions; not part of `to_dict`.
     """
 
     request: CorrectionRequest
@@ -61,16 +61,16 @@ class CorrectionReport:
 
     @property
     def is_repaired(self) -> bool:
-        """Whether the concept has the asked class now."""
+        """True where the concept has the requested class now."""
         return self.after.concepts[self.request.concept] == self.request.target
 
     @property
     def changed_share(self) -> float:
-        """Dropped and grown weights over the maskable weights of the backbone."""
+        """Dropped and grown weights as a share of the maskable weights of the backbone."""
         return (self.num_dropped + self.num_grown) / self.num_weights
 
     def stored(self) -> StoredEdit:
-        """Returns the edit for a file or a log: what changed, what was asked, and what came of it, without the text."""
+        """Returns the edit for a file or a log: changes, request and predictions, without the text."""
         settings = self.editor.settings
         return StoredEdit(
             concept=self.request.concept,
@@ -100,12 +100,12 @@ class CorrectionReport:
 
 
 def render_correction(report: CorrectionReport) -> str:
-    """Renders a correction for a terminal: what changed, and every concept and the label before and after."""
+    """Renders a correction for a terminal: the changes, and every concept and the label before and after."""
     request = report.request
     asked = f"{request.concept} = {request.target}" + (f", label = {request.label}" if request.label else "")
     outcome = "repaired" if report.is_repaired else "not repaired"
     if report.before.concepts[request.concept] == request.target:
-        outcome = "was so before" if report.is_repaired else "lost"
+        outcome = "was correct before" if report.is_repaired else "lost"
     lines = [
         f'"{printable(request.text, 240)}"',
         f"asked: {asked}; {outcome}",

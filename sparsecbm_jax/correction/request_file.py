@@ -1,4 +1,4 @@
-"""Corrections that people asked for, in a file: a JSON object with text, concept and target a line."""
+"""Requests for corrections in a file: a JSON object with text, concept and target a line."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +15,10 @@ class CorrectionRequest(NamedTuple):
     """A correction by name.
 
     Attributes:
-        text: the text.
-        concept: name of the concept.
-        target: name of the class that the concept should have there.
-        label: name of the task label that the text should have as well, for editors that read it; None for none.
+        text: The text.
+        concept: Name of the concept.
+        target: Name of the class that the concept should have there.
+        label: Name of the task label that the text should have, too, for editors that read it; None for none.
     """
 
     text: str
@@ -28,18 +28,21 @@ class CorrectionRequest(NamedTuple):
 
 
 class RequestFile:
-    """Corrections in a file, oldest first; one that was asked for twice stands there twice.
+    """Requests for corrections in a file, oldest first; one that was made twice is in the file twice.
 
     Attributes:
-        path: of the file, which need not be there yet.
-        requests: what stands in it.
+        path: Path of the file, which need not exist yet.
+        requests: Requests in the file.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Reads the file; a last line that a crash cut short is left out.
 
+        Args:
+            path: Path of the file, which need not exist yet.
+
         Raises:
-            ValueError: if another line is not an object with the three fields, all strings.
+            ValueError: Another line is not an object with the three fields, all strings.
         """
         self.path = Path(path)
         self.requests: list[CorrectionRequest] = []
@@ -50,10 +53,10 @@ class RequestFile:
             self.requests.append(request)
 
     def add(self, request: CorrectionRequest) -> None:
-        """Writes a correction, which is on disk then.
+        """Appends a request and returns once it is on disk.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: It cannot be written.
         """
         written = {key: value for key, value in request._asdict().items() if value is not None}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +64,12 @@ class RequestFile:
         self.requests.append(request)
 
     def of_edits(self, edits: Iterable[StoredEdit]) -> list[CorrectionRequest]:
-        """Returns the corrections that edits were made for, in their order, where the file has the text."""
+        """Returns the requests that edits were made for, in their order, where the file has the text."""
         known = {_key(request): request for request in self.requests}
         return [known[key] for key in map(_asked, edits) if key in known]
 
     def standing(self, log: EditLog) -> list[CorrectionRequest]:
-        """The corrections but for those that a log has undone."""
+        """Returns the requests without those whose edits a log has undone."""
         undone = set(map(_asked, log.undone)) - set(map(_asked, log.edits))
         return [request for request in self.requests if _key(request) not in undone]
 

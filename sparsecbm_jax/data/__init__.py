@@ -1,4 +1,4 @@
-"""Texts, concepts and labels: where they come from, what they mean, and how they become batches."""
+"""Texts, concepts and labels: sources, schemas, statistics, tokenisers and batches."""
 
 from sparsecbm_jax.data.batches import BUCKETS, Batch, Tokenized, eval_batches, num_batches, tokenize, train_batches
 from sparsecbm_jax.data.presets import PRESETS

@@ -1,4 +1,4 @@
-"""The data sets known by name: their columns, classes and files, and what a config changes of them."""
+"""The data sets known by name: their columns, classes and files, and the changes that a config makes to them."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def find_preset(config: DataConfig) -> Preset | None:
 def configured_schema(config: DataConfig) -> Schema:
     """Returns the schema that the config describes; classes and labels are empty where they are to be inferred.
 
-    With a preset, whatever column the config names replaces the preset's, and `concepts` alone picks some of its
-    concepts.
+    With a preset, a column that the config names replaces the preset's column; `concepts` alone selects some of the
+    preset's concepts.
 
     Raises:
-        DataError: If a key that is needed is missing.
+        DataError: If a required key is missing.
     """
     preset = find_preset(config)
     if preset is None:
@@ -136,7 +136,7 @@ def configured_schema(config: DataConfig) -> Schema:
         changes["concepts"] = config.concepts
         changes["concept_columns"] = tuple(columns[c] for c in config.concepts)
     if changes.get("classes") or changes.get("labels"):
-        # Aliases of a preset say nothing about classes that the config names anew.
+        # Aliases of a preset do not apply to classes that the config names itself.
         names = (changes.get("classes") or base.classes) + (changes.get("labels") or base.labels)
         changes["aliases"] = tuple(alias for alias in base.aliases if alias[1] in names)
     return dataclasses.replace(base, **changes)

@@ -1,7 +1,7 @@
-"""What a dataset means: its concepts, their classes, the task's labels, and which spellings stand for what.
+"""The schema of a data set: its concepts, their classes, the task's labels, and the spellings of each.
 
-A cell of a table is a class, a label, *missing* (nobody said), or a mistake. A schema decides which, and everything
-after it deals in integers with -1 for missing.
+A cell of a table is a class, a label, *missing* (no annotator said), or a mistake. A schema decides which; all later
+code has integers, with -1 for missing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def cell_text(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """The columns, concepts, classes and labels of a dataset.
+    """The columns, concepts, classes and labels of a data set.
 
     Spellings are compared without surrounding space and without regard to case.
 
@@ -50,9 +50,10 @@ class Schema:
         label_column: Column that holds the task label.
         concept_columns: Column of each concept; K of them.
         classes: Names of the C classes that every concept shares, in the order of their indices.
-        missing: Spellings of a concept cell that say nothing, not even that the text says nothing.
+        missing: Spellings of a concept cell without any annotation; a text that does not mention the concept has the
+            class 'unknown' instead.
         aliases: Pairs (spelling, class or label) for stray spellings.
-        no_label: Spellings of a label cell that say that there is no task label.
+        no_label: Spellings of a label cell without a task label.
         group_column: Column whose equal values mark rows that belong together, such as edits of one text.
         id_column: Column with a name for each row.
 
@@ -129,7 +130,7 @@ class Schema:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Schema:
-        """Returns the schema that `to_dict` wrote.
+        """Makes a schema from plain data: the inverse of `to_dict`.
 
         Raises:
             DataError: If a field is missing or unknown.
@@ -157,7 +158,7 @@ def _spellings(
 
 
 class Examples(NamedTuple):
-    """One split, in memory.
+    """The rows of one split, in memory.
 
     `row_ids` are positions in the source, counted from 0 without a header, so that a row can be found again.
     """
@@ -170,7 +171,7 @@ class Examples(NamedTuple):
 
 
 class Respelling(NamedTuple):
-    """A spelling found in the source that is not the name of its class: what it was taken for, and how often."""
+    """A spelling in the source that is not the name of its class, the class that it stands for, and its count."""
 
     split: str
     column: str
@@ -184,12 +185,12 @@ class Dataset:
     """Three splits that share a schema.
 
     Args:
-        schema: What the integers mean.
-        splits: 'train', 'validation' and 'test'.
-        name: What to call it in reports.
+        schema: Meaning of the integers.
+        splits: Examples of 'train', 'validation' and 'test'.
+        name: The data set's name in reports.
         sources: File, hub split or description that each split was read from.
         respellings: Every spelling that the loader did not find word for word in the schema.
-        num_skipped: Rows of each split left out for want of a task label.
+        num_skipped: Number of rows of each split that were left out because they have no task label.
     """
 
     schema: Schema
@@ -200,7 +201,7 @@ class Dataset:
     num_skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        """Rows, concepts, classes and labels, in a line."""
+        """Returns rows, concepts, classes and labels, in a line."""
         rows = ", ".join(f"{len(examples.texts)} {split}" for split, examples in self.splits.items())
         return (
             f"{self.name}: {rows} rows; concepts {', '.join(self.schema.concepts)} of classes "

@@ -1,4 +1,4 @@
-"""From a hub name, local files or the embedded texts to integers, with every mistake named by file, row and column."""
+"""Reading of data sets from the hub, local files or the embedded texts; mistakes are named by file, row and column."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from sparsecbm_jax.data.table_files import Row, find_files, read_rows
 
 MAX_INFERRED = 100
 SHOWN_ROWS = 10
-# A class so many times rarer than the most frequent one may be a slip of the hand.
+# A class that is this many times rarer than the most frequent one may be a typing error.
 _RARE = 10
 
 logger = logging.getLogger(__name__)
 
 
 class Table(NamedTuple):
-    """Rows of one split as they were found, and where."""
+    """Rows of one split as they stand in the source, and the source's name."""
 
     source: str
     rows: Sequence[Row]
@@ -47,12 +47,12 @@ class Table(NamedTuple):
 def load_dataset(config: DataConfig) -> Dataset:
     """Reads a data set and checks that it can be trained on.
 
-    Train rows without a task label are left out unless `config.keep_unlabelled`; validation and test rows without one
-    keep the label -1 and count for the concepts alone. Missing concept cells become the class 'unknown' where
-    `config.missing_as_unknown` and there is such a class.
+    Train rows without a task label are left out unless `config.keep_unlabelled` is set. Validation and test rows
+    without one have the label -1 and count for the concepts alone. Missing concept cells become the class 'unknown' if
+    `config.missing_as_unknown` is set and there is such a class.
 
     Raises:
-        DataError: If anything is not as the schema says; the message names file, row and column.
+        DataError: If the source contradicts the schema; the message names file, row and column.
     """
     dataset = read_dataset(config)
     check_trainable(dataset)
@@ -60,7 +60,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def read_dataset(config: DataConfig) -> Dataset:
-    """Reads a data set as `load_dataset` does, but does not mind a concept or a task with one class only.
+    """Reads a data set as `load_dataset` does, but accepts a concept or a task with one class only.
 
     Raises:
         DataError: As `load_dataset`.
@@ -76,17 +76,17 @@ def read_dataset(config: DataConfig) -> Dataset:
         if config.missing_as_unknown and schema.unknown_class is not None:
             concepts = np.where(examples.concepts == MISSING, schema.unknown_class, examples.concepts)
             examples = examples._replace(concepts=concepts.astype(np.int32))
-        kept = examples.labels != MISSING
+        is_used = examples.labels != MISSING
         if split != "train" or config.keep_unlabelled:
-            kept[:] = True
-        elif not kept.any():
+            is_used[:] = True
+        elif not is_used.any():
             raise DataError(
                 f"{table.source}: no train row has a label in column {schema.label_column!r}; "
                 "config.data.keep_unlabelled keeps such rows for the concepts alone"
             )
-        splits[split] = _take(examples, kept)
+        splits[split] = _take(examples, is_used)
         respellings += found
-        num_skipped[split] = int((~kept).sum())
+        num_skipped[split] = int((~is_used).sum())
     return Dataset(
         schema=schema,
         splits=splits,
@@ -101,7 +101,7 @@ def check_trainable(dataset: Dataset) -> None:
     """Checks that every concept and the task have at least two classes in the train split.
 
     Raises:
-        DataError: Naming the file and the column that has not.
+        DataError: If one has fewer; the message names the file and the column.
     """
     schema, train = dataset.schema, dataset.splits["train"]
     columns = [
@@ -154,19 +154,19 @@ def _read_hub(name: str, split: str, config: DataConfig) -> Table:
         import datasets
 
         rows = datasets.load_dataset(name, split=split)
-    # The hub's client lets errors of every layer below it through, and all of them mean the same to the caller.
+    # The hub's client passes on errors of every layer below it, and all of them mean the same to the caller.
     except Exception as error:
         raise DataError(
             f"cannot load split {split!r} of {name!r} from the hub ({type(error).__name__}: {error}). Check the name, "
             "the split and the network; without a network, download its files elsewhere and pass config.data.path=DIR"
         ) from error
     schema = configured_schema(config)
-    wanted = {schema.text_column, schema.label_column, *schema.concept_columns}
+    needed = {schema.text_column, schema.label_column, *schema.concept_columns}
     if schema.group_column is not None:
-        wanted.add(schema.group_column)
-    # Where one is missing all columns stay, for the message that will name them.
-    if wanted <= set(rows.column_names):
-        rows = rows.select_columns(sorted(wanted))
+        needed.add(schema.group_column)
+    # If one is missing all columns stay, for the message that will name them.
+    if needed <= set(rows.column_names):
+        rows = rows.select_columns(sorted(needed))
     return Table(f"{name}/{split}", rows.to_list())
 
 
@@ -201,7 +201,7 @@ def _distinct(cells: Iterable[Any], missing: Sequence[str], source: str, where: 
     for name in rare:
         others = [other for other in names if other not in rare]
         logger.warning(
-            "%s: %s: %r stands in %d of %d cells and is taken for one of the %s%s; to have it refused, name them in "
+            "%s: %s: %r stands in %d of %d cells and is taken for one of the %s%s; to refuse it, name them in "
             "config.data.%s",
             source,
             where,
@@ -273,7 +273,7 @@ def _parse(schema: Schema, split: str, table: Table) -> tuple[Examples, list[Res
     groups = None
     if schema.group_column is not None:
         cells = map(cell_text, _cells(table, schema.group_column, "group_column"))
-        # A row without a group is a group of its own, not one with all others of its kind.
+        # A row without a group is a group of its own; such rows do not form one group.
         groups = tuple(cell or f"{table.source}#{index}" for index, cell in enumerate(cells))
     examples = Examples(
         texts=tuple(texts),
@@ -311,14 +311,14 @@ def _indices(
     return np.array([spellings[cell.strip().casefold()] for cell in cells], np.int32)
 
 
-def _take(examples: Examples, kept: np.ndarray) -> Examples:
+def _take(examples: Examples, is_used: np.ndarray) -> Examples:
     def pick(values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
+        return tuple(value for value, used in zip(values, is_used, strict=True) if used)
 
     return Examples(
         texts=pick(examples.texts),
-        concepts=examples.concepts[kept],
-        labels=examples.labels[kept],
+        concepts=examples.concepts[is_used],
+        labels=examples.labels[is_used],
         groups=None if examples.groups is None else pick(examples.groups),
-        row_ids=examples.row_ids[kept],
+        row_ids=examples.row_ids[is_used],
     )

@@ -1,4 +1,4 @@
-"""What is in a data set: the counts of the paper's Table 1, what is missing, what comes twice, and what leaks."""
+"""Statistics of a data set: the counts of the paper's Table 1, missing cells, duplicate texts, and leakage."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def dataset_statistics(dataset: Dataset, count_tokens: Callable[[Sequence[str]],
     with `keep_unlabelled = True`.
 
     Args:
-        dataset: As `read_dataset` returns it.
-        count_tokens: Texts to their numbers of tokens; without it lengths are in words alone.
+        dataset: The data set, as `read_dataset` returns it.
+        count_tokens: Maps texts to their numbers of tokens; None gives lengths in words alone.
     """
     schema, splits = dataset.schema, {split: dataset.splits[split] for split in SPLITS}
     texts = {split: examples.texts for split, examples in splits.items()}
@@ -60,7 +60,7 @@ def dataset_statistics(dataset: Dataset, count_tokens: Callable[[Sequence[str]],
 
 
 def class_counts(values: Int[np.ndarray, " N"], names: Sequence[str]) -> dict[str, int]:
-    """Returns how often each class occurs, and how many values are missing.
+    """Counts the occurrences of each class, and the missing values.
 
     >>> class_counts(np.array([0, 1, 1, -1]), ("Negative", "Positive"))
     {'Negative': 1, 'Positive': 2, 'missing': 1}
@@ -70,7 +70,7 @@ def class_counts(values: Int[np.ndarray, " N"], names: Sequence[str]) -> dict[st
 
 
 def num_repeated(texts: Sequence[str]) -> int:
-    """Returns how many texts came before, without regard to case and spacing.
+    """Counts the texts that repeat an earlier one, without regard to case and spacing.
 
     >>> num_repeated(["Nice soup.", "nice  soup.", "Bad soup."])
     1
@@ -79,7 +79,7 @@ def num_repeated(texts: Sequence[str]) -> int:
 
 
 def shared_values(splits: dict[str, Sequence[str]]) -> dict[str, dict[str, int]]:
-    """Returns, for each pair of splits, how many values both have and how many rows of each that touches.
+    """Counts, for each pair of splits, the values that both have and the rows of each that have such a value.
 
     >>> shared_values({"train": ["a", "a", "b"], "test": ["a", "c"]})
     {'train/test': {'values': 1, 'train_rows': 2, 'test_rows': 1}}
@@ -96,7 +96,7 @@ def shared_values(splits: dict[str, Sequence[str]]) -> dict[str, dict[str, int]]
 
 
 def length_summary(lengths: Sequence[int]) -> dict[str, float]:
-    """Returns least, mean, median, 95th percentile and greatest.
+    """Computes minimum, mean, median, 95th percentile and maximum.
 
     >>> length_summary([1, 2, 3, 10])
     {'min': 1.0, 'mean': 4.0, 'median': 2.5, 'p95': 8.95, 'max': 10.0}
@@ -107,7 +107,7 @@ def length_summary(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def render_statistics(statistics: dict[str, Any]) -> str:
-    """Returns what `dataset_statistics` found, as tables for a terminal."""
+    """Renders the result of `dataset_statistics` as tables for a terminal."""
     splits = list(statistics["rows"])
     lines = [f"Data set {statistics['name']}", ""]
     rows = [
@@ -123,8 +123,8 @@ def render_statistics(statistics: dict[str, Any]) -> str:
     rows = []
     for concept, by_split in statistics["concepts"].items():
         for split, counts in by_split.items():
-            reading = _as_unknown(counts)
-            rows.append([concept, split, *map(_share_of(reading), reading.values()), counts["missing"]])
+            by_class = _as_unknown(counts)
+            rows.append([concept, split, *map(_share_of(by_class), by_class.values()), counts["missing"]])
             concept = ""
     classes = list(_as_unknown(next(iter(statistics["concepts"].values()))[ALL])) if statistics["concepts"] else []
     lines += _table(["concept", "split", *classes, "of it missing"], rows)
@@ -142,7 +142,7 @@ def render_statistics(statistics: dict[str, Any]) -> str:
     lines += _shared_lines(statistics["duplicates"]["across"], "text")
     lines += ["", "Leakage by group (rows whose group is also in another split)"]
     leakage = statistics["leakage"]
-    lines += ["no group column, so it cannot be told"] if leakage is None else _shared_lines(leakage, "group")
+    lines += ["no group column, so leakage is not known"] if leakage is None else _shared_lines(leakage, "group")
 
     for unit, by_split in statistics["lengths"].items():
         lines += ["", f"Length in {unit}"]

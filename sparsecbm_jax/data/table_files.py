@@ -1,4 +1,4 @@
-"""Local files: which one holds which split, and JSON, JSONL, CSV or Parquet to a list of rows."""
+"""Local files: the file of each split, and rows from JSON, JSONL, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def find_files(path: Path, named: Mapping[str, str], chosen: Mapping[str, str] |
     """Returns the file of each split.
 
     Args:
-        path: A directory with a file per split, or one of those files: of the split that its name tells, else of train.
-        named: File names, with or without suffix, of the splits that are known by name. For the other splits a file
-            is taken whose name holds the split as a word ('reviews-dev.csv'; validation, valid, val and dev are one).
-        chosen: Names that count before `named`, and before the file that `path` may be.
+        path: A directory with a file for each split, or one of those files. Its name tells the split; a name that tells
+            none stands for train.
+        named: File names, with or without suffix, of the splits that are known by name. For every other split, the file
+            whose name holds the split as a word ('reviews-dev.csv'; validation, valid, val and dev are one).
+        chosen: Names that take precedence over `named`, and over the file that `path` may be.
 
     Raises:
-        DataError: If there is no such path, or not exactly one file for a split; it lists what there is.
+        DataError: If there is no such path, or not exactly one file for a split; the message lists the files.
     """
     if not path.exists():
         raise DataError(f"config.data.path = {str(path)!r} does not exist")
@@ -44,12 +45,12 @@ def find_files(path: Path, named: Mapping[str, str], chosen: Mapping[str, str] |
         name = named.get(split)
         if name is not None:
             matches = [n for n in held if name in (n, Path(n).stem)]
-            wanted = f"file {name!r}{did_you_mean(name, held)}"
+            expected = f"file {name!r}{did_you_mean(name, held)}"
         else:
             matches = [n for n in held if _split_words(Path(n).stem) & set(SPLIT_WORDS[split])]
-            wanted = f"file with {' or '.join(SPLIT_WORDS[split])} in its name"
+            expected = f"file with {' or '.join(SPLIT_WORDS[split])} in its name"
         if len(matches) != 1:
-            what = f"{len(matches)} files fit ({', '.join(matches)})" if matches else f"no {wanted}"
+            what = f"{len(matches)} files fit ({', '.join(matches)})" if matches else f"no {expected}"
             raise DataError(
                 f"{path}: {what} for the {split} split; name one with config.data.{split}_split. "
                 f"The directory holds {', '.join(held) or 'no ' + ', '.join(READERS)}"
@@ -59,10 +60,11 @@ def find_files(path: Path, named: Mapping[str, str], chosen: Mapping[str, str] |
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns a file's rows as dicts from column to cell.
+    """Reads a file's rows as dicts from column to cell.
 
     Raises:
-        DataError: If the file is not what its suffix says, is not UTF-8, or a row has other columns than the header.
+        DataError: If the file's format is not that of its suffix, the file is not UTF-8, or a row has other columns
+            than the header.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:

@@ -1,4 +1,4 @@
-"""Tokenisers: the backbone's own, or a WordPiece vocabulary made on the spot where there is none."""
+"""Tokenisers: the backbone's own, or a WordPiece vocabulary learned from the texts where there is none."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
         DataError: If it cannot be found, is not a fast one (character offsets are needed to explain), or has no pad
             token.
     """
-    # Imported here because transformers takes seconds to import, and may bring torch with it.
-    # It would say that PyTorch is missing, which nothing here needs.
+    # Imported here because transformers takes seconds to import, and may import torch.
+    # Otherwise it warns that PyTorch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -43,7 +43,7 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
         if _is_of_no_special_class(Path(name)):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
         else:
-            # A tokeniser's own code is never run, and never asked about.
+            # A tokeniser's own code is never run, and the user is never asked to allow it.
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 name, use_fast=True, local_files_only=is_local, trust_remote_code=False
             )
@@ -53,8 +53,8 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
             "the directory lacks a readable tokenizer.json or vocabulary; it holds "
             f"{', '.join(sorted(p.name for p in Path(name).iterdir())) or 'nothing'}"
             if is_local
-            else "it is no directory here, and the hub did not give it: check the name, or download it where there is "
-            "a network and pass the directory"
+            else "it is no directory here, and the hub did not return it: check the name, or download it where there "
+            "is a network and pass the directory"
         )
         raise DataError(f"no tokeniser at {name!r}: {where}") from error
     if not tokenizer.is_fast:
@@ -69,9 +69,9 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> PreTrainedTokenizerFast
 
 
 def _is_of_no_special_class(directory: Path) -> bool:
-    """Whether all there is to a tokeniser is in its tokenizer.json, as of those made here.
+    """Returns True where tokenizer.json defines the whole tokeniser, as it does for those made here.
 
-    Looking for a class would import torch, where it is installed: two seconds.
+    A search for another class would import torch, where it is installed, which takes two seconds.
     """
     settings = directory / "tokenizer_config.json"
     if not (settings.is_file() and (directory / "tokenizer.json").is_file()):
@@ -97,8 +97,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
     normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     splitter = tokenizers.pre_tokenizers.BertPreTokenizer()
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
-    # The trainer breaks ties by piece id, and numbers inner pieces in an order that changes from call to call. Those it
-    # is given come first, so the same texts give the same vocabulary.
+    # The trainer breaks ties by piece id, and numbers inner pieces in an order that changes from call to call. Pieces
+    # that it is given come first, so the same texts give the same vocabulary.
     inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=special + inner, min_frequency=2, show_progress=False
@@ -106,7 +106,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
     learner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
     learner.normalizer, learner.pre_tokenizer = normalizer, splitter
     learner.train_from_iterator(texts, trainer)
-    # Made anew, because the learner would now find '##a' in a text and take it for a special token.
+    # A second tokeniser, because the trained one would find '##a' in a text and take it for a special token.
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordPiece(learner.get_vocab(), unk_token=SPECIAL_TOKENS["unk_token"])
     )

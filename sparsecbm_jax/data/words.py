@@ -1,4 +1,4 @@
-"""Words of a text as people count them, and which of the tokeniser's sub-words each is made of."""
+"""Words of a text as people count them, and the sub-word tokens of each."""
 
 import bisect
 import dataclasses
@@ -14,12 +14,12 @@ ZERO_WIDTH_JOINER = "\u200d"
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word of the text, and whether the model read it.
+    """A word of a text, and whether the model read it.
 
     Attributes:
-        text: the word.
-        start, end: where it stands in the text, in characters (Unicode code points), `text[start:end]`.
-        is_read: False where it was cut off or cleaned away.
+        text: The word.
+        start, end: Its place in the text, in characters (Unicode code points), `text[start:end]`.
+        is_read: False where the tokeniser truncated or removed it.
     """
 
     text: str
@@ -29,7 +29,13 @@ class Word:
 
 
 class Reading(NamedTuple):
-    """What the tokeniser makes of a text: its words, each word's token positions, and whether the end was cut off."""
+    """A text as the tokeniser reads it.
+
+    Attributes:
+        words: The words of the text, in order.
+        tokens: Token positions of each word, as `batches.tokenize` numbers them.
+        is_truncated: True where the end of the text was cut off.
+    """
 
     words: tuple[Word, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -37,12 +43,12 @@ class Reading(NamedTuple):
 
 
 def read_words(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Reading]:
-    """Words of every text, with the positions of their tokens as `batches.tokenize` numbers them.
+    """Splits every text into words, with the positions of their tokens as `batches.tokenize` numbers them.
 
     Args:
-        texts: the texts.
-        tokenizer: a fast tokeniser, whose tokens know where they stand in the text.
-        max_length: most tokens of a text, special tokens included.
+        texts: The texts.
+        tokenizer: A fast tokeniser, which gives the character offsets of its tokens.
+        max_length: Most tokens of a text, special tokens included.
     """
     encoded = tokenizer(
         list(texts),
@@ -61,10 +67,10 @@ def read_words(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_l
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of every word: runs of letters and digits, and runs of punctuation or symbols between them.
+    """Finds start and end of every word: runs of letters and digits, and runs of punctuation or symbols between them.
 
     Apostrophes and hyphens inside a word, and points and commas inside a number, belong to it; combining marks and
-    joiners belong to what they follow. Together the spans cover every character that is not space.
+    joiners belong to the character before them. Together the spans cover every character that is not space.
 
     >>> text = "Wasn't well-made: $3.50!!"
     >>> [text[start:end] for start, end in word_spans(text)]
@@ -83,17 +89,17 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def printable(text: str, limit: int) -> str:
-    r"""The text for a terminal: control and other invisible characters escaped, cut after `limit` characters.
+    r"""Makes a text safe for a terminal: escapes invisible characters, and cuts it after `limit` characters.
 
     >>> print(printable("a\x1b[31mb and more", 8))
-    a\x1b[31m…
+    a\x1b[31mb…
     """
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
 
 
 def _character_kind(text: str, i: int, last_kind: str) -> str:
-    """'' for space, else what a run is made of: 'w'ord, 'p'unctuation or 's'ymbol characters."""
+    """Returns the kind of a character: '' for space, 'w' in words, 'p' in punctuation, 's' in symbols."""
     char = text[i]
     if char.isspace():
         return ""
@@ -114,7 +120,7 @@ def _character_kind(text: str, i: int, last_kind: str) -> str:
 def _merge_tokens(
     text: str, offsets: Sequence[tuple[int, int]], is_special: Sequence[int]
 ) -> tuple[tuple[Word, ...], tuple[tuple[int, ...], ...]]:
-    """Words of the text and each one's token positions. A token that reaches over several words joins them."""
+    """Returns the words of the text and each one's token positions. A token that spans several words joins them."""
     spans = word_spans(text)
     starts = [start for start, _ in spans]
     word_of_token: dict[int, tuple[int, int]] = {}

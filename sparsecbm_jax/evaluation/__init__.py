@@ -1,4 +1,4 @@
-"""Scores of models and of corrections, and what they are compared with."""
+"""Scores of models and of corrections, and their baselines."""
 
 from sparsecbm_jax.config import moved_names
 from sparsecbm_jax.evaluation.scores import evaluate

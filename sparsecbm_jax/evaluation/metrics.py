@@ -1,10 +1,9 @@
 """Metrics as sums that add up over batches and hosts, and the numbers made from those sums.
 
-Every metric is split in two. The *sums* (`confusion`, `calibration_sums`, `log_loss_sums`) are pure functions that run
+Every metric has two parts. The *sums* (`confusion`, `calibration_sums`, `log_loss_sums`) are pure functions that run
 under `jit` and can be added: the sums of two batches are the sums of their concatenation. The *finalisers*
 (`accuracy`, `macro_f1`, `paper_macro_f1`, `majority_accuracy`, `expected_calibration_error`, `log_loss`) turn added
-sums into numbers, in float64 on the host. A finaliser of sums in which nothing was counted is `nan`: no number would
-be true.
+sums into numbers, in float64 on the host. A finaliser of sums without any counted cell is NaN.
 """
 
 import math
@@ -27,13 +26,13 @@ def _counted(target: Int[Array, "*n"], weight: Float[Array, "*n"]) -> Float[Arra
 def confusion(
     predicted: Int[Array, "*n"], target: Int[Array, "*n"], weight: Float[Array, "*n"], num_classes: int
 ) -> Float[Array, "C C"]:
-    """Weighted confusion matrix; rows are the target class, columns the predicted class.
+    """Computes the weighted confusion matrix; rows are the target class, columns the predicted class.
 
     Args:
-        predicted: predicted class of each cell, in [0, num_classes).
-        target: true class of each cell; a negative one has no label and contributes nothing.
-        weight: weight of each cell; 0 for padding.
-        num_classes: number of classes C.
+        predicted: Predicted class of each cell, in [0, num_classes).
+        target: True class of each cell; a negative one means no label and contributes nothing.
+        weight: Weight of each cell; 0 for padding.
+        num_classes: Number of classes C.
 
     Returns:
         Sums, float32; exact for unit weights up to 2**24 cells in one call.
@@ -41,7 +40,7 @@ def confusion(
     >>> confusion(jnp.array([0, 1, 1]), jnp.array([0, 0, -1]), jnp.ones(3), 2).tolist()
     [[1.0, 1.0], [0.0, 0.0]]
     """
-    # A product of one-hots and not a scatter: it partitions over a sharded batch without gathering it.
+    # A product of one-hots, not a scatter, can be partitioned over a sharded batch without a gather.
     rows = jax.nn.one_hot(target.reshape(-1), num_classes, dtype=jnp.float32)
     columns = jax.nn.one_hot(predicted.reshape(-1), num_classes, dtype=jnp.float32)
     weights = _counted(target, weight).reshape(-1)
@@ -51,15 +50,15 @@ def confusion(
 def calibration_sums(
     probabilities: Float[Array, "*n C"], target: Int[Array, "*n"], weight: Float[Array, "*n"], num_bins: int = NUM_BINS
 ) -> Float[Array, "3 num_bins"]:
-    """Per bin of confidence: total weight, summed confidence, summed correctness.
+    """Computes, for each bin of confidence, total weight, summed confidence and summed correctness.
 
     The confidence of a cell is the probability of its most probable class. Bin i holds confidences in (i/n, (i+1)/n].
 
     Args:
-        probabilities: class probabilities of each cell.
-        target: true class of each cell; a negative one contributes nothing.
-        weight: weight of each cell; 0 for padding.
-        num_bins: number of bins of equal width over [0, 1].
+        probabilities: Class probabilities of each cell.
+        target: True class of each cell; a negative one contributes nothing.
+        weight: Weight of each cell; 0 for padding.
+        num_bins: Number of bins of equal width over [0, 1].
 
     Returns:
         Sums to be added and given to `expected_calibration_error`.
@@ -80,12 +79,12 @@ def calibration_sums(
 def log_loss_sums(
     logits: Float[Array, "*n C"], target: Int[Array, "*n"], weight: Float[Array, "*n"]
 ) -> Float[Array, " 2"]:
-    """Summed negative log likelihood of the target class, and the weight it was summed over.
+    """Computes the summed negative log likelihood of the target class, and the weight that it was summed over.
 
     Args:
-        logits: unnormalised log probabilities of each cell.
-        target: true class of each cell; a negative one contributes nothing.
-        weight: weight of each cell; 0 for padding.
+        logits: Unnormalised log probabilities of each cell.
+        target: True class of each cell; a negative one contributes nothing.
+        weight: Weight of each cell; 0 for padding.
 
     Returns:
         Sums to be added and given to `log_loss`.
@@ -105,7 +104,7 @@ def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> float:
 
 
 def accuracy(confusion_sums: ArrayLike) -> float:
-    """Share of the counted weight that was predicted right, in [0, 1].
+    """Computes the share of the counted weight that was predicted correctly, in [0, 1].
 
     >>> accuracy([[3, 1], [0, 4]])
     0.875
@@ -115,7 +114,7 @@ def accuracy(confusion_sums: ArrayLike) -> float:
 
 
 def majority_accuracy(confusion_sums: ArrayLike) -> float:
-    """Accuracy of always predicting the most frequent target class of what was counted, in [0, 1].
+    """Computes the accuracy of always predicting the most frequent target class among the counted cells, in [0, 1].
 
     >>> majority_accuracy([[3, 1], [0, 6]])
     0.6
@@ -139,9 +138,9 @@ def _one_against_rest(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def macro_f1(confusion_sums: ArrayLike) -> float:
-    """Mean over classes of the class's F1, in [0, 1].
+    """Computes the mean over classes of the class's F1, in [0, 1].
 
-    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c), and 0 where that is 0 / 0. A class found neither among the targets nor
+    F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c), and 0 where that is 0 / 0. A class that is neither among the targets nor
     among the predictions therefore counts as 0 in the mean, as in `sklearn.metrics.f1_score(..., labels=range(C),
     average="macro", zero_division=0)`.
 
@@ -156,13 +155,13 @@ def macro_f1(confusion_sums: ArrayLike) -> float:
 
 
 def paper_macro_f1(confusion_sums: ArrayLike) -> float:
-    """Mean over classes of the *binary macro* F1 of class against rest, in [0, 1].
+    """Computes the mean over classes of the *binary macro* F1 of class against rest, in [0, 1].
 
     For each class, F1 of 'is the class' and F1 of 'is not the class' are averaged; then the classes are averaged. True
-    negatives count, so it runs well above `macro_f1`. With two classes the two are the same. 0 / 0 counts as 0, as in
+    negatives count, so it is well above `macro_f1`. With two classes the two are the same. 0 / 0 counts as 0, as in
     `macro_f1`.
 
-    Reference: what Table 2 of the paper prints as macro F1.
+    Reference: the macro F1 of Table 2 of the paper.
 
     >>> paper_macro_f1([[2, 0, 0], [0, 0, 2], [0, 2, 0]]) > macro_f1([[2, 0, 0], [0, 0, 2], [0, 2, 0]])
     True
@@ -177,10 +176,10 @@ def paper_macro_f1(confusion_sums: ArrayLike) -> float:
 
 
 def expected_calibration_error(sums: ArrayLike) -> float:
-    """Expected calibration error, Σ_b (n_b / n) |accuracy_b − confidence_b|, in [0, 1].
+    """Computes the expected calibration error, Σ_b (n_b / n) |accuracy_b − confidence_b|, in [0, 1].
 
     Args:
-        sums: added outputs of `calibration_sums`.
+        sums: Added outputs of `calibration_sums`.
 
     >>> expected_calibration_error([[0, 2], [0, 1.5], [0, 1]])
     0.25
@@ -192,7 +191,7 @@ def expected_calibration_error(sums: ArrayLike) -> float:
 
 
 def log_loss(sums: ArrayLike) -> float:
-    """Mean negative log likelihood in nats, from added outputs of `log_loss_sums`.
+    """Computes the mean negative log likelihood in nats, from added outputs of `log_loss_sums`.
 
     >>> log_loss([3.0, 2.0])
     1.5
@@ -206,18 +205,18 @@ def _is_number(value: Any) -> bool:
 
 
 def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of every number in reports of the same shape, one report a seed.
+    """Computes mean and sample standard deviation of every number in reports of the same shape, one report a seed.
 
     Args:
-        reports: dicts, nested alike. Numbers are summarised (`None` and NaN mean 'no value' and are left out);
-            anything else is kept where all reports agree on it and dropped where they do not.
+        reports: Dicts, nested alike. Numbers are summarised (`None` and NaN mean 'no value' and are left out); any
+            other value is copied where all reports agree on it and left out where they do not.
 
     Returns:
         The same nesting with `{"mean", "sd", "num"}` in place of each number. `sd` divides by num − 1 and is None for
         fewer than two values; `mean` is None for none.
 
     Raises:
-        ValueError: no reports, or a key that not all of them have; the key and the report's position are named.
+        ValueError: There are no reports, or not all of them have a key; the key and the report's position are named.
 
     >>> summarise([{"a": 1.0}, {"a": 3.0}])
     {'a': {'mean': 2.0, 'sd': 1.4142135623730951, 'num': 2}}

@@ -1,4 +1,4 @@
-"""Scores of several runs beside each other: mean and standard deviation over seeds."""
+"""Scores of several runs compared: mean and standard deviation over seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,17 +13,17 @@ METRICS_FILE = "metrics.json"
 
 
 def summarise_runs(workdirs: Sequence[str | Path]) -> dict[str, Any]:
-    """Mean and sample standard deviation over runs that differ in nothing but their seed.
+    """Computes mean and sample standard deviation over runs that differ only in their seed.
 
     Args:
-        workdirs: directories of finished runs, each with its `metrics.json`.
+        workdirs: Directories of finished runs, each with its `metrics.json`.
 
     Returns:
-        What `metrics.summarise` makes of the files, and `num_runs`.
+        The result of `metrics.summarise` for the files, and `num_runs`.
 
     Raises:
-        FileNotFoundError: a directory has no `metrics.json`.
-        ValueError: a file is not JSON, the files do not have the same keys, or the runs' configurations differ in more
+        FileNotFoundError: A directory has no `metrics.json`.
+        ValueError: A file is not JSON, the files do not have the same keys, or the runs' configurations differ in more
             than the seed.
     """
     reports = [read_metrics(workdir) for workdir in workdirs]
@@ -40,21 +40,23 @@ def summarise_runs(workdirs: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def read_metrics(workdir: str | Path) -> dict[str, Any]:
-    """What a finished run found, from its `metrics.json`.
+    """Reads the scores of a finished run from its `metrics.json`.
 
     Raises:
-        FileNotFoundError: the directory has none.
-        ValueError: the file is not a JSON object.
+        FileNotFoundError: The directory has none.
+        ValueError: The file is not a JSON object.
     """
     return read_json_object(Path(workdir) / METRICS_FILE, "the scores that a finished run leaves in its directory")
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:
-    """A summary of runs as Markdown tables, in percent, mean ± sample standard deviation, one table for each scored
-    split.
+    """Renders a summary of runs as Markdown: for each scored split a table of mean ± standard deviation, in percent.
 
     Args:
-        summary: what `summarise_runs` returned.
+        summary: The summary, from `summarise_runs`.
+
+    Raises:
+        ValueError: The summary has no scores of a split.
     """
     splits = {name: value for name, value in summary.items() if isinstance(value, Mapping) and "task" in value}
     if "task" in summary:

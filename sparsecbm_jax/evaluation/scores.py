@@ -1,4 +1,4 @@
-"""Score a model on batches, and put the scores of one or several runs on a page.
+"""Scores of a model on batches.
 
 A batch is scored by two jitted functions, the model's forward pass and the sums of `metrics`; the host only adds sums
 and divides them at the end. Dropout is off.
@@ -29,7 +29,7 @@ _pack = jax.jit(masks_lib.pack)
 
 
 class EvaluationSums(NamedTuple):
-    """What one batch adds to the scores; fields of two batches may be added."""
+    """The sums of one batch for the scores; fields of two batches may be added."""
 
     concept_confusion: Float[Array, "K C C"]
     concept_calibration: Float[Array, "K 3 num_bins"]
@@ -42,11 +42,11 @@ class EvaluationSums(NamedTuple):
 
 @jax.jit
 def batch_sums(output: CBMOutput, batch: Batch) -> EvaluationSums:
-    """Sums of one scored batch: padding rows (weight 0), missing concepts and missing labels (negative) add nothing.
+    """Computes the sums of one batch; padding rows (weight 0) and missing (negative) concepts and labels add nothing.
 
     Args:
-        output: what the model returned for the batch.
-        batch: the batch, with its labels and weights.
+        output: The model's output for the batch.
+        batch: The batch, with its labels and weights.
 
     Returns:
         Sums on the device; the concept fields have K = 0 for a model without concepts.
@@ -89,7 +89,7 @@ def evaluate(
     *,
     forward_fn: ForwardFn | None = None,
 ) -> dict[str, Any]:
-    """Score a model on batches.
+    """Scores a model on batches.
 
     The task is scored over rows with a label (>= 0) and each concept over its cells with a class (>= 0), both weighted
     by `example_weight`, so padding rows count for nothing. In the section `concept` all concept cells are pooled: the
@@ -97,27 +97,27 @@ def evaluate(
     concepts always. Its `majority_accuracy` is that of always predicting each concept's own most frequent class.
 
     Args:
-        config: the model's static configuration.
-        arrays: parameters, masks (packed or not; None for a dense model) and heads; those of the strategy 'standard'
+        config: The model's static configuration.
+        arrays: Parameters, masks (packed or not; None for a dense model) and heads; those of the strategy 'standard'
             have no concepts.
-        batches: every row once. Several hosts: global arrays, so that the sums are those of all hosts.
-        schema: names of the concepts.
-        forward_fn: forward pass to use in place of `make_forward(config)`, say one made for a mesh.
+        batches: Batches with every row once. On several hosts, global arrays, so that the sums are those of all hosts.
+        schema: Names of the concepts.
+        forward_fn: Forward pass in place of `make_forward(config)`, for example one made for a mesh.
 
     Returns:
         Report: `num_examples`; `task` with `accuracy`, `macro_f1`, `paper_macro_f1`, `ece`, `log_loss`,
-        `majority_accuracy`, `num` (the weight counted); `concept` with the same and `mean_accuracy`; and `concepts`
-        with the same by name. The last two are absent where the model has no concepts. A number that cannot be had
-        because nothing was counted is None.
+        `majority_accuracy`, `num` (the counted weight); `concept` with the same and `mean_accuracy`; and `concepts`
+        with the same by name. The last two are absent where the model has no concepts. A number for which nothing was
+        counted is None.
 
     Raises:
-        ValueError: no batches, or a model whose number of concepts is not the schema's.
+        ValueError: There are no batches, or the model's number of concepts is not the schema's.
     """
     forward = forward_fn or make_forward(config)
     if arrays.masks is not None and any(mask.dtype == jnp.bool_ for mask in arrays.masks.values()):
         arrays = arrays._replace(masks=_pack(arrays.masks))
-    # Collected without waiting, then added in float64: the device never idles for the host, and many batches lose no
-    # digits.
+    # Collected without waiting, then added in float64: the device never waits for the host, and sums over many batches
+    # are exact.
     collected = [sharding.in_turn(batch_sums(forward(arrays, batch), batch)) for batch in batches]
     if not collected:
         raise ValueError("evaluate: expected at least one batch, got none (is the split empty?)")
@@ -131,11 +131,14 @@ def evaluate(
 
 
 def report_of(sums: EvaluationSums, schema: Schema) -> dict[str, Any]:
-    """Turn added sums into the report that `evaluate` describes.
+    """Turns added sums into the report that `evaluate` describes.
 
     Args:
-        sums: added outputs of `batch_sums`, on the host.
-        schema: names of the concepts, as many as the sums have (or the sums have none).
+        sums: Added outputs of `batch_sums`, on the host.
+        schema: Names of the concepts, as many as the sums have (or the sums have none).
+
+    Raises:
+        ValueError: The sums have another number of concepts.
     """
     num_concepts = len(sums.concept_confusion)
     if num_concepts not in (0, len(schema.concepts)):

@@ -14,21 +14,22 @@ COLUMNS = (
 
 
 def sections_of(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The parts of a report that a table has a row for, with their scores: each concept, all of them, and the task."""
+    """Returns the rows of a report's table, names with their scores: each concept, all concepts, and the task."""
     rows = list(report.get("concepts", {}).items())
     rows += [("all concepts", report["concept"])] if "concept" in report else []
     return [*rows, ("task", report["task"])]
 
 
 def percent(value: float | None) -> str:
+    """Formats a share in percent; - for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
 def render_table(report: Mapping[str, Any]) -> str:
-    """A report as an aligned plain-text table, in percent, the majority baseline beside the accuracy.
+    """Renders a report as an aligned plain-text table, in percent, the majority baseline next to the accuracy.
 
     Args:
-        report: what `evaluate` returned.
+        report: The report, from `evaluate`.
     """
     rows = [["%", *(title for _, title in COLUMNS), "labelled"]]
     for name, scores in sections_of(report):

@@ -1,4 +1,4 @@
-"""Why the model decided as it did: words, subnetworks, concepts, label."""
+"""Explanations of a model's decisions: words, subnetworks, concepts, label."""
 
 from sparsecbm_jax.config import moved_names
 from sparsecbm_jax.explanation.as_text import render_text

@@ -26,23 +26,29 @@ CSV_COLUMNS = (
 
 
 def top_words(pathway: DecisionPathway, lane: ConceptPathway, top: int) -> list[tuple[Word, float]]:
-    """The words that matter most to a concept and their scores, by absolute score; those not read are left out."""
+    """Returns the words of highest absolute score for a concept, with their scores, without words that were not read.
+
+    Args:
+        pathway: The pathway of the text.
+        lane: The concept's lane in it.
+        top: Most words to return.
+    """
     scored = zip(pathway.words, lane.word_scores, strict=True)
     return sorted(((word, score) for word, score in scored if word.is_read), key=lambda pair: -abs(pair[1]))[:top]
 
 
 def csv_header(top: int = 5) -> str:
-    """The first line of the table that `csv_rows` fills."""
+    """Returns the first line of the table that `csv_rows` fills, with columns for `top` words."""
     return _csv([[*CSV_COLUMNS, *(f"{kind}_{i + 1}" for i in range(top) for kind in ("word", "score"))]])
 
 
 def csv_rows(pathway: DecisionPathway, number: int, top: int = 5) -> str:
-    """One line for each concept of a text; texts stand as they are, so a spreadsheet should not read them as formulas.
+    """Returns a line for each concept of a text. Texts stand as they are: no spreadsheet may read them as formulas.
 
     Args:
-        pathway: what `explain` returned.
-        number: which text it is, from 0.
-        top: words shown per concept, those of highest absolute score; cells are empty where a text has fewer.
+        pathway: The pathway, from `explain`.
+        number: Number of the text, from 0.
+        top: Words shown per concept, those of highest absolute score; cells are empty where a text has fewer.
     """
     rows: list[list[Any]] = []
     for lane in pathway.concepts:
@@ -61,17 +67,17 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def method_words(pathway: DecisionPathway) -> str:
-    """How the words were scored, in words: 'integrated_gradients (signed, from zero in 32 steps)'."""
+    """Describes the method of the word scores: 'integrated_gradients (signed, from zero in 32 steps)'."""
     path = "" if pathway.baseline is None else f", from {pathway.baseline} in {pathway.num_steps} steps"
     return f"{pathway.method} ({'signed' if pathway.is_signed else 'no sign'}{path})"
 
 
 def render_text(pathway: DecisionPathway, top: int = 5) -> str:
-    """The pathway for a terminal; control characters of the text are shown escaped.
+    """Renders the pathway for a terminal; control characters of the text are escaped.
 
     Args:
-        pathway: what `explain` returned.
-        top: words shown per concept, those of highest absolute score.
+        pathway: The pathway, from `explain`.
+        top: Words shown per concept, those of highest absolute score.
     """
     label = pathway.explained_label
     share = pathway.label_probabilities

@@ -1,13 +1,13 @@
-"""How much each token of a text matters to a concept's logit u_k, through that concept's subnetwork.
+"""Scores of the tokens of a text for a concept's logit u_k, through that concept's subnetwork.
 
-With e the word embeddings of a text, positions and token types held as they are, a token t scores
+With e the word embeddings of a text, and positions and token types constant, a token t scores
 
     gradient_norm         ‖∂u_k/∂e_t‖₂                                        no sign: how sensitive u_k is to t
     gradient_x_input      e_t · ∂u_k/∂e_t                                     signed: towards or away from the class
     integrated_gradients  (e_t − b_t) · ∫₀¹ ∂u_k/∂e_t (b + α (e − b)) dα      signed, and complete
 
 where the baseline b is the text with the embedding of every token of a word replaced, by zeros or by that of padding.
-The tokens that the tokeniser adds keep theirs all along the path, so that what the words score adds up to all of
+Tokens that the tokeniser adds have their own embeddings all along the path, so the scores of the words add up to
 u_k(e) − u_k(b).
 
 Reference: Tan et al. 2024, ‖G_k(t_d)‖; Shrikumar et al. 2016, 'Not Just a Black Box'; Sundararajan et al. 2017,
@@ -37,21 +37,21 @@ BASELINES: tuple[str, ...] = typing.get_args(Baseline)
 
 
 class AttributionError(ValueError):
-    """A way to score tokens that does not exist."""
+    """A method, baseline or number of steps that does not exist."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """How tokens are scored; static and hashable.
+    """A method of scoring tokens; static and hashable.
 
     Attributes:
-        method: as the head of this room says.
-        baseline: embedding of a word's tokens at the start of the path of integrated gradients.
-        num_steps: points of that path, at least 1; those of Gauss and Legendre, which are exact for polynomials of a
-            degree below twice their number.
+        method: One of the three methods in the docstring of this module.
+        baseline: Embedding of a word's tokens at the start of the path of integrated gradients.
+        num_steps: Number of points of that path, at least 1; Gauss–Legendre points, which are exact for polynomials of
+            a degree below twice their number.
 
     Raises:
-        AttributionError: if there is no such method or baseline, or no step.
+        AttributionError: There is no such method or baseline, or no step.
     """
 
     method: Method = "gradient_norm"
@@ -69,24 +69,24 @@ class Attribution:
 
     @property
     def is_integrated(self) -> bool:
-        """Whether there is a path, and so a baseline and steps."""
+        """True where the method has a path, and so a baseline and steps."""
         return self.method == "integrated_gradients"
 
     @property
     def is_signed(self) -> bool:
-        """Whether a score below zero speaks against the class."""
+        """True where a score below zero speaks against the class."""
         return self.method != "gradient_norm"
 
 
 class TokenScores(NamedTuple):
-    """What one jitted pass says about a batch; NumPy arrays of one row once it is on the host.
+    """The result of one jitted pass over a batch; NumPy arrays of one row once it is on the host.
 
     Attributes:
-        output: the predictions.
-        classes: class of each concept that was differentiated.
-        token_scores: 0 for tokens of no word.
+        output: The predictions.
+        classes: Class of each concept that was differentiated.
+        token_scores: Score of every token; 0 for tokens of no word.
         contributions: φ_k · a_k towards every label.
-        baseline_logits: u_k of that class at the baseline; None where the method has none.
+        baseline_logits: u_k of that class at the baseline; None where the method has no baseline.
     """
 
     output: CBMOutput
@@ -105,18 +105,18 @@ def score_tokens(
     is_word: Bool[Array, "B T"],
     attribution: Attribution,
 ) -> TokenScores:
-    """Predictions of a batch, and how much every token matters to every concept's logit.
+    """Computes the predictions of a batch, and the score of every token for every concept's logit.
 
-    All concepts' gradients come from one backward pass, since every subnetwork reads its own copy of the embeddings
-    and rows do not meet. Integrated gradients scan over the steps: memory does not grow with their number.
+    All concepts' gradients come from one backward pass, since every subnetwork reads its own copy of the embeddings and
+    no row depends on another. Integrated gradients scan over the steps: memory does not grow with their number.
 
     Args:
-        config: the model's static description.
-        arrays: parameters, masks (packed or not; None for a dense model) and heads.
-        batch: the texts.
-        classes: class of each concept to differentiate; −1 for the predicted one.
-        is_word: tokens that belong to a word of the text: neither special nor padding.
-        attribution: the method, with its baseline and steps.
+        config: The model's static description.
+        arrays: Parameters, masks (packed or not; None for a dense model) and heads.
+        batch: The texts.
+        classes: Class of each concept to differentiate; −1 for the predicted one.
+        is_word: True at tokens that belong to a word of the text, neither special nor padding.
+        attribution: The method, with its baseline and steps.
     """
     table = arrays.params["embed"]["word"]["embedding"]
     words = table[batch.input_ids]
@@ -160,7 +160,7 @@ def _gradients(
     words: Float[Array, "B T E"],
     classes: Int[Array, "*B K"],
 ) -> tuple[CBMOutput, Float[Array, "K B T E"]]:
-    """∂u_{k,c}/∂e at the given word embeddings, for the given class of each concept (−1: the predicted one)."""
+    """Computes ∂u_{k,c}/∂e at the given word embeddings for a class c of each concept; −1 is the predicted class."""
 
     def logits_fn(embeddings: Float[Array, "... B T E"]) -> tuple[Float[Array, "B K C"], CBMOutput]:
         output = forward(config, arrays, batch, word_embeddings=embeddings)
@@ -171,7 +171,7 @@ def _gradients(
     logits, pull_back, output = jax.vjp(logits_fn, copies, has_aux=True)
     cotangent = jax.nn.one_hot(_explained(output, classes), config.num_classes, dtype=logits.dtype)
     if is_dense:
-        # One shared pass: the concepts' gradients do not separate by themselves.
+        # The concepts share one pass: their gradients are separated by one pull-back for each.
         apart = jnp.eye(config.num_concepts, dtype=logits.dtype)[:, None, :, None] * cotangent
         return output, jax.vmap(lambda one: pull_back(one)[0])(apart)
     return output, pull_back(cotangent)[0]

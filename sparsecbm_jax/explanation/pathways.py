@@ -1,6 +1,6 @@
-"""From a text to its decision pathway: words, through each concept's subnetwork, to concepts, to the label.
+"""Decision pathways of texts: words, through each concept's subnetwork, to concepts, to the label.
 
-A pathway is plain data (strings, floats, tuples): it becomes JSON as it stands and knows nothing of arrays.
+A pathway is plain data (strings, floats, tuples): it becomes JSON without conversion and holds no arrays.
 
 Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways', Figures 2, 4, 6 and 7.
 """
@@ -28,7 +28,7 @@ from sparsecbm_jax.runtime.json_schema import schema_of
 
 PREDICTED = "predicted"
 LABEL = "label"
-# Texts read at a time, in batches: enough that those of a batch are of like length.
+# Number of batches whose texts are read at a time: enough that texts of similar length share a batch.
 WINDOW_BATCHES = 16
 
 _pack = jax.jit(masks_lib.pack)
@@ -39,19 +39,19 @@ class ConceptPathway:
     """One concept's lane of a pathway.
 
     Attributes:
-        name: the concept.
-        predicted_class: class of highest probability.
-        explained_class: class that `word_scores` speak about.
-        probabilities: softmax of u over the classes.
-        activations: a = σ(u) of each class, which is what the label reads.
+        name: Name of the concept.
+        predicted_class: Class of highest probability.
+        explained_class: Class that `word_scores` are for.
+        probabilities: Softmax of u over the classes.
+        activations: a = σ(u) of each class, the input of the label predictor.
         contribution: φ_k · a_k towards the explained label.
-        contributions: the same towards every label.
-        word_scores: how much each word of the pathway matters to u of the explained class through this concept's
-            subnetwork, by the pathway's method; 0 for unread words.
+        contributions: The same towards every label.
+        word_scores: Score of each word of the pathway for u of the explained class through this concept's subnetwork,
+            by the pathway's method; 0 for unread words.
         explained_logit: u of the explained class.
-        baseline_logit: the same at the baseline of integrated gradients, whose word scores add up to the difference;
+        baseline_logit: The same at the baseline of integrated gradients, whose word scores add up to the difference;
             null for other methods.
-        subnetwork: what its mask keeps; null for a dense model.
+        subnetwork: Weights that the concept's mask keeps; null for a dense model.
     """
 
     name: str
@@ -69,21 +69,21 @@ class ConceptPathway:
 
 @dataclasses.dataclass(frozen=True)
 class DecisionPathway:
-    """How one text became its label. For every label j, bias[j] + Σ_k contributions_k[j] = label_logits[j].
+    """The path of one text to its label. For every label j, bias[j] + Σ_k contributions_k[j] = label_logits[j].
 
     Attributes:
-        text: the text as given.
-        target: what was asked to be explained: 'predicted', or the label and classes that were named.
-        method: how words were scored.
-        is_signed: whether a word score below zero speaks against the class; without sign, it says how sensitive u is.
-        baseline: what stands for the words' embeddings where the path of integrated gradients begins; null for others.
-        num_steps: points of that path; null for other methods.
-        words: words with character offsets into `text`.
-        is_truncated: whether the text is longer than the model reads.
-        concepts: one lane per concept.
-        label: label of highest probability.
-        explained_label: label that `contribution` speaks about.
-        label_probabilities, label_logits, bias: by label.
+        text: The text as given.
+        target: Target of the explanation: 'predicted', or the label and classes that were named.
+        method: Method of the word scores.
+        is_signed: True where a word score below zero speaks against the class; a score without sign is a sensitivity.
+        baseline: Embeddings of the words at the start of the path of integrated gradients; null for other methods.
+        num_steps: Number of points of that path; null for other methods.
+        words: Words with character offsets into `text`.
+        is_truncated: True where the text is longer than the model reads.
+        concepts: One lane per concept.
+        label: Label of highest probability.
+        explained_label: Label that `contribution` is for.
+        label_probabilities, label_logits, bias: Values by label.
     """
 
     text: str
@@ -102,16 +102,20 @@ class DecisionPathway:
     bias: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """The pathway as nested dicts and lists, ready for JSON."""
+        """Returns the pathway as nested dicts and lists, ready for JSON."""
         return json.loads(self.to_json())
 
     def to_json(self, indent: int | None = None) -> str:
-        """The pathway as one JSON object; on one line by default."""
+        """Returns the pathway as one JSON object.
+
+        Args:
+            indent: Spaces of indentation; None writes one line.
+        """
         return json.dumps(dataclasses.asdict(self), allow_nan=False, indent=indent)
 
 
 class Target(NamedTuple):
-    """What is to be explained: indices of the label and of each concept's class, −1 for the predicted one."""
+    """The target of an explanation: indices of the label and of each concept's class, −1 for the predicted one."""
 
     name: str
     label: int
@@ -128,29 +132,29 @@ def explain(
     num_steps: int = Attribution.num_steps,
     batch_size: int = 16,
 ) -> list[DecisionPathway]:
-    r"""Explains every text, in the order given.
+    """Explains every text, in the order given.
 
-    The words' scores are their tokens' (see `attribution`), put together: for signed methods the sum over the word's
-    sub-words d, for the gradient norm that of the word's embeddings stacked,
-    $\sqrt{\sum_d \lVert \partial u_{k,c} / \partial e_d \rVert^2}$. Special tokens have no score.
+    A word's score combines those of its sub-word tokens d (see `attribution`): for signed methods it is their sum; for
+    the gradient norm it is the norm of the word's stacked gradients, √(Σ_d ‖∂u_{k,c}/∂e_d‖²). Special tokens have no
+    score.
 
     Args:
-        model: a model with concepts, sparse or dense.
-        texts: the texts; none may be empty.
+        model: A model with concepts, sparse or dense.
+        texts: The texts; none may be empty.
         target: 'predicted' explains the predicted label and, per concept, the predicted class. A label's name explains
             that label. A mapping {concept: class} explains those classes, and {'label': name} in it that label.
         method: 'gradient_norm' (no sign, the paper's), 'gradient_x_input' or 'integrated_gradients' (signed).
-        baseline: for integrated gradients, what stands in place of the words' embeddings where their path begins:
-            'zero', or 'pad', the padding token's.
-        num_steps: points of that path; each costs a forward and a backward pass.
-        batch_size: texts in a pass; the result does not depend on it beyond rounding.
+        baseline: Embeddings of the words at the start of the path of integrated gradients: 'zero', or 'pad', the
+            padding token's.
+        num_steps: Number of points of that path, at least 1; each costs a forward and a backward pass.
+        batch_size: Texts in a pass, at least 1; the result does not depend on it beyond rounding.
 
     Returns:
         One pathway per text.
 
     Raises:
-        ValueError: if a text is empty or holds nothing that the tokeniser reads, `target` names no label, concept
-            or class, there is no such method or baseline, the model has no concepts, or its output is not finite.
+        ValueError: A text is empty or holds nothing that the tokeniser reads, `target` names no label, concept or
+            class, there is no such method or baseline, the model has no concepts, or its output is not finite.
 
     Reference: Tan et al. 2024, token scores ‖G_k(t_d)‖; contributions from Eq. 3.
     Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
@@ -172,13 +176,25 @@ def explain_stream(
     num_steps: int = Attribution.num_steps,
     batch_size: int = 16,
 ) -> Iterator[DecisionPathway]:
-    """Explains any number of texts, in order, in the memory that a few batches take; arguments as for `explain`.
+    """Explains any number of texts, in order, in the memory of a few batches.
 
-    Texts are read some batches ahead, so that those of like length share a pass.
+    Texts are read some batches ahead, so that those of similar length share a pass.
+
+    Args:
+        model: As for `explain`.
+        texts: The texts, read as they are needed.
+        target: As for `explain`.
+        method: As for `explain`.
+        baseline: As for `explain`.
+        num_steps: As for `explain`.
+        batch_size: As for `explain`.
+
+    Yields:
+        One pathway per text.
 
     Raises:
-        ValueError: as `explain`: at once for what is asked, and when its turn comes for a text, whose position is
-            named; what stands before its window of texts has been yielded by then.
+        ValueError: As `explain`. Errors in the other arguments are raised at once; an error in a text is raised in its
+            turn and names its position, after the pathways of all earlier windows of texts.
     """
     if "projector" not in model.heads:
         raise ValueError(f"strategy {model.strategy!r} has no concepts to explain; train 'joint' or 'sparse' instead")
@@ -196,7 +212,7 @@ def _explain_windows(
     window = list(itertools.islice(texts, WINDOW_BATCHES * batch_size))
     if not window:
         return
-    # A power of two for few texts, so that calls compile seldom.
+    # A power of two for few texts, so that few programs are compiled.
     batch_size = min(batch_size, 1 << (len(window) - 1).bit_length())
     subnetworks = summarise_subnetworks(model.masks, model.schema.concepts)
     masks = None if model.masks is None else _pack(model.masks)
@@ -220,7 +236,7 @@ def _explain_windows(
 
 
 def pathway_schema() -> dict[str, Any]:
-    """The JSON Schema of `DecisionPathway.to_dict()`."""
+    """Returns the JSON Schema of `DecisionPathway.to_dict()`."""
     return schema_of(DecisionPathway)
 
 
@@ -298,7 +314,7 @@ def _pathway(
 
 
 def _word_tokens(batch: Batch, readings: Sequence[Reading]) -> Bool[np.ndarray, "B T"]:
-    """Which tokens of a batch belong to a word."""
+    """Marks the tokens of a batch that belong to a word."""
     is_word = np.zeros(batch.input_ids.shape, bool)
     for row in np.flatnonzero(batch.example_weight > 0):
         for tokens in readings[batch.row_ids[row]].tokens:

@@ -1,12 +1,12 @@
-"""What each concept's subnetwork keeps: by kernel, layer, head, row and column, beside the others and beside chance.
+"""The kept weights of each concept's subnetwork by kernel, layer, head, row and column; overlaps, also by chance.
 
-A kernel is [inputs, outputs]: a row is what one input reaches, a column what one output reads. An attention head has
-its columns in query, key and value, and its rows in the attention output. All shares are of the weights there are.
+A kernel is [inputs, outputs]: a row holds the weights of one input, a column those of one output. An attention head has
+its columns in query, key and value, and its rows in the attention output. All shares are of the existing weights.
 
 Chance. Masks of densities d_i and d_j drawn independently have a Jaccard index of about
 d_i d_j / (d_i + d_j − d_i d_j), which is d / (2 − d) for equal densities. Masks that prefer the same kernels overlap by
-more than that without sharing a single choice within one: `chance_within_kernels` takes every kernel's own densities in
-every layer, and what an overlap exceeds it by is choice of weights.
+more than that even if their choices within a kernel are independent. `chance_within_kernels` therefore takes every
+kernel's own densities in every layer; an overlap above it is due to the choice of weights within kernels.
 
 Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways', Figure 6.
 """
@@ -37,16 +37,16 @@ _DIGITS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Subnetwork:
-    """What one concept's mask keeps, in plain numbers.
+    """The kept weights of one concept's mask, in plain numbers.
 
     Attributes:
-        density: kept share of all maskable weights.
-        density_per_layer: kept share of each transformer layer's kernels, first layer first.
+        density: Kept share of all maskable weights.
+        density_per_layer: Kept share of each transformer layer's kernels, first layer first.
         overlap: Jaccard index with each other concept's mask.
-        chance_overlap: what two random masks of this density would have.
-        chance_overlaps: what this mask would have by chance with each other concept's, whose density may differ.
-        exclusive: share of the kept weights that no other concept keeps.
-        shared: share of the kept weights that all concepts keep.
+        chance_overlap: Expected Jaccard index of two random masks of this density.
+        chance_overlaps: Expected Jaccard index of random masks of this density and of each other concept's.
+        exclusive: Share of the kept weights that no other concept keeps.
+        shared: Share of the kept weights that all concepts keep.
     """
 
     density: float
@@ -60,11 +60,11 @@ class Subnetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How the kept shares of a kernel's rows, or of its columns, spread.
+    """The distribution of the kept shares of a kernel's rows, or of its columns.
 
     Attributes:
-        quantiles: for each layer, the shares at 0, 10, 25, 50, 75, 90 and 100 % of the rows or columns.
-        num_empty: for each layer, how many keep no weight at all.
+        quantiles: For each layer, the shares at 0, 10, 25, 50, 75, 90 and 100 % of the rows or columns.
+        num_empty: For each layer, the number of rows or columns that keep no weight.
     """
 
     quantiles: tuple[tuple[float, ...], ...]
@@ -73,16 +73,16 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class KernelView:
-    """What one concept keeps of one kernel; a kernel outside the layers counts as one layer.
+    """The weights that one concept keeps of one kernel; a kernel outside the layers counts as one layer.
 
     Attributes:
-        path: the kernel.
-        num_rows, num_columns: its inputs and outputs.
-        density: kept share.
-        density_per_layer: the same for each layer.
-        rows, columns: how the kept shares of single rows and columns spread.
-        heads: for each layer, the kept share of each head's part; null for a kernel without heads.
-        density_map: for each layer, kept shares of a grid of blocks, rows downwards; null where none was asked for.
+        path: Path of the kernel.
+        num_rows, num_columns: Number of inputs and of outputs.
+        density: Kept share.
+        density_per_layer: Kept share of each layer.
+        rows, columns: Distribution of the kept shares of single rows and columns.
+        heads: For each layer, the kept share of each head's part; null for a kernel without heads.
+        density_map: For each layer, kept shares of a grid of blocks, rows downwards; null where none was requested.
     """
 
     path: str
@@ -98,19 +98,18 @@ class KernelView:
 
 @dataclasses.dataclass(frozen=True)
 class ConceptView:
-    """What one concept's mask keeps.
+    """The weights that one concept's mask keeps, kernel by kernel.
 
     Attributes:
-        name: the concept.
-        summary: densities and overlaps, as in a pathway.
-        heads: for each layer, the kept share of each head's masked weights, in query, key, value and attention output
+        name: Name of the concept.
+        summary: Densities and overlaps, as in a pathway.
+        heads: For each layer, the kept share of each head's masked weights, in query, key, value and attention output
             together; null where none of these is masked.
-        exclusive_by_chance, shared_by_chance: what `summary.exclusive` and `summary.shared` would be for independent
-            masks.
-        constant_level: parts that all keep the same share, where there are any: 'kernel' (whole kernels apart), or
-            'column', each column of these, too.
-        note: what that means for a reader; empty where density is free.
-        kernels: one view per kernel.
+        exclusive_by_chance, shared_by_chance: `summary.exclusive` and `summary.shared` of independent masks.
+        constant_level: Parts that all keep the same share: 'kernel' (all kernels but those that are kept whole), or
+            'column' (each of their columns, too); null where shares differ.
+        note: The meaning of that level for a reader; empty where shares differ.
+        kernels: One view per kernel.
     """
 
     name: str
@@ -125,13 +124,13 @@ class ConceptView:
 
 @dataclasses.dataclass(frozen=True)
 class PairOverlap:
-    """How much two concepts' masks have in common.
+    """The overlap of two concepts' masks.
 
     Attributes:
-        concepts: the two names.
-        jaccard: weights that both keep over weights that either keeps.
-        chance: the same for independent masks of these densities.
-        chance_within_kernels: the same for masks that are independent within every kernel, of their densities there.
+        concepts: The two names.
+        jaccard: Weights that both keep over weights that either keeps.
+        chance: The same for independent masks of these densities.
+        chance_within_kernels: The same for masks that are independent within every kernel, of their densities there.
     """
 
     concepts: tuple[str, ...]
@@ -142,13 +141,13 @@ class PairOverlap:
 
 @dataclasses.dataclass(frozen=True)
 class SubnetworkReport:
-    """All concepts' subnetworks: what a page shows beside the pathways, a few hundred kilobytes as JSON.
+    """All concepts' subnetworks, as plain data: a few hundred kilobytes as JSON.
 
     Attributes:
-        num_weights: maskable weights of the backbone.
-        num_layers, num_heads: of the backbone.
-        concepts: one view per concept.
-        overlaps: one entry per pair of concepts.
+        num_weights: Maskable weights of the backbone.
+        num_layers, num_heads: Layers of the backbone, and attention heads of each.
+        concepts: One view per concept.
+        overlaps: One entry per pair of concepts.
     """
 
     num_weights: int
@@ -158,12 +157,12 @@ class SubnetworkReport:
     overlaps: tuple[PairOverlap, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as nested dicts, lists and tuples, ready for JSON."""
+        """Returns the report as nested dicts, lists and tuples, ready for JSON."""
         return dataclasses.asdict(self)
 
 
 def summarise_subnetworks(masks: Masks | None, concepts: Sequence[str]) -> tuple[Subnetwork | None, ...]:
-    """Density, density by layer and overlap of every concept's mask; None for each concept of a dense model."""
+    """Computes densities and overlaps of every concept's mask; returns None for each concept of a dense model."""
     if masks is None:
         return (None,) * len(concepts)
     density, overlap = masks_lib.total_density(masks), masks_lib.overlap(masks)
@@ -189,17 +188,17 @@ def summarise_subnetworks(masks: Masks | None, concepts: Sequence[str]) -> tuple
 def view_subnetworks(
     masks: Masks, config: BackboneConfig, concepts: Sequence[str], *, bins: int = 16
 ) -> SubnetworkReport:
-    """Counts what every concept keeps, once a model.
+    """Counts the weights that every concept keeps.
 
     Args:
-        masks: the K masks.
-        config: the backbone, for its heads.
-        concepts: the K names.
-        bins: rows and columns of the density maps, at most 32; 0 for none. With 16 a report has about 1.5 kB per
+        masks: The K masks.
+        config: The backbone's shape, for its heads.
+        concepts: The K names.
+        bins: Rows and columns of the density maps, at most 32; 0 for no maps. With 16 a report has about 1.5 kB per
             concept, kernel and layer: 0.3 MB for MiniLM and four concepts.
 
     Raises:
-        ValueError: if `bins` is out of range, or there are not as many masks as concepts.
+        ValueError: `bins` is out of range, or there are not as many masks as concepts.
     """
     if not 0 <= bins <= 32:
         raise ValueError(f"bins is {bins}; expected 0 to 32")
@@ -237,7 +236,7 @@ def view_subnetworks(
 
 
 class _Counts(NamedTuple):
-    """Kept weights of a kernel's rows, columns and blocks, for each concept and layer."""
+    """Numbers of kept weights of a kernel's rows, columns and blocks, for each concept and layer."""
 
     rows: Int[np.ndarray, "K L I"]
     columns: Int[np.ndarray, "K L O"]
@@ -287,7 +286,7 @@ def _spread(kept: Int[np.ndarray, "L n"], size: int) -> Spread:
 
 
 def head_axis(path: str) -> int | None:
-    """The axis of a kernel along which its heads stand, 0 for rows; None where it has none."""
+    """Returns the axis of a kernel along which its heads lie, 0 for rows; None where it has no heads."""
     group, _, name = path.removesuffix("/kernel").rpartition("/")
     if group != "layers/attention":
         return None
@@ -311,7 +310,7 @@ def _shares_of_heads(counts: Mapping[str, _Counts], k: int, num_heads: int) -> t
 
 
 def _constant_level(counts: Iterable[_Counts], k: int) -> Level | None:
-    """At which level selection left no freedom of density; a thousandth is left to rounding and to later edits."""
+    """Finds the level at which all shares are equal, within a thousandth for rounding and later edits; None if none."""
     parts = [(of_layer, count) for count in counts for of_layer in zip(count.layers[k], count.columns[k], strict=True)]
     parts = [((kept, columns), count) for (kept, columns), count in parts if kept < count.layer_size]
     kept = np.array([kept for (kept, _), _ in parts])
@@ -342,7 +341,7 @@ def _density_per_layer(masks: Masks) -> Float[np.ndarray, "K L"]:
 
 
 def _exclusive_and_shared(masks: Masks) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
-    """Of each concept's kept weights, the shares that no other concept keeps, and that all keep."""
+    """Computes, of each concept's kept weights, the shares that no other concept keeps, and that all keep."""
     k = masks_lib.num_concepts(masks)
     alone, by_all, kept = np.zeros(k, np.int64), 0, np.zeros(k, np.int64)
     for mask in map(np.asarray, masks.values()):
@@ -355,7 +354,7 @@ def _exclusive_and_shared(masks: Masks) -> tuple[Float[np.ndarray, " K"], Float[
 
 
 def _plain(values: Any) -> Any:
-    """Numbers as floats in nested tuples, rounded so that thousands of them stay small as JSON."""
+    """Turns numbers into floats in nested tuples, rounded so that thousands of them stay small as JSON."""
     if np.ndim(values):
         return tuple(_plain(each) for each in values)
     return round(float(values), _DIGITS)

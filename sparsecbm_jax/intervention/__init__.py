@@ -1,4 +1,4 @@
-"""Edits of a concept's mask, on arrays: editors, rankings, costs; how an edit is stored, logged, undone."""
+"""Edits of a concept's mask, on arrays: editors, rankings, costs; stored edits and their log."""
 
 from sparsecbm_jax.config import moved_names
 from sparsecbm_jax.intervention.edit_log import EditLog

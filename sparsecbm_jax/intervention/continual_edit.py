@@ -1,17 +1,18 @@
-"""Continual edits: earlier corrections hold, and everything else stays where it was.
+"""Continual edits: earlier corrections are retained, and other predictions stay as they were.
 
-A minimal edit (`minimal_edit`) looks at one text. Fifty of them, one after another, undo each other and change what
-nobody asked about. Here one edit answers for all corrected texts of a concept together, and for anchors, texts that are
-to be predicted as they were before any correction:
+A minimal edit (`minimal_edit`) sees one text. Fifty of them, one after another, undo each other and change predictions
+that nobody corrected. A continual edit is for all corrected texts of a concept together, and for anchors: texts that
+are to be predicted as they were before any correction. It lowers
 
     J(M_k) = Σ_i max(0, m − margin_i) + (λ / |A|) Σ_{a ∈ A} ‖P (u_a − u_a⁰)‖²
 
-with margin_i = u_target − max_{c ≠ target} u_c of corrected text i, m the margin asked for, and P taking the mean over
-classes away, which a softmax does not see. In each round weights are ranked by what they gain to first order, divided
-by what a change costs everything else, and as many are dropped and grown as lower J most among the numbers tried.
+with margin_i = u_target − max_{c ≠ target} u_c of corrected text i, m the requested margin, and P the projection that
+subtracts the mean over classes, which a softmax ignores. In each round weights are ranked by their first-order gain
+divided by the cost of the change for other texts. Several numbers of pairs are tried, and the number that lowers J most
+is dropped and grown.
 
-Reference: replay of what was learnt before, Robins 1995, 'Catastrophic forgetting, rehearsal and pseudorehearsal';
-outputs held at those of the old model, Li & Hoiem 2016, 'Learning without Forgetting'.
+Reference: replay of earlier examples, Robins 1995, 'Catastrophic forgetting, rehearsal and pseudorehearsal';
+outputs close to those of the old model, Li & Hoiem 2016, 'Learning without Forgetting'.
 """
 
 import functools
@@ -37,7 +38,7 @@ from sparsecbm_jax.model.sparse_cbm import ModelArrays
 ANCHOR = -1  # in place of a target
 # Pairs that the first round tries first.
 _FIRST_PAIRS = 128
-# Of the margin asked for, what every corrected text has to have for the rounds to end.
+# Rounds end when every corrected text has this share of the requested margin.
 _ENOUGH = 0.5
 
 
@@ -45,9 +46,9 @@ class ReplayedTexts(NamedTuple):
     """Corrected texts of a concept and anchors, a row each; padding rows of the batch do not count.
 
     Attributes:
-        batch: the texts.
-        targets: class of each corrected row, `ANCHOR` for an anchor.
-        logits: u_k of the anchors before any correction; other rows of it are not looked at.
+        batch: The texts.
+        targets: Class of each corrected row, `ANCHOR` for an anchor.
+        logits: u_k of the anchors before any correction; its other rows are not read.
     """
 
     batch: Batch
@@ -56,12 +57,12 @@ class ReplayedTexts(NamedTuple):
 
 
 class ContinualSettings(NamedTuple):
-    """What a continual edit aims at. The defaults were chosen on validation: docs/results/intervention.md.
+    """The settings of a continual edit. The defaults were chosen on validation: docs/results/intervention.md.
 
     Attributes:
-        margin: m, above 0, in logits.
-        strength: λ, at least 0.
-        max_rounds: the most rounds, at least 1.
+        margin: m in logits, above 0.
+        strength: λ, the weight of the anchors, at least 0.
+        max_rounds: Most rounds, at least 1.
     """
 
     margin: float | Float[Array, ""] = 0.5
@@ -73,13 +74,13 @@ DEFAULTS = ContinualSettings()
 
 
 class ContinualEdit(NamedTuple):
-    """What the rounds came to.
+    """The result of a continual edit.
 
     Attributes:
-        num_changed: weights dropped and grown, round by round; one that went back and forth counts each time.
-        num_rounds: rounds that changed something.
+        num_changed: Weights dropped and grown, over all rounds; a weight that changes twice counts twice.
+        num_rounds: Rounds that changed a weight.
         margins: u_target − max of the others, of each corrected row after the edit; +∞ of anchors and padding.
-        drift: mean over anchors of the squared distance that their centred logits are from where they were.
+        drift: Mean over anchors of the squared distance of their centred logits from those before any correction.
     """
 
     num_changed: Int[Array, ""]
@@ -98,25 +99,26 @@ def continual_edit(
     settings: ContinualSettings = DEFAULTS,
     max_pairs: int = 2048,
 ) -> tuple[AnyMasks, ContinualEdit]:
-    """Edits concept k's mask so that every corrected row has its target, and anchors keep their logits.
+    """Edits concept k's mask so that every corrected row has its target, and anchors retain their logits.
 
-    Pure, and compiled once for all concepts, targets and settings of a batch shape. As many weights are grown as
-    dropped. Rounds end when every corrected row has half the margin, when no trial lowers J, or at the most.
+    The function is pure, and compiled once for all concepts, targets and settings of a batch shape. As many weights are
+    grown as dropped. Rounds end when every corrected row has half the margin, when no trial lowers J, or after
+    `max_rounds`.
 
     Args:
-        config: the model's static description.
-        arrays: parameters, masks and heads.
-        concept: k.
-        texts: all corrected texts of the concept, and the anchors.
-        costs: what a change costs everything else, by which gains are divided; None counts every weight alike.
-        settings: margin, strength of the anchors, most rounds.
-        max_pairs: the most pairs of weights that one round changes.
+        config: The model's static description.
+        arrays: Parameters, masks and heads.
+        concept: Index k of the concept.
+        texts: All corrected texts of the concept, and the anchors.
+        costs: Costs of a change for other texts, by which gains are divided; None counts every weight alike.
+        settings: Margin, strength of the anchors, most rounds.
+        max_pairs: Most pairs of weights that one round changes, at least 1.
 
     Returns:
-        The new masks and what the rounds came to. A row whose margin is not above zero is still not predicted as asked.
+        The new masks and the result. A row whose margin is not above zero does not have its target.
 
     Raises:
-        ValueError: as `intervene`; or targets or logits do not fit the batch, or `max_pairs` is not positive.
+        ValueError: As `intervene`; or targets or logits do not fit the batch, or `max_pairs` is not positive.
     """
     masks_lib.check_masks(arrays.masks)
     check_index("concept", concept, 0, config.num_concepts)
@@ -141,7 +143,7 @@ def continual_edit(
 
 
 class _Fit(NamedTuple):
-    """What J is made of, at some kernels."""
+    """The terms of J at some kernels: margins of the rows, and drift of the anchors."""
 
     margins: Float[Array, " B"]
     drift: Float[Array, ""]
@@ -157,7 +159,7 @@ class _Problem(NamedTuple):
     settings: ContinualSettings
 
     def objective(self, kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], _Fit]:
-        """J, and what it is made of."""
+        """Computes J and its terms."""
         batch, targets, logits = self.texts
         is_real = jnp.asarray(batch.example_weight) > 0
         is_anchor, is_corrected = is_real & (targets == ANCHOR), is_real & (targets != ANCHOR)
@@ -172,7 +174,7 @@ class _Problem(NamedTuple):
         return hinge + self.settings.strength * drift, _Fit(of_rows, drift)
 
     def is_short(self, fit: _Fit) -> Bool[Array, ""]:
-        """Whether a corrected row lacks too much of its margin for the rounds to end."""
+        """Returns True while a corrected row has too small a margin for the rounds to end."""
         return jnp.min(fit.margins) <= _ENOUGH * self.settings.margin
 
 
@@ -246,13 +248,13 @@ def _best_number(
     first: Int[Array, ""],
     most: Int[Array, ""],
 ) -> tuple[Int[Array, ""], tuple[Float[Array, ""], _Fit]]:
-    """Finds how many pairs of the ranking to swap: twice as many while J falls; if that never helped, half as many.
+    """Searches the number of pairs to swap: doubles it while J falls; if doubling never helps, halves it.
 
     Args:
-        after_swaps: J after the first n pairs are swapped.
-        before: J as it is.
-        first: the number that is tried first.
-        most: the largest number.
+        after_swaps: Computes J after the first n pairs are swapped.
+        before: J without a swap.
+        first: The number that is tried first.
+        most: The largest number.
 
     Returns:
         The number with the lowest J among those tried, 0 where none is lower than before, and J there.
@@ -265,7 +267,7 @@ def _best_number(
         best_pairs, best = jax.tree.map(
             lambda new, old: jnp.where(is_better, new, old), (n, found), (state.best_pairs, state.best)
         )
-        # A few flips may do nothing that float32 can tell: they are no reason to turn.
+        # A few flips may change J by less than float32 resolves: that is no reason to halve.
         goes_up = state.is_upward & (found[0] <= state.best[0])
         goes_down = (is_better | (best_pairs == 0)) & ~state.is_upward
         turns = state.is_upward & ~goes_up & (best_pairs <= first)

@@ -1,8 +1,8 @@
-"""Costs of a change of each weight for everything that a concept already predicts correctly; see `ranking.EditCosts`.
+"""Costs of a change of each weight for texts that a concept already predicts correctly; see `ranking.EditCosts`.
 
-The Fisher says by how much a concept's loss over training texts rises where a weight of its subnetwork moves. The
-pruner asks that of the kept weights; an edit also grows pruned ones, so here the gradients are those of the loss
-*through the masked subnetwork*, read at all positions.
+The Fisher diagonal measures by how much a concept's loss over training texts rises where a weight of its subnetwork
+moves. The pruner needs it for kept weights. An edit also grows pruned ones, so here the gradients of the loss *through
+the masked subnetwork* are taken at all positions.
 """
 
 import functools
@@ -31,30 +31,30 @@ def fisher_costs(
     floor: float = 0.01,
     on_gradient: Callable[[], object] = lambda: None,
 ) -> EditCosts:
-    r"""Computes the diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
+    """Computes the diagonal of a concept's Fisher at its subnetwork, plus a share of its mean.
 
-    $F = (1/m) \sum_i g_i^2 + floor \cdot mean$, with g_i the gradient of CE(u_k, c_k), averaged over minibatch i, by
-    the effective kernels θ_k. Where a weight is pruned its gradient is that of growing it.
+    F = (1/m) Σ_i g_i² + floor · mean, with g_i the gradient of CE(u_k, c_k), averaged over minibatch i, by the
+    effective kernels θ_k. The gradient at a pruned weight is that of growing it.
 
     Args:
-        config: the model's static description.
-        arrays: parameters, masks and heads.
-        batches: training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
-        concept: k.
-        floor: keeps weights that no text of the sample moves from seeming free; a share of the mean, at least 0.
-        on_gradient: called after each minibatch.
+        config: The model's static description.
+        arrays: Parameters, masks and heads.
+        batches: Training texts with their gold concepts, m minibatches; padding rows and missing cells do not count.
+        concept: Index k of the concept.
+        floor: Share of the mean that is added, at least 0, so that no weight has a cost of zero.
+        on_gradient: Called after each minibatch.
 
     Returns:
         Costs without directions.
 
     Raises:
-        ValueError: if there are no batches, or the concept has no gradient in any of them.
+        ValueError: There are no batches, or the concept has no gradient in any of them.
     """
     mask = masks_lib.concept(arrays.concept_masks, concept)
     total = {path: jnp.zeros(kept.shape, jnp.float32) for path, kept in mask.items()}
     for batch in batches:
         total = _add_squares(config, total, arrays, batch, jnp.int32(concept))
-        # Programs of a stream would otherwise pile up, each with a gradient of the whole backbone.
+        # Otherwise programs of many batches would wait in memory, each with a gradient of the whole backbone.
         jax.block_until_ready(total)
         on_gradient()
     mean = float(_sum(total)) / sum(leaf.size for leaf in total.values())
@@ -69,8 +69,8 @@ def fisher_costs(
 def sharpen(costs: EditCosts) -> EditCosts:
     """Raises costs to the power 3/2: gains are divided by F^0.75 in place of its root.
 
-    Were the effects of single changes on other texts all of one sign, F^0.5 would cost least for a gain; were they
-    independent, F would.
+    If the effects of single changes on other texts all had one sign, division by F^0.5 would give the least cost for a
+    gain; if they were independent, division by F would. The power 0.75 lies between both.
     """
     return costs._replace(costs={path: cost**1.5 for path, cost in costs.costs.items()})
 
@@ -83,11 +83,14 @@ def logit_directions(
     *,
     on_gradient: Callable[[], object] = lambda: None,
 ) -> dict[str, Float[Array, "P ..."]]:
-    """Averages gradients of a concept's logits over training texts, by gold class: what an edit is to project out.
+    """Averages gradients of a concept's logits over training texts, by gold class: directions that edits project out.
 
     Args:
-        config, arrays, batches, concept: as for `fisher_costs`.
-        on_gradient: called after each minibatch, once for every gold class.
+        config: As for `fisher_costs`.
+        arrays: As for `fisher_costs`.
+        batches: As for `fisher_costs`.
+        concept: As for `fisher_costs`.
+        on_gradient: Called after each minibatch, once for every gold class.
 
     Returns:
         {path: P gradients by the effective kernels}, P = C · C: each class's logit over the texts of each gold class.
@@ -122,7 +125,7 @@ def _add_logits(
         return weights @ output.concept_logits[:, 0]
 
     _, pull_back = jax.vjp(logits, _kernels(arrays, concept))
-    # One class after another: side by side they would take as much more memory.
+    # One class after another: together they would take C times the memory.
     grads = jax.lax.map(lambda one: pull_back(one)[0], jnp.eye(config.num_classes))
     return {path: total[path] + grad for path, grad in grads.items()}
 

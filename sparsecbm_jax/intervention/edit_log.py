@@ -1,9 +1,9 @@
-"""A log of edits on disk: what was acknowledged is never lost, what a power cut tore is never taken for an entry.
+"""A log of edits on disk: acknowledged edits are never lost, and an incomplete line is never taken for an entry.
 
-The file is lines of a CRC-32 in eight hexadecimal digits, a space, and JSON. It is only ever appended to, and an entry
-counts once it has reached the disk. The first line says which masks the log belongs to. A last line that is not whole
-was never acknowledged: it is put aside, beside the log, when the log is next opened for writing. A damaged line before
-the last is an error, and nothing is changed.
+The file is lines of a CRC-32 in eight hexadecimal digits, a space, and JSON. It only grows, and an entry counts once it
+has reached the disk. The first line names the masks that the log belongs to. A last line that is not whole was never
+acknowledged: it is moved to another file when the log is next opened for writing. A damaged line before the last is an
+error, and the file is not changed.
 """
 
 import json
@@ -32,10 +32,10 @@ class Conflict(NamedTuple):
     """An entry of another log that was left out of a merge.
 
     Attributes:
-        id: the edit.
-        kind: 'edit', or 'undo' for the undoing of one that both logs had.
-        with_ids: the edits of this log, or those of the other that were left out before, that touch the same weights.
-        num_positions: how many weights.
+        id: Id of the edit.
+        kind: 'edit', or 'undo' of an edit that both logs had.
+        with_ids: Edits of this log, or edits of the other that were left out before, that change the same weights.
+        num_positions: Number of these weights.
     """
 
     id: str
@@ -50,22 +50,22 @@ class Conflict(NamedTuple):
 class EditLog:
     """The edits made to one model's masks, in order.
 
-    `append` and `undo` return once the entry is on disk. One process writes at a time; `close`, or leaving a `with`,
-    lets the next one.
+    `append` and `undo` return once the entry is on disk. One process writes at a time; `close`, or the end of a `with`,
+    lets the next one write.
     """
 
     def __init__(self, path: str | Path, masks: Masks, concepts: Sequence[str], *, is_read_only: bool = False) -> None:
         """Opens a log, or makes it.
 
         Args:
-            path: the file.
-            masks: the model's masks without any of the log's edits.
-            concepts: the model's concepts, in order.
-            is_read_only: neither makes nor mends nor locks the file.
+            path: The file.
+            masks: The model's masks without any of the log's edits.
+            concepts: The model's concepts, in order.
+            is_read_only: True to only read the file: it is not made, repaired or locked.
 
         Raises:
-            EditLogError: if the log is damaged before its last line, belongs to other masks, or another process has it.
-            FileNotFoundError: if it is to be read only and is not there.
+            EditLogError: The log is damaged before its last line, belongs to other masks, or another process writes it.
+            FileNotFoundError: The file is to be read only and does not exist.
         """
         self.path, self._concepts = Path(path), tuple(concepts)
         self._entries: list[tuple[str, StoredEdit]] = []
@@ -76,7 +76,7 @@ class EditLog:
         if not is_read_only:
             self._lock = _locked(self.path)
         try:
-            # A log that a power cut left without its first line holds nothing yet.
+            # After a power cut, a log without its first line holds no entry.
             if not is_read_only and (not self.path.exists() or _is_torn_header(self.path, header)):
                 write_atomically(self.path, _line(header))
                 _sync(self.path)
@@ -93,7 +93,7 @@ class EditLog:
         self.close()
 
     def close(self) -> None:
-        """Lets another process write."""
+        """Releases the file, so that another process can write."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -116,7 +116,7 @@ class EditLog:
         """Returns an active edit.
 
         Raises:
-            ValueError: if there is none of that id; those there are are listed.
+            ValueError: There is none of that id; the active ones are listed.
         """
         if edit_id not in self._active:
             known = ", ".join(self._active) or "none"
@@ -124,20 +124,20 @@ class EditLog:
         return self._active[edit_id]
 
     def replay(self, masks: Masks) -> Masks:
-        """The masks with all active edits made, in order: the same bits on any mesh.
+        """Applies all active edits in order: the same bits on any mesh.
 
         Args:
-            masks: as given when the log was opened.
+            masks: The masks without any edit, as given when the log was opened.
         """
         for edit in self.edits:
             masks = apply_stored(masks, edit, self._concepts)
         return masks
 
     def append(self, edit: StoredEdit) -> str:
-        """Writes an edit to disk and gives its id.
+        """Writes an edit to disk and returns its id.
 
         Raises:
-            ValueError: if it is active already, or the model has no such concept.
+            ValueError: The edit is active already, or the model has no such concept.
         """
         if edit.concept not in self._concepts:
             raise ValueError(f"{self.path}: there is no concept {edit.concept!r}; expected one of {self._concepts}")
@@ -147,14 +147,18 @@ class EditLog:
         return edit.id
 
     def undo(self, masks: Masks, edit_id: str) -> Masks:
-        """The masks without one edit, whichever its place, and an entry that says so.
+        """Undoes one edit at any place of the log, and writes an entry for it.
 
         Args:
-            masks: with all active edits made.
+            masks: The masks with all active edits applied.
+            edit_id: Id of the edit.
+
+        Returns:
+            The masks without the edit.
 
         Raises:
-            ValueError: if no such edit is active, or later edits changed the same weights; they are named, and want
-                undoing first.
+            ValueError: No such edit is active, or later edits changed the same weights; they are named, and must be
+                undone first.
         """
         edit = self.get(edit_id)
         later = self.edits[self.edits.index(edit) + 1 :]
@@ -168,18 +172,22 @@ class EditLog:
         return without
 
     def undo_all(self, masks: Masks) -> Masks:
-        """The masks without any edit, the latest undone first; every one gets an entry."""
+        """Undoes all edits, the latest first, and writes an entry for each; returns the masks without them."""
         for edit in reversed(self.edits):
             masks = self.undo(masks, edit.id)
         return masks
 
     def merge(self, other: "EditLog") -> list[Conflict]:
-        """Takes over what another log of the same masks did since the two parted: its edits, and what it undid.
+        """Adds the entries that another log of the same masks has since the two were equal: its edits and its undos.
 
-        What touches weights that this log's own edits touch, or those of an edit that was left out, is left out.
+        An entry is left out if it changes weights that this log's own edits change, or those of an edit that was left
+        out before.
+
+        Args:
+            other: The other log; it is only read.
 
         Returns:
-            What was left out, in order.
+            The entries that were left out, in order.
         """
         conflicts: list[Conflict] = []
         theirs = {edit.id for edit in other.edits}
@@ -198,7 +206,7 @@ class EditLog:
             if edit.id in seen - theirs and not meets("undo", edit):
                 self._write("undo", edit, {"id": edit.id})
         for edit in other.edits:
-            # One that this log undid stays undone.
+            # An edit that this log undid is not added again.
             if edit.id not in had and not meets("edit", edit):
                 self.append(edit)
         return conflicts
@@ -260,7 +268,7 @@ class EditLog:
     def _put_aside(self, torn: bytes, good: int) -> None:
         aside = self.path.with_name(self.path.name + ".torn")
         if self._is_read_only:
-            logger.warning("%s: the last %d bytes are no whole entry and are passed over", self.path, len(torn))
+            logger.warning("%s: the last %d bytes are no whole entry and are skipped", self.path, len(torn))
             return
         with aside.open("ab") as file:
             file.write(torn + b"\n")
@@ -291,7 +299,7 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line, or None where the line is not whole."""
+    """Returns the entry of a line, or None where the line is not whole."""
     digits, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or digits != b"%08x" % zlib.crc32(text):
         return None
@@ -304,10 +312,10 @@ def _is_torn_header(path: Path, header: Mapping[str, Any]) -> bool:
 
 
 def _locked(path: Path) -> int:
-    """A lock on a file beside the log, held until it is closed or the process ends."""
+    """Locks a file next to the log, until the file is closed or the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows, where one writer is the user's care.
+    except ImportError:  # Windows, where the user must allow one writer only.
         return os.open(os.devnull, os.O_RDONLY)
     lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:

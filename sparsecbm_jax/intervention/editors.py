@@ -1,9 +1,9 @@
-"""Editors: ways to take in one correction, behind one type, so that each is used, served and measured like the others.
+"""Editors: methods of making one correction, behind one type, so that all are used, served and measured alike.
 
-An editor is a function of the model's arrays and a correction; it returns the new arrays and the edit. Those here
-change the corrected concept's mask, by as much as was fixed beforehand, by as little as repairs, or so that earlier
-corrections hold. One of your own is a function of the same shape; a frozen dataclass with fields for its settings also
-says in every report what it is.
+An editor is a function of the model's arrays and a correction; it returns the new arrays and the edit. The editors here
+change the corrected concept's mask: by a given number of weights, by as few weights as repair the concept, or so that
+earlier corrections are retained. An editor of your own is a function of the same signature; as a frozen dataclass with
+fields for its settings, it also has a name and settings in every report.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ Editor = Callable[[CBMConfig, ModelArrays, ConceptCorrection], tuple[ModelArrays
 
 @dataclasses.dataclass(frozen=True)
 class FixedSize:
-    """Drops and grows a share of the backbone's weights that is given beforehand, as the paper does.
+    """An editor that drops and grows a given share of the backbone's weights, as the paper does.
 
     Attributes:
-        drop_fraction: share of the maskable weights that each step drops, and as many that it grows, in [0, 1].
+        drop_fraction: Share of the maskable weights that each step drops and grows, in [0, 1].
         saliency: 'signed', 'magnitude' (the paper's) or a function; see `ranking.SaliencyFn`.
-        num_steps: how often to differentiate and edit, at least 1.
+        num_steps: Number of steps, at least 1; each differentiates and edits.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
@@ -58,12 +58,14 @@ class FixedSize:
 
 @dataclasses.dataclass(frozen=True)
 class Minimal:
-    """Drops and grows as few weights as repair the concept; leaves the mask as it is where `max_pairs` do not.
+    """An editor that drops and grows as few weights as repair the concept.
+
+    It leaves the mask as it is where `max_pairs` do not suffice.
 
     Attributes:
-        margin: logits by which the asked class is to lead, at least 0.
-        costs: of each concept, what a change costs everything else; None counts every weight alike.
-        max_pairs: the most pairs of weights that are tried.
+        margin: Logits by which the requested class has to lead, at least 0.
+        costs: Costs of a change for other texts, by concept; None counts every weight alike.
+        max_pairs: Most pairs of weights that are tried, at least 1.
     """
 
     margin: float = 0.0
@@ -87,23 +89,24 @@ class Minimal:
 
 @dataclasses.dataclass(frozen=True)
 class Continual:
-    """Makes one edit for the correction, those before it, and anchors, which stay as they were before any correction.
+    """An editor whose edit is for the correction, the earlier ones, and anchors, which stay as before any correction.
 
-    Corrections before it are those that `ConceptCorrection.earlier` names. What weights cost, and the logits of the
-    anchors, are computed when a concept is first corrected, and kept.
+    Earlier corrections are those in `ConceptCorrection.earlier`. The costs of weights and the logits of the anchors are
+    computed when a concept is first corrected, and stored.
 
     Attributes:
-        anchors: training texts with their gold concepts.
-        original: the model before any correction, whose logits the anchors keep; None for the first that is seen.
-        costs: of each concept, what a change costs everything else; 'fisher' computes it from the anchors, None counts
-            every weight alike.
-        margin, strength, max_rounds: see `ContinualSettings`.
-        num_rows: texts that one edit answers for, at least 4; at most half of them are corrections.
-        seed: of the draw of texts.
-        on_gradient: called for each of the anchors' batches, once for each concept that is corrected.
+        anchors: Training texts with their gold concepts.
+        original: The model before any correction, whose logits the anchors retain; None takes the first model that is
+            edited.
+        costs: Costs of a change for other texts, by concept; 'fisher' computes them from the anchors, None counts every
+            weight alike.
+        margin, strength, max_rounds: See `ContinualSettings`.
+        num_rows: Texts of one edit, at least 4; at most half of them are corrections.
+        seed: Seed of the draw of texts.
+        on_gradient: Called for each of the anchors' batches, once for each concept that is corrected.
 
     Raises:
-        ValueError: if there are no anchors, or `num_rows` is too small.
+        ValueError: There are no anchors, or `num_rows` is too small.
     """
 
     anchors: Sequence[Batch] = dataclasses.field(repr=False)
@@ -117,7 +120,7 @@ class Continual:
     on_gradient: Callable[[], object] = dataclasses.field(default=lambda: None, repr=False)
 
     def __post_init__(self) -> None:
-        # What is computed once for each concept; no part of what the editor is.
+        # Computed once for each concept; not a setting of the editor.
         object.__setattr__(self, "_replay", Replay(self.anchors, num_rows=self.num_rows, seed=self.seed))
         object.__setattr__(self, "_fisher", dict[int, EditCosts]())
 
@@ -154,13 +157,13 @@ class Continual:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
-    """Makes a minimal edit, then others for the corrected text that fares worst, until all are predicted as asked.
+    """An editor of minimal edits: one for the correction, then others for the earlier one of least margin.
 
-    Where `max_rounds` edits do not suffice, the one that is worst then stays wrong.
+    It ends when all corrected texts have their targets, or after `max_rounds` edits.
 
     Attributes:
-        minimal: the editor that makes each of them.
-        max_rounds: the most edits, at least 1.
+        minimal: The editor that makes each edit.
+        max_rounds: Most edits, at least 1.
     """
 
     minimal: Minimal = Minimal()
@@ -169,7 +172,7 @@ class Rehearsed:
     def __call__(
         self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
     ) -> tuple[ModelArrays, MaskEdit]:
-        """Edits the mask."""
+        """Edits the mask; see the class."""
         same = [one for one in correction.earlier if int(one.concept) == int(correction.concept)]
         cells = [*same, correction]
         new, worst = arrays, len(cells) - 1
@@ -183,7 +186,12 @@ class Rehearsed:
 
 
 def fixed_size(drop_fraction: float = 1e-4, saliency: str | SaliencyFn = "signed", num_steps: int = 1) -> FixedSize:
-    """Returns the editor that changes a share of the weights given beforehand; see `FixedSize`.
+    """Returns the editor that changes a given share of the weights; see `FixedSize`.
+
+    Args:
+        drop_fraction: As for `FixedSize`.
+        saliency: As for `FixedSize`.
+        num_steps: As for `FixedSize`.
 
     >>> fixed_size(0.001)
     FixedSize(drop_fraction=0.001, saliency='signed', num_steps=1)
@@ -194,6 +202,11 @@ def fixed_size(drop_fraction: float = 1e-4, saliency: str | SaliencyFn = "signed
 def minimal(*, margin: float = 0.0, costs: Mapping[int, EditCosts] | None = None, max_pairs: int = 4096) -> Minimal:
     """Returns the editor that changes as few weights as repair the concept; see `Minimal`.
 
+    Args:
+        margin: As for `Minimal`.
+        costs: As for `Minimal`.
+        max_pairs: As for `Minimal`.
+
     >>> minimal(margin=0.5)
     Minimal(margin=0.5, max_pairs=4096)
     """
@@ -201,14 +214,22 @@ def minimal(*, margin: float = 0.0, costs: Mapping[int, EditCosts] | None = None
 
 
 def continual(anchors: Sequence[Batch], **settings: Any) -> Continual:
-    """Returns the editor whose corrections last; see `Continual` for the settings."""
+    """Returns the editor that retains earlier corrections.
+
+    Args:
+        anchors: Training texts with their gold concepts.
+        **settings: The other attributes of `Continual`.
+
+    Raises:
+        ValueError: As `Continual`.
+    """
     return Continual(anchors, **settings)
 
 
 def describe(editor: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
-    """Returns what reports call an editor, and its settings as plain data.
+    """Returns an editor's name in reports, and its settings as plain data.
 
-    The settings are those fields of a dataclass that its `repr` shows; a function has a name alone.
+    The settings are those fields of a dataclass that its `repr` shows; a function has only a name.
 
     >>> describe(minimal(margin=0.5))
     ('minimal', {'margin': 0.5, 'max_pairs': 4096})
@@ -230,7 +251,12 @@ def _plain(value: Any) -> Any:
 
 
 def is_repaired(edit: MaskEdit, example_weight: Any) -> bool:
-    """Returns whether every corrected row has the asked class after an edit."""
+    """Returns True where every corrected row has the requested class after an edit.
+
+    Args:
+        edit: The edit, with the outputs after it.
+        example_weight: Weight of each row; rows of weight 0 do not count.
+    """
     logits = edit.concept_logits_after[:, edit.concept]
     return bool(least_margin(logits, edit.target, jnp.asarray(example_weight)) > 0)
 

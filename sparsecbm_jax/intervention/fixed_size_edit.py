@@ -1,7 +1,7 @@
-"""A person's correction of one concept becomes a small, visible, reversible change of that concept's mask.
+"""Edits of a given size: a correction of one concept as a small, visible, reversible change of that concept's mask.
 
-θ, ψ and φ stay frozen. The gradient of the corrected concept's loss, taken at all positions of the subnetwork, pruned
-ones too, ranks the weights; equally many are dropped and grown, so the sparsity does not change by a single weight.
+θ, ψ and φ stay frozen. The gradient of the corrected concept's loss, taken at all positions of the subnetwork, also at
+pruned ones, ranks the weights. Equally many are dropped and grown, so the number of kept weights does not change.
 
 Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
 """
@@ -32,7 +32,7 @@ from sparsecbm_jax.model.forward import forward, subnetwork_output
 from sparsecbm_jax.model.losses import subnetwork_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
-# What a step drops, and what it grows, is counted in one unsigned integer.
+# The number of weights that a step drops is one unsigned integer.
 _MOST_CHANGED = 2**32 - 1
 
 
@@ -46,25 +46,25 @@ def intervene(
     num_steps: int | Int[Array, ""] = 1,
     scope: str = "global",
 ) -> tuple[AnyMasks, MaskEdit]:
-    r"""Moves concept k's mask so that it reads the batch as class `target`.
+    """Changes concept k's mask towards the prediction of class `target` for the batch.
 
-    $L_k = \gamma\,CE(u_k, target) + CE(y, label)$, averaged over the batch, is differentiated by the effective kernels
-    of subnetwork k alone, the other concepts' activations held constant; without a label the second term is left out.
-    Each step drops the n kept weights of lowest score and grows the n pruned ones of highest score. Pure, and compiled
-    once for all concepts, targets, fractions, labels and numbers of steps of a batch shape.
+    L_k = γ CE(u_k, target) + CE(y, label), averaged over the batch, is differentiated by the effective kernels of
+    subnetwork k alone, with the other concepts' activations constant; without a label there is no second term. Each
+    step drops the n kept weights of lowest score and grows the n pruned ones of highest score. The function is pure,
+    and compiled once for all concepts, targets, fractions, labels and numbers of steps of a batch shape.
 
     Args:
-        config: the model's static description.
-        arrays: parameters, masks and heads; masks as booleans or packed: a byte a weight instead of K for K of 8 or
-            less.
-        correction: the texts, the concept and the class that it should have.
+        config: The model's static description.
+        arrays: Parameters, masks and heads; masks as booleans, or packed: for K up to 8, one byte a weight instead of
+            K.
+        correction: The texts, the concept and the class that it should have.
         drop_fraction: r in [0, 1]; each step drops and grows n = r · (maskable weights of the backbone) weights,
             rounded in float64 to the nearest integer, halves to even. A traced fraction is rounded in its own precision
-            and cut to what the mask can give, since nothing can be refused then.
-        saliency: 'signed', 'magnitude', a function of one's own (see `SaliencyFn`), or the costs of a change for
-            everything else, by which signed gains are divided (see `EditCosts`).
-        num_steps: how often to differentiate and edit, at least 1.
-        scope: what weights compete with: all of the backbone ('global'), or those of their kernel and layer
+            and limited to the mask's kept and pruned weights, since a traced value cannot raise an error.
+        saliency: 'signed', 'magnitude', a function of one's own (see `SaliencyFn`), or the costs of a change for other
+            texts, by which signed gains are divided (see `EditCosts`).
+        num_steps: Number of steps, at least 1; each differentiates and edits.
+        scope: Weights that compete with each other: all of the backbone ('global'), or those of one kernel and layer
             ('per_kernel'), each of which then drops and grows its own share r, rounded by itself.
 
     Returns:
@@ -72,8 +72,8 @@ def intervene(
         edit: the difference between first and last mask over all steps.
 
     Raises:
-        ValueError: if concept, target, label or drop_fraction lies out of range, the subnetwork has fewer kept or
-            pruned weights than the fraction asks for, or the masks are missing.
+        ValueError: Concept, target, label, drop_fraction, num_steps or scope lies out of range, the subnetwork has
+            fewer kept or pruned weights than the fraction needs, or the masks are missing.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention'.
     """
@@ -103,8 +103,8 @@ def _intervene(
     batch, concept, target = correction.batch, correction.concept, jnp.asarray(correction.target)
     before = forward(config, arrays, batch)
     weights = {path: leaf_at(params, path) for path in masks}
-    wanted = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
-    corrected = batch._replace(concepts=wanted, label=correction.label)  # type: ignore[arg-type]
+    targets = jnp.broadcast_to(target[:, None], (target.shape[0], config.num_concepts))
+    corrected = batch._replace(concepts=targets, label=correction.label)  # type: ignore[arg-type]
 
     def step(_: Int[Array, ""], mask: dict[str, Bool[Array, "..."]]) -> dict[str, Bool[Array, "..."]]:
         grads = jax.grad(subnetwork_loss, argnums=4)(
@@ -130,7 +130,7 @@ def _intervene(
 def _change_count(
     masks: AnyMasks, concept: int | Int[Array, ""], drop_fraction: float | Float[Array, ""], scope: str
 ) -> UInt[Array, ""] | dict[str, UInt[Array, "*layers"]]:
-    """How many weights a step drops and grows, of the whole backbone or of each kernel."""
+    """Computes the number of weights that a step drops and grows, of the whole backbone or of each kernel."""
     if scope not in ("global", "per_kernel"):
         raise ValueError(f"scope is {scope!r}; expected 'global' or 'per_kernel'")
     mask = masks_lib.concept(masks, concept)
@@ -155,7 +155,7 @@ def _change_count(
 
 
 def _kept_of_each(path: str, kept: Bool[Array, "..."]) -> tuple[UInt[Array, "*layers"], int]:
-    """Kept weights of each kernel that a leaf holds, one for every layer that it stacks, and the size of one."""
+    """Counts the kept weights of each kernel of a leaf, one for every stacked layer; also returns a kernel's size."""
     first = 1 if path.startswith("layers/") else 0
     counts = jnp.sum(kept, axis=range(first, kept.ndim), dtype=jnp.uint32)
     return counts, kept.size // max(counts.size, 1)

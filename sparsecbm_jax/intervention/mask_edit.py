@@ -1,4 +1,4 @@
-"""An edit of one mask as arrays: applied, undone, counted."""
+"""Edits of one mask as arrays: application, undo, counts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ class ConceptCorrection(NamedTuple):
     """A correction on arrays: the texts whose concept is to have another class.
 
     Attributes:
-        batch: the texts to be corrected together, usually one row. Their own labels are not read.
-        concept: index k of the corrected concept.
-        target: class that the concept should have, for all rows or for each.
-        label: task label to pull towards as well, for all rows or for each; None or −1 for none.
-        earlier: corrections made before, oldest first, for editors that keep them.
+        batch: Texts to be corrected together, usually one row. Their own labels are not read.
+        concept: Index k of the corrected concept.
+        target: Class that the concept should have, for all rows or for each.
+        label: Task label that the texts should have, too, for all rows or for each; None or −1 for none.
+        earlier: Earlier corrections, oldest first, for editors that retain them.
     """
 
     batch: Batch
@@ -36,15 +36,15 @@ class ConceptCorrection(NamedTuple):
 
 
 class MaskEdit(NamedTuple):
-    """What one intervention changed: data that `apply` and `undo` read, and the predictions on both sides of it.
+    """The changes of one intervention, which `apply` and `undo` read, and the predictions before and after it.
 
     Attributes:
-        concept: index of the one concept whose mask changed.
-        target: class that each row's concept was to have.
-        label: task label that entered the loss, −1 for none.
-        num_per_step: weights dropped, and as many grown, in each step.
-        dropped: per path, positions kept before and pruned now.
-        grown: per path, positions pruned before and kept now.
+        concept: Index of the one concept whose mask changed.
+        target: Class that each row's concept should have.
+        label: Task label that entered the loss, −1 for none.
+        num_per_step: Weights dropped, and as many grown, in each step.
+        dropped: By path, True at positions kept before and pruned now.
+        grown: By path, True at positions pruned before and kept now.
         concept_logits_before, concept_logits_after: u of all concepts; only those of `concept` differ.
         label_logits_before, label_logits_after: y.
     """
@@ -62,30 +62,30 @@ class MaskEdit(NamedTuple):
 
 
 def apply(masks: AnyMasks, edit: MaskEdit) -> AnyMasks:
-    """Masks with the edit made: what was dropped is pruned, what was grown is kept; to the bit.
+    """Applies an edit, to the bit: dropped positions become pruned, grown positions become kept.
 
     Raises:
-        ValueError: if concrete masks do not keep every position to be dropped and prune every position to be grown.
+        ValueError: Concrete masks do not keep every position to be dropped and prune every position to be grown.
     """
     return _flip(masks, edit.concept, off=edit.dropped, on=edit.grown, verb="apply")
 
 
 def undo(masks: AnyMasks, edit: MaskEdit) -> AnyMasks:
-    """The inverse of `apply`: `undo(apply(masks, edit), edit)` is `masks` to the bit.
+    """Undoes an edit, the inverse of `apply`: `undo(apply(masks, edit), edit)` is `masks` to the bit.
 
     Raises:
-        ValueError: if concrete masks no longer hold the edit, because another one changed the same positions since.
+        ValueError: Concrete masks no longer hold the edit, because another one changed the same positions since.
     """
     return _flip(masks, edit.concept, off=edit.grown, on=edit.dropped, verb="undo")
 
 
 def num_changed(edit: MaskEdit) -> tuple[int, int]:
-    """How many weights an edit dropped and grew, exact."""
+    """Counts exactly the weights that an edit dropped and grew."""
     return count_true(edit.dropped), count_true(edit.grown)
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether anything in some trees is a tracer, whose value cannot be looked at."""
+    """Returns True where a leaf of the trees is a tracer, whose value cannot be read."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
@@ -116,11 +116,12 @@ def edit_between(
     """Returns the difference between two masks of a concept.
 
     Args:
-        old, new: the concept's mask before and after.
-        before: the model's output with the old masks.
-        after: the output of the concept's subnetwork under the new mask, as `subnetwork_output` gives it.
-        correction: what was asked for, as `checked` gives it.
-        num_per_step: weights dropped, and as many grown, in each step.
+        old: The concept's mask before.
+        new: The concept's mask after.
+        before: The model's output with the old masks.
+        after: Output of the concept's subnetwork under the new mask, from `subnetwork_output`.
+        correction: The correction, from `checked`.
+        num_per_step: Weights dropped, and as many grown, in each step.
     """
     concept = correction.concept
     return MaskEdit(
@@ -138,16 +139,16 @@ def edit_between(
 
 
 def edit_of(config: CBMConfig, old: ModelArrays, new: ModelArrays, correction: ConceptCorrection) -> MaskEdit:
-    """Returns the edit that leads from a model to another, and what both make of the corrected texts.
+    """Returns the edit that leads from one model to another, with the predictions of both for the corrected texts.
 
     Args:
-        config: the model's static description.
-        old: the model before.
-        new: the model after: another mask of the corrected concept, or, of an editor that trains, other weights.
-        correction: what was asked for.
+        config: The model's static description.
+        old: The model before.
+        new: The model after, with another mask of the corrected concept or, if the editor trains, other weights.
+        correction: The correction.
 
     Raises:
-        ValueError: as `checked`.
+        ValueError: As `checked`.
     """
     forward = make_forward(config)
     correction = checked(config, old, correction)
@@ -172,8 +173,8 @@ def checked(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrectio
     """Returns a correction as arrays, a target and a label for each row (label −1 for none), without earlier ones.
 
     Raises:
-        ValueError: if concept, target or label lies out of range, or the model has no masks. Traced values are not
-            looked at.
+        ValueError: Concept, target or label lies out of range, or the model has no masks. Traced values are not
+            checked.
     """
     masks_lib.check_masks(arrays.masks)
     label = -1 if correction.label is None else correction.label
@@ -190,7 +191,17 @@ def checked(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrectio
 
 
 def check_index(name: str, value: Any, low: int, high: int) -> None:
-    """Raises ValueError where a concrete index is not in [low, high)."""
+    """Checks that a concrete index lies in [low, high); traced ones are not checked.
+
+    Args:
+        name: Name of the index, for errors.
+        value: The index, or indices.
+        low: Least index.
+        high: One more than the largest index.
+
+    Raises:
+        ValueError: It does not.
+    """
     if is_traced(value):
         return
     if np.any(np.asarray(value) < low) or np.any(np.asarray(value) >= high):

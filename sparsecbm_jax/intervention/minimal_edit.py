@@ -1,8 +1,8 @@
 """The smallest edit that repairs a concept: the counterfactual explanation of a prediction in terms of its subnetwork.
 
-Weights are ranked once, by one gradient. How many of the ranking it takes is found by doubling and bisection, with the
-subnetwork run at each trial: the effect need not grow with every weight, so the number that comes out is one that was
-seen to repair, and the number below it one that was seen not to.
+Weights are ranked once, by one gradient. Doubling and bisection then find how many of the ranking suffice, and run the
+subnetwork at each trial. The effect need not grow with every weight: the number found repairs, and the number below it
+does not, as both were tried.
 """
 
 import functools
@@ -25,15 +25,15 @@ from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 
 class MinimalEdit(NamedTuple):
-    """What the search found.
+    """The result of the search.
 
     Attributes:
-        edit: nothing is dropped or grown where nothing repairs, or nothing need be.
-        num_pairs: n, weights dropped and as many grown.
-        is_repaired: whether all rows have their target with the margin now.
-        margin: the least margin of a row after the edit, u_target − max of the others.
-        margin_below: the same with n − 1 pairs, seen not to be above the asked one; NaN where n is 0.
-        num_trials: how often the subnetwork was run for it.
+        edit: The edit; it changes no weight where no edit repairs, or none is needed.
+        num_pairs: n, the number of weights dropped, and as many grown.
+        is_repaired: True where all rows have their target with the margin now.
+        margin: Least margin of a row after the edit, u_target − max of the others.
+        margin_below: The same with n − 1 pairs, which is not above the requested one; NaN where n is 0.
+        num_trials: Number of runs of the subnetwork.
     """
 
     edit: MaskEdit
@@ -55,23 +55,23 @@ def minimal_edit(
 ) -> tuple[AnyMasks, MinimalEdit]:
     """Drops the n most harmful kept weights of concept k and grows the n most helpful pruned ones, for the smallest n.
 
-    Pure, and compiled once for all concepts, targets and margins of a batch shape. First-order gains, by which weights
-    are ranked, are of the least margin; see `ranking.signed`.
+    The function is pure, and compiled once for all concepts, targets and margins of a batch shape. Weights are ranked
+    by their first-order gain of the least margin; see `ranking.signed`.
 
     Args:
-        config: the model's static description.
-        arrays: parameters, masks and heads.
-        correction: the texts, the concept and the class that it should have; padding rows do not count, a label is not
+        config: The model's static description.
+        arrays: Parameters, masks and heads.
+        correction: The texts, the concept and the class that it should have; padding rows do not count, a label is not
             read.
-        margin: u_target is to be above the other classes' logits by more than this.
-        costs: what a change costs everything else; see `EditCosts`. None counts every weight alike.
-        max_pairs: the most pairs that are tried.
+        margin: Logits by which u_target has to exceed the other classes' logits.
+        costs: Costs of a change for other texts; see `EditCosts`. None counts every weight alike.
+        max_pairs: Most pairs that are tried, at least 1.
 
     Returns:
-        The new masks and what was found; the same masks where `max_pairs` pairs do not repair.
+        The new masks and the result of the search; the same masks where `max_pairs` pairs do not repair.
 
     Raises:
-        ValueError: as `intervene`; or `max_pairs` is not positive.
+        ValueError: As `intervene`; or `max_pairs` is not positive.
     """
     correction = checked(config, arrays, correction._replace(label=None))
     if max_pairs < 1:
@@ -85,7 +85,7 @@ def _minimal_edit(
     config: CBMConfig,
     arrays: ModelArrays,
     correction: ConceptCorrection,
-    wanted: Float[Array, ""],
+    needed: Float[Array, ""],
     costs: EditCosts | None,
     *,
     max_pairs: int,
@@ -97,16 +97,16 @@ def _minimal_edit(
     weights = {path: leaf_at(params, path) for path in mask}
     kernels = masks_lib.kernels_of(params, mask)
 
-    def read(kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], CBMOutput]:
+    def run(kernels: Mapping[str, Float[Array, "..."]]) -> tuple[Float[Array, ""], CBMOutput]:
         output = subnetwork_output(config, params, heads, batch, kernels, concept, before.activations)
         return least_margin(output.concept_logits[:, 0], target, batch.example_weight), output
 
-    start, grads = jax.value_and_grad(read, has_aux=True)(kernels)
-    # Negated: the margin is to rise.
+    start, grads = jax.value_and_grad(run, has_aux=True)(kernels)
+    # Negated, since the margin has to rise.
     dropped, grown = ranked_swaps(weights, mask, {path: -grad for path, grad in grads.items()}, costs, max_pairs)
     most = jnp.minimum(dropped.num, grown.num)
 
-    search = _smallest(lambda n: read(swapped(kernels, weights, dropped, grown, n)), start, wanted, most)
+    search = _smallest(lambda n: run(swapped(kernels, weights, dropped, grown, n)), start, needed, most)
     count = jnp.where(search.is_found, search.high, 0)
     margin, after = jax.tree.map(
         lambda at_high, at_start: jnp.where(count > 0, at_high, at_start), search.at_high, start
@@ -122,7 +122,7 @@ _Seen = tuple[Float[Array, ""], CBMOutput]
 
 
 class _Search(NamedTuple):
-    """Where the search stands: n − 1, which was seen not to repair, and n, which was seen to where one is found."""
+    """The state of the search: `low` pairs do not repair; `high` pairs do, once a repairing number is found."""
 
     low: Int[Array, ""]
     high: Int[Array, ""]
@@ -133,9 +133,9 @@ class _Search(NamedTuple):
 
 
 def _smallest(
-    read: Callable[[Int[Array, ""]], _Seen], start: _Seen, wanted: Float[Array, ""], most: Int[Array, ""]
+    run: Callable[[Int[Array, ""]], _Seen], start: _Seen, needed: Float[Array, ""], most: Int[Array, ""]
 ) -> _Search:
-    """Doubles n until the margin is above the wanted one, then halves the gap; n is 0 where it is from the start.
+    """Doubles n until the margin is above the needed one, then halves the gap; n is 0 where no edit is needed.
 
     One loop does both, so that the subnetwork is compiled once for all trials.
     """
@@ -144,8 +144,8 @@ def _smallest(
         doubled = jnp.minimum(jnp.maximum(2 * state.high, 1), most)
         n = jnp.where(state.is_found, (state.low + state.high) // 2, doubled)
         seen = read(n)
-        repairs = seen[0] > wanted
-        # While nothing is found, what was tried last is the most that does not repair.
+        repairs = seen[0] > needed
+        # Until a number repairs, the last one that was tried is the largest that does not.
         is_high = repairs | ~state.is_found
         margin_at_low = jnp.where(is_high, jnp.where(state.is_found, state.margin_at_low, state.at_high[0]), seen[0])
         return _Search(
@@ -161,4 +161,4 @@ def _smallest(
         return jnp.where(state.is_found, state.high - state.low > 1, state.high < most)
 
     zero = jnp.int32(0)
-    return jax.lax.while_loop(goes_on, step, _Search(zero, zero, start[0] > wanted, start[0], start, zero))
+    return jax.lax.while_loop(goes_on, step, _Search(zero, zero, start[0] > needed, start[0], start, zero))

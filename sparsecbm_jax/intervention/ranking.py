@@ -1,4 +1,4 @@
-"""What a flip of a weight is worth: saliencies, costs of everything else, and the best pairs of flips."""
+"""Rankings of the flips of weights: saliencies, costs for other texts, and the best pairs of flips."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.core.selection import select_smallest
 
-# Added to the products of directions with themselves, as a share of their mean square.
+# Added to the diagonal of the directions' products, as a share of their mean square.
 _RIDGE = 1e-4
 
 
@@ -18,10 +18,10 @@ SaliencyFn = Callable[[Any, Any], Any]
 
 
 def signed(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
-    """First-order fall of the loss when a weight is grown, −G with G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
+    """Computes the first-order fall of the loss when a weight is grown, −G with G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
 
-    Growing weight i changes the loss by about +G_i and dropping it by −G_i, so the score orders both: the kept weights
-    with the lowest −G do the most harm, the pruned ones with the highest −G would help most.
+    Growing weight i changes the loss by about +G_i and dropping it by −G_i, so one score orders both: the kept weights
+    of lowest −G raise the loss most, and the pruned ones of highest −G would lower it most.
 
     Deviation: the paper ranks by magnitude; the sign needs far fewer weights for the same correction.
     """
@@ -29,13 +29,13 @@ def signed(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Arra
 
 
 class EditCosts(NamedTuple):
-    """What an edit of one concept's mask costs everything else that the concept is read from.
+    """The costs of an edit of one concept's mask for other texts.
 
     Attributes:
-        costs: {path: positive numbers}, squared and to be compared within a concept, such as a Fisher diagonal by the
-            effective weights. Gains are divided by their root.
-        directions: {path: [P, ...]}, gradients by the effective weights of P quantities that an edit is to leave where
-            they are, to first order; None for none.
+        costs: {path: positive numbers}, such as a Fisher diagonal by the effective weights, comparable within a
+            concept. Gains are divided by their square roots.
+        directions: {path: [P, ...]}, gradients by the effective weights of P quantities that an edit must not change to
+            first order; None for none.
     """
 
     costs: Mapping[str, Float[Array, "..."]]
@@ -45,7 +45,7 @@ class EditCosts(NamedTuple):
 def cost_aware(
     weight: Float[Array, "..."], grad: Float[Array, "..."], cost: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """The signed fall of the loss over the root of what a change costs everything else, −G / (|θ| √cost).
+    """Computes the signed fall of the loss over the root of the cost of a change for other texts, −G / (|θ| √cost).
 
     Flipping a weight moves it by |θ|, which costs |θ|² · cost / 2 to second order: the weight's size cancels.
     """
@@ -53,11 +53,11 @@ def cost_aware(
 
 
 def project_out(grads: Mapping[str, Float[Array, "..."]], costs: EditCosts) -> dict[str, Float[Array, "..."]]:
-    r"""Removes from a gradient what would move the quantities that are to stay.
+    """Projects a gradient so that a step along it does not change the protected quantities to first order.
 
-    $g - \sum_p \lambda_p h_p$ with λ such that the step that follows it, weight by weight over its cost, is orthogonal
-    to every direction h_p. Costs of single changes add up as squares only where their effects do not agree; along
-    these directions they do.
+    The result is g − Σ_p λ_p h_p. λ is such that the step along it, with each weight divided by its cost, is orthogonal
+    to every direction h_p. This complements costs: costs of single changes add up as squares only if their effects are
+    independent, and along these directions the effects agree.
 
     Reference: after A-GEM (Chaudhry et al. 2019), which projects by one direction and without costs.
     """
@@ -77,9 +77,9 @@ def project_out(grads: Mapping[str, Float[Array, "..."]], costs: EditCosts) -> d
 
 
 def magnitude(weight: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The saliency as the paper prints it, S = |G ⊙ θ| with the mask's gradient G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
+    """Computes the paper's saliency as printed, S = |G ⊙ θ| with the mask's gradient G = ∂L/∂M = ∂L/∂θ_k ⊙ θ.
 
-    Read to the letter, θ enters twice: once through the gradient of the mask, once as the printed factor.
+    In this literal form θ enters twice: through the gradient of the mask, and as the printed factor.
 
     Reference: Tan et al. 2024, 'Sparsity-based Inference-time intervention', S = ||G_k(x) · θ*||.
     """
@@ -90,10 +90,10 @@ SALIENCIES: Mapping[str, SaliencyFn] = {"signed": signed, "magnitude": magnitude
 
 
 def find_saliency(saliency: str | SaliencyFn) -> SaliencyFn:
-    """The saliency of a name, or the function itself.
+    """Returns the saliency of a name, or the function itself.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: There is none of that name.
     """
     if callable(saliency):
         return saliency
@@ -111,18 +111,24 @@ class Ranked(NamedTuple):
     num: Int[Array, ""]
 
     def first(self, path: str, n: Int[Array, ""]) -> tuple[Int[Array, " P"], ...]:
-        """The positions of the kernel among the first n; the others lie outside of it."""
+        """Returns the positions of the kernel among the first n of all; the others lie outside of the kernel."""
         index = self.positions[path]
         return (jnp.where(self.places[path] < n, index[0], self.shapes[path]), *index[1:])
 
 
 def ranked(scores: Mapping[str, Float[Array, "..."]], among: Mapping[str, Bool[Array, "..."]], size: int) -> Ranked:
-    """The `size` lowest scores of a tree, ranked; ties by index, in the order of `selection.select_smallest`."""
+    """Ranks the `size` lowest scores of a tree; ties go by index, as in `selection.select_smallest`.
+
+    Args:
+        scores: Scores by path.
+        among: True at positions that may be ranked, by path.
+        size: Most positions to rank.
+    """
     chosen = select_smallest(dict(scores), size, dict(among))
     positions = {path: positions_of_true(flags, size) for path, flags in chosen.items()}
     values = [scores[path].at[index].get(mode="fill", fill_value=jnp.inf) for path, index in positions.items()]
     is_real = [index[0] < scores[path].shape[0] for path, index in positions.items()]
-    # What only fills the lists up comes last, also after scores that are infinite.
+    # Entries that only fill the lists come last, also after infinite scores.
     order = jnp.lexsort((jnp.concatenate(values), ~jnp.concatenate(is_real)))
     places = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
     parts = dict(zip(positions, jnp.split(places, len(positions)), strict=True))
@@ -137,7 +143,18 @@ def ranked_swaps(
     costs: EditCosts | None,
     size: int,
 ) -> tuple[Ranked, Ranked]:
-    """Kept weights to drop and pruned ones to grow, first those by which a loss falls most, from its gradients."""
+    """Ranks kept weights to drop and pruned ones to grow, first those that lower a loss most.
+
+    Args:
+        weights: θ by path.
+        mask: The concept's mask.
+        grads: Gradient of the loss by the effective weights.
+        costs: Costs of a change for other texts; None counts every weight alike.
+        size: Most weights of each ranking.
+
+    Returns:
+        The ranking of weights to drop, and that of weights to grow.
+    """
     if costs is None:
         gains = {path: signed(weights[path], grads[path]) for path in mask}
     else:
@@ -154,7 +171,7 @@ def swapped(
     grown: Ranked,
     n: Int[Array, ""],
 ) -> dict[str, Float[Array, "..."]]:
-    """Effective kernels without the first n of `dropped` and with the weights of the first n of `grown`."""
+    """Returns effective kernels without the first n of `dropped` and with the weights of the first n of `grown`."""
     new = {}
     for path, kernel in kernels.items():
         without = kernel.at[dropped.first(path, n)].set(0, mode="drop")
@@ -166,7 +183,7 @@ def swapped(
 def swapped_mask(
     mask: Mapping[str, Bool[Array, "..."]], dropped: Ranked, grown: Ranked, n: Int[Array, ""]
 ) -> dict[str, Bool[Array, "..."]]:
-    """The mask of `swapped` kernels."""
+    """Returns the mask of `swapped` kernels."""
     return {
         path: kept.at[dropped.first(path, n)].set(False, mode="drop").at[grown.first(path, n)].set(True, mode="drop")
         for path, kept in mask.items()
@@ -174,9 +191,10 @@ def swapped_mask(
 
 
 def positions_of_true(flags: Bool[Array, "..."], size: int) -> tuple[Int[Array, " {size}"], ...]:
-    """Where the first `size` of the booleans are True, an index for each dimension; the rest lies outside.
+    """Finds the first `size` True elements, an index for each dimension; indices of absent ones lie outside.
 
-    Counts by row and looks into the rows that have any: `jnp.nonzero` numbers every element, which takes far longer.
+    It counts by row and searches only the rows that have any: `jnp.nonzero` numbers every element, which takes far
+    longer.
 
     >>> import jax.numpy as jnp
     >>> [index.tolist() for index in positions_of_true(jnp.array([[False, True], [True, False]]), 3)]

@@ -1,4 +1,4 @@
-"""Texts that a continual edit answers for: corrections so far, and anchors."""
+"""Texts of a continual edit: corrections so far, and anchors."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention.continual_edit import ANCHOR, ReplayedTexts
 
-# Widths of batches are multiples of this, so that few programs do.
+# Widths of batches are multiples of this, so that few programs suffice.
 _WIDTH = 32
 
 
@@ -30,42 +30,53 @@ class _Draw(NamedTuple):
 
 
 class Replay:
-    """What continual edits answer for: corrections so far, and anchors.
+    """The texts of continual edits: corrections so far, and anchors.
 
-    Each correction draws the texts of its edit, by one generator that goes on from correction to correction: the same
-    corrections in the same order have the same edits. A batch has always as many rows, so that edits are compiled once
-    for each width of texts; anchors take what the corrections leave. Where corrections would take more than half, the
-    newest stays and the others are drawn by lot.
+    Each correction draws the texts of its edit, with one generator for all corrections: the same corrections in the
+    same order have the same edits. All batches have the same number of rows, so that edits are compiled once for each
+    width of texts; anchors fill the rows without corrections. If corrections would take more than half of the rows, the
+    newest is always used and the others are drawn at random.
     """
 
     def __init__(self, anchors: Sequence[Batch], *, num_rows: int = 64, seed: int = 0) -> None:
-        """Takes the real rows of some batches as texts that are to be read as they are now.
+        """Takes the real rows of batches as anchors, whose predictions must not change.
+
+        Args:
+            anchors: Batches of training texts.
+            num_rows: Texts of one edit, at least 4; at most half of them are corrections.
+            seed: Seed of the draw of texts.
 
         Raises:
-            ValueError: if there is no anchor, or `num_rows` is below 4.
+            ValueError: There is no anchor, or `num_rows` is below 4.
         """
         if num_rows < 4:
             raise ValueError(f"num_rows is {num_rows}; expected at least 4")
         self._batches, self._num_rows, self._seed = list(anchors), num_rows, seed
         self._anchors = [ids for batch in anchors for ids in _real_rows(batch)]
         if not self._anchors:
-            raise ValueError("there are no anchors; expected batches with texts that are to be read as they are")
+            raise ValueError("there are no anchors; expected batches with texts whose predictions must not change")
         self._rng = np.random.default_rng(seed)
         self._corrected: dict[int, list[_Text]] = {}
         self._drawn: dict[int, _Draw] = {}
         self._logits: dict[int, Float[np.ndarray, "A C"]] = {}
         self._width = 0
-        # No batch is wider than those that were given, which fit the backbone.
+        # No batch is wider than the given ones, which fit the backbone.
         self._widest = max(batch.input_ids.shape[1] for batch in anchors)
 
     def emptied(self) -> "Replay":
-        """Returns one of the same anchors and held logits, without corrections, that draws from the beginning."""
+        """Returns a replay of the same anchors and logits, without corrections and with a new generator."""
         fresh = copy.copy(self)
         fresh._rng, fresh._corrected, fresh._drawn = np.random.default_rng(self._seed), {}, {}
         return fresh
 
     def add(self, concept: int, batch: Batch, target: int) -> None:
-        """Remembers the one text of a batch, and the class that the concept should have in it: no longer another."""
+        """Adds a correction, which replaces an earlier one of the same text and concept.
+
+        Args:
+            concept: Index of the concept.
+            batch: A batch of one text.
+            target: Class that the concept should have there.
+        """
         (ids,) = _real_rows(batch)
         earlier = self._corrected.get(concept, [])
         others = [text for text in earlier if not np.array_equal(text.input_ids, ids)]
@@ -87,13 +98,18 @@ class Replay:
         return _Draw(rows, [text.target for text in texts], anchors)
 
     def hold(self, concept: int, logits_of: Callable[[Batch], Float[Array, "B C"]]) -> None:
-        """Holds the concept's logits of the anchors, computed once: before its first edit."""
+        """Stores the concept's logits of the anchors; they are computed once, before its first edit.
+
+        Args:
+            concept: Index of the concept.
+            logits_of: Computes the concept's logits of a batch.
+        """
         if concept not in self._logits:
             found = [np.asarray(logits_of(batch))[_is_real(batch)] for batch in self._batches]
             self._logits[concept] = np.concatenate(found)
 
     def texts(self, concept: int) -> ReplayedTexts:
-        """Returns what the concept's newest correction drew, its own text first."""
+        """Returns the texts that the concept's newest correction drew, its own text first."""
         rows, asked, anchors = self._drawn[concept]
         held = self._logits[concept]
         shape = (self._num_rows, self._width)

@@ -1,7 +1,7 @@
-"""Edits of masks as data: made and unmade to the bit, small at rest, and checked against what they are applied to.
+"""Edits of masks as data: applied and undone to the bit, small on disk, and checked against the masks they change.
 
-A `MaskEdit` is what a program computes: booleans as large as the masks. A `StoredEdit` is the same at rest: the changed
-positions alone, with what was asked and what came of it, in a few kilobytes.
+A `MaskEdit` is the result of a program: booleans as large as the masks. A `StoredEdit` is the same edit for a file: the
+changed positions alone, with the request and the predictions, in a few kilobytes.
 """
 
 import base64
@@ -40,14 +40,14 @@ class Positions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredEdit:
-    """An edit at rest: what was asked, what changed, and what came of it.
+    """An edit for a file: the request, the changed positions, and the predictions.
 
     Attributes:
-        concept, target, label: names; label is None where it did not enter the loss.
-        text_sha256: of the text that was corrected; the text itself is not kept.
-        saliency, num_steps: how the weights were chosen.
-        positions: {path: what changed there}; kernels without a change are left out.
-        before, after: predictions on the text, as JSON.
+        concept, target, label: Names; label is None where it did not enter the loss.
+        text_sha256: SHA-256 of the corrected text; the text itself is not stored.
+        saliency, num_steps: Method by which the weights were chosen.
+        positions: {path: changed positions}, without kernels that have none.
+        before, after: Predictions for the text before and after the edit, as JSON.
     """
 
     concept: str
@@ -73,12 +73,12 @@ class StoredEdit:
 
     @property
     def num_changed(self) -> tuple[int, int]:
-        """How many weights the edit dropped and grew."""
+        """Numbers of weights that the edit dropped and grew."""
         found = self.positions.values()
         return sum(len(one.dropped) for one in found), sum(len(one.grown) for one in found)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; positions as differences, deflated, in base 64."""
+        """Returns plain data for JSON, with positions as differences, deflated, in base 64."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         positions = {
             path: {"shape": list(one.shape), "dropped": _encode(one.dropped), "grown": _encode(one.grown)}
@@ -88,13 +88,14 @@ class StoredEdit:
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the edit") -> "StoredEdit":
-        """The inverse of `to_dict`.
+        """Makes an edit from plain data: the inverse of `to_dict`.
 
         Args:
-            source: named in errors, such as a file and its line.
+            data: The plain data.
+            source: Place of the data, such as a file and its line, for errors.
 
         Raises:
-            ValueError: if something is missing, of another type or format, or positions lie outside their kernel.
+            ValueError: A field is missing, or has another type or format, or positions lie outside their kernel.
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
@@ -116,21 +117,21 @@ class StoredEdit:
 
     @classmethod
     def load(cls, path: str | Path) -> "StoredEdit":
-        """Reads what `save` wrote.
+        """Reads an edit from a file that `save` wrote.
 
         Raises:
-            ValueError: naming the file, if it is not an edit.
+            ValueError: The file holds no edit; it is named.
         """
         return cls.from_dict(read_json(Path(path), "a saved edit"), str(path))
 
 
 def text_hash(text: str) -> str:
-    """SHA-256 of a text's UTF-8, in hexadecimal digits."""
+    """Computes SHA-256 of a text's UTF-8, in hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def positions_of(edit: MaskEdit) -> dict[str, Positions]:
-    """The changed positions of every kernel that has any."""
+    """Returns the changed positions of every kernel that has any."""
     found: dict[str, Positions] = {}
     for path in edit.dropped:
         dropped, grown = (np.flatnonzero(np.asarray(side[path])) for side in (edit.dropped, edit.grown))
@@ -140,22 +141,29 @@ def positions_of(edit: MaskEdit) -> dict[str, Positions]:
 
 
 def apply_stored(masks: Masks, edit: StoredEdit, concepts: Sequence[str]) -> Masks:
-    """Masks with a stored edit made, to the bit; they may be sharded, and stay so.
+    """Applies a stored edit, to the bit; the masks' sharding stays as it is.
 
     Args:
-        concepts: the model's concepts, in order.
+        masks: Masks of booleans, sharded or not.
+        edit: The edit.
+        concepts: The model's concepts, in order.
 
     Raises:
-        ValueError: naming the edit, if the model has no such concept or kernel, or its weights are in another state.
+        ValueError: The model has no such concept or kernel, or its weights are in another state; the edit is named.
     """
     return _flip_stored(masks, edit, concepts, dropped=_KEPT, verb="apply")
 
 
 def undo_stored(masks: Masks, edit: StoredEdit, concepts: Sequence[str]) -> Masks:
-    """The inverse of `apply_stored`.
+    """Undoes a stored edit: the inverse of `apply_stored`.
+
+    Args:
+        masks: As for `apply_stored`.
+        edit: As for `apply_stored`.
+        concepts: As for `apply_stored`.
 
     Raises:
-        ValueError: as `apply_stored`.
+        ValueError: As `apply_stored`.
     """
     return _flip_stored(masks, edit, concepts, dropped=_PRUNED, verb="undo")
 
@@ -185,7 +193,7 @@ def _flip_stored(masks: Masks, edit: StoredEdit, concepts: Sequence[str], *, dro
 
 
 def _indices(flat: Int[np.ndarray, " n"], shape: tuple[int, ...]) -> tuple[Int[np.ndarray, " p"], ...]:
-    """An index for each dimension; the first position repeated up to few lengths, so that few programs are compiled."""
+    """Returns an index for each dimension, padded by the first position to few lengths, for few programs."""
     length = 1 << max(8, (len(flat) - 1).bit_length())
     padded = np.concatenate([flat, np.full(length - len(flat), flat[0])])
     return tuple(index.astype(np.int32) for index in np.unravel_index(padded, shape))
@@ -195,16 +203,16 @@ def _indices(flat: Int[np.ndarray, " n"], shape: tuple[int, ...]) -> tuple[Int[n
 def _flip_at(
     mask: Bool[Array, "K ..."], k: int | Int[Array, ""], index: tuple[Int[Array, " p"], ...], state: bool
 ) -> tuple[Bool[Array, "K ..."], Int[Array, ""]]:
-    """Turns booleans that are `state` over; and how many distinct ones were not in that state."""
+    """Flips booleans that are `state`; also counts the distinct positions that were not in that state."""
     before = mask[(k, *index)]
-    # The first position comes again and again where it fills up the rest.
+    # The first position is repeated where it fills up the rest.
     is_first = functools.reduce(jnp.logical_and, (axis == axis[0] for axis in index))
     counted = ~is_first | (jnp.arange(is_first.shape[0]) == 0)
     return mask.at[(k, *index)].set(not state), jnp.sum((before != state) & counted)
 
 
 def _encode(positions: Int[np.ndarray, " n"]) -> str:
-    """Rising integers as base 64 of deflated differences, their low bytes first and together."""
+    """Encodes rising integers as base 64 of deflated differences, with their low bytes first and together."""
     steps = np.diff(np.asarray(positions, np.uint64), prepend=np.uint64(0))
     shuffled = np.ascontiguousarray(steps.astype("<u8").view(np.uint8).reshape(-1, 8).T)
     return base64.b64encode(zlib.compress(shuffled.tobytes(), 9)).decode("ascii")
@@ -212,7 +220,7 @@ def _encode(positions: Int[np.ndarray, " n"]) -> str:
 
 def _decode(encoded: Any, size: int, source: str) -> Int[np.ndarray, " n"]:
     try:
-        # No more than all positions of the kernel: a small file cannot ask for much memory.
+        # At most all positions of the kernel are inflated: a small file cannot take much memory.
         inflater = zlib.decompressobj()
         plain = inflater.decompress(base64.b64decode(encoded, validate=True), 8 * size + 1)
         if not inflater.eof or len(plain) % 8:
@@ -243,7 +251,7 @@ def _positions(data: Any, source: str) -> Positions:
 
 
 def overlapping(edit: StoredEdit, others: Iterable[StoredEdit]) -> dict[str, int]:
-    """Of which of the other edits this one touches the same weights of the same concept, and how many."""
+    """Counts the weights that an edit shares with each of the others of the same concept, where it shares any."""
     found: dict[str, int] = {}
     for other in others:
         shared = 0

@@ -1,4 +1,4 @@
-"""Will it fit, and how fast can it be: programs compiled ahead of time for devices that are not there."""
+"""Memory, traffic and speed of a run's programs, compiled ahead of time for devices that need not be available."""
 
 from sparsecbm_jax.config import moved_names
 

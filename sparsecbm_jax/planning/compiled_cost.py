@@ -1,7 +1,7 @@
-"""What a compiled program costs, read off its optimised HLO text with the loops' trip counts.
+"""The cost of a compiled program, from its optimised HLO text and the trip counts of its loops.
 
-XLA's own cost analysis counts the body of a loop once, which for a scan over layers is a few percent of the truth.
-Everything here is of one device: the text is that of the program which each of them runs.
+XLA's own cost analysis counts the body of a loop once; for a scan over layers that is a few percent of the true cost.
+All numbers are of one device: the text is that of the program which each device runs.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# They move nothing: names for parts of other arrays, or what a loop's and a branch's own instructions are counted for.
+# These move no bytes: they name parts of other arrays, or they are loops and branches, whose own instructions count.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id "
     "replica-id opt-barrier async-update async-done iota".split()
@@ -37,7 +37,7 @@ _FREE = frozenset(
 
 
 class Array(NamedTuple):
-    """One array of a shape: element type, dimensions, and whether it lies in a memory of the core's own."""
+    """One array of a shape: element type, dimensions, and `is_near`, True if it lies in a memory of the core's own."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -45,10 +45,12 @@ class Array(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def num_bytes(self) -> float:
+        """Bytes of all elements."""
         known = _BYTES.get(self.dtype)
         width = int(digits[0]) / 8 if (digits := re.findall(r"\d+", self.dtype)) else 0
         return self.size * (width if known is None else known)
@@ -63,7 +65,7 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
-    # What stands between the parentheses, for constants and parameters.
+    # The text between the parentheses, for constants and parameters.
     inside: str
 
 
@@ -72,16 +74,16 @@ Computation = Mapping[str, Instruction]
 
 @dataclasses.dataclass
 class Cost:
-    """What one run of a program takes on each device.
+    """The cost of one run of a program on each device.
 
     Attributes:
-        flops: of matrix products and convolutions, two for each multiply-add.
-        memory_bytes: read from and written to the chip's main memory, if nothing else stays near between two
-            instructions than what the compiler puts there.
-        wire_bytes: {kind of collective: bytes that a device sends}, as rings do it.
-        num_collectives: {kind: how many}.
-        gathers: {bytes of a gathered array: how often}, all-gathers only.
-        unknown_loops: loops whose trip count is decided while they run; counted as one trip.
+        flops: Floating-point operations of matrix products and convolutions, two for each multiply-add.
+        memory_bytes: Bytes read from and written to the chip's main memory, if only those arrays stay near the core
+            between two instructions that the compiler puts there.
+        wire_bytes: {kind of collective: bytes that a device sends}, for collectives over rings.
+        num_collectives: {kind of collective: number of runs}.
+        gathers: {bytes of a gathered array: number of runs}, all-gathers only.
+        unknown_loops: Number of loops whose trip count is decided while they run; each counts as one trip.
     """
 
     flops: float = 0.0
@@ -92,7 +94,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: "Cost", times: float = 1) -> None:
-        """Adds another cost, `times` over."""
+        """Adds `times` another cost."""
         self.flops += times * other.flops
         self.memory_bytes += times * other.memory_bytes
         for own, theirs in (
@@ -106,17 +108,17 @@ class Cost:
 
     @property
     def total_wire_bytes(self) -> float:
-        """Over all kinds."""
+        """Bytes that a device sends, over all kinds of collectives."""
         return sum(self.wire_bytes.values())
 
 
 def cost(text: str) -> Cost:
-    """The cost of a program from the text of its optimised module.
+    """Computes the cost of a program from the text of its optimised module.
 
-    Of the branches of a conditional the dearest counts.
+    Of the branches of a conditional the most expensive counts.
 
     Raises:
-        ValueError: if the text has no entry computation.
+        ValueError: The text has no entry computation.
 
     >>> cost('''HloModule m, num_partitions=1
     ...
@@ -133,10 +135,10 @@ def cost(text: str) -> Cost:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of its entry.
+    """Parses a module into its computations by name, and the name of its entry.
 
     Raises:
-        ValueError: if there is no entry computation.
+        ValueError: There is no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
@@ -178,7 +180,7 @@ def _instruction(match: re.Match[str]) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis that opens at `opening` closes."""
+    """Finds the closing parenthesis of the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
@@ -188,11 +190,11 @@ def _closing(text: str, opening: int) -> int:
 
 
 class _Walk:
-    """Adds up computations, each once and then by how often it runs."""
+    """A sum over computations: each is added up once, and then multiplied by its number of runs."""
 
     def __init__(self, computations: Mapping[str, Computation], num_partitions: int) -> None:
         self._computations, self._num_partitions = computations, num_partitions
-        # TPUs write a collective that goes on beside fusions into each of them: it is sent once, from its start.
+        # For TPUs, a collective that runs at the same time as fusions stands in each of them: it is sent once.
         self._starts: dict[str, Instruction] = {}
         for computation in computations.values():
             for one in computation.values():
@@ -236,7 +238,7 @@ class _Walk:
         elif opcode == "fusion":
             for computation_name in called:
                 inner = self.of(computation_name)
-                # What is fused touches no memory of its own.
+                # Fused instructions read and write no memory of their own.
                 total.add(dataclasses.replace(inner, memory_bytes=0.0))
         if opcode not in _FREE and not opcode.endswith("-done"):
             total.memory_bytes += self._moved(instruction, computation)
@@ -268,7 +270,7 @@ class _Walk:
         return self._num_partitions
 
     def _scattered(self, called: list[str]) -> tuple[Instruction, Computation] | None:
-        """The all-reduce of a fused reduce-scatter, as TPUs write one: each device keeps a slice of the sum."""
+        """Finds the all-reduce of a fused reduce-scatter in TPU text: each device keeps a slice of the sum."""
         for name in called:
             computation = self._computations[name]
             summed = [one for one in computation.values() if one.opcode == "all-reduce"]
@@ -297,7 +299,7 @@ class _Walk:
                 yield from self._below(called)
 
     def _moved(self, instruction: Instruction, computation: Computation) -> float:
-        """Bytes read and written; of an operand that is sliced, and of one that is updated in place, the slice."""
+        """Counts bytes read and written; of an operand that is sliced or updated in place, those of the slice."""
         inner = self._computations.get((_CALLED.findall(instruction.attributes) or [""])[0], {})
         if instruction.opcode != "fusion":
             inner = {}
@@ -345,7 +347,10 @@ def _dot_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """TPUs turn every product into a convolution, batch dimensions into windows that meet one element each."""
+    """Counts the flops of a convolution.
+
+    TPUs turn every product into a convolution, and batch dimensions into windows that meet one element each.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if labels is None:
         raise ValueError(f"the convolution {instruction.name} has no dim_labels")
@@ -374,13 +379,13 @@ def _window(attributes: str) -> dict[str, Callable[[int], int]]:
 
 @functools.cache
 def _met(data: int, kernel: int, out: int, stride: int, pad: int, data_dilation: int, kernel_dilation: int) -> int:
-    """How many pairs of an output and a kernel position meet an element of the data, along one dimension."""
+    """Counts the pairs of an output and a kernel position that meet an element of the data, along one dimension."""
     reach = (data - 1) * data_dilation
     count = 0
     for k in range(kernel):
         shift = k * kernel_dilation - pad
         if stride % data_dilation == 0:
-            # All outputs meet an element, or none does, but for those outside.
+            # Apart from outputs outside of the data, either all meet an element or none does.
             if shift % data_dilation:
                 continue
             low, high = math.ceil(-shift / stride), (reach - shift) // stride
@@ -392,6 +397,6 @@ def _met(data: int, kernel: int, out: int, stride: int, pad: int, data_dilation:
 
 
 def as_json(cost: Cost) -> dict[str, object]:
-    """A cost as plain data."""
+    """Returns a cost as plain data."""
     plain = {field.name: getattr(cost, field.name) for field in dataclasses.fields(cost)}
     return {name: dict(value) if isinstance(value, Counter) else value for name, value in plain.items()}

@@ -1,6 +1,6 @@
-"""A run's programs, compiled for a mesh that need not be at hand: will it fit, what travels, how long it takes.
+"""A run's programs, compiled for a mesh that need not be available: memory, bytes that travel, and time.
 
-Memory is what the compiler assigns; flops and what travels are counted in the compiled text (`hlo`).
+Memory is what the compiler assigns; flops and bytes that travel are counted in the compiled text (`compiled_cost`).
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ from sparsecbm_jax.planning.programs import (
 from sparsecbm_jax.pruning import cholesky
 from sparsecbm_jax.runtime.accelerators import Accelerator, Roofline, Topology, roofline
 
-# What a layer keeps for its backward pass, in hidden states: a rough guess, by which meshes are ranked.
-_KEPT_OF_A_LAYER = {"none": 30, "selective": 10, "full": 1}
+# Memory that a layer needs until its backward pass, in hidden states: a rough estimate, by which meshes are ranked.
+_ACTIVATIONS_OF_A_LAYER = {"none": 30, "selective": 10, "full": 1}
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The devices to compile for: those of a TPU topology that need not be at hand, or virtual CPU devices.
+    """Returns the devices to compile for: those of a TPU topology that need not be available, or virtual CPU devices.
 
     Raises:
-        ImportError: if the compiler for TPUs is not installed.
-        ValueError: if there is no such topology, or JAX was started with fewer CPU devices.
+        ImportError: The compiler for TPUs is not installed.
+        ValueError: There is no such topology, or JAX was started with fewer CPU devices.
     """
     if topology.chip.is_compiled_for:
         if importlib.util.find_spec("libtpu") is None:
@@ -62,16 +62,20 @@ def devices_of(topology: Topology) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < topology.num_devices:
         raise ValueError(
-            f"{topology} wants {topology.num_devices} CPU devices, but JAX has {len(devices)}: set JAX_NUM_CPU_DEVICES"
+            f"{topology} needs {topology.num_devices} CPU devices, but JAX has {len(devices)}: set JAX_NUM_CPU_DEVICES"
         )
     return devices[: topology.num_devices]
 
 
 def check_mesh(run: RunConfig, topology: Topology) -> None:
-    """Checks that the run's mesh is one of the topology's devices, and that its batches divide over it.
+    """Checks that the run's mesh has as many devices as the topology, and that its batches divide over it.
+
+    Args:
+        run: The run's settings.
+        topology: The devices.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: It has not, or they do not.
     """
     sizes = dataclasses.asdict(run.mesh)
     if math.prod(sizes.values()) != topology.num_devices:
@@ -84,10 +88,10 @@ def check_mesh(run: RunConfig, topology: Topology) -> None:
 
 
 def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
-    """The run's mesh on the devices of a topology.
+    """Makes the run's mesh on the devices of a topology.
 
     Raises:
-        ValueError: as `check_mesh`, or if the mesh cannot be laid on the topology's dimensions.
+        ValueError: As `check_mesh`; or the mesh cannot be laid on the topology's dimensions.
     """
     check_mesh(run, topology)
     try:
@@ -97,7 +101,7 @@ def mesh_of(run: RunConfig, topology: Topology) -> Mesh:
 
 
 class Measured(NamedTuple):
-    """One compiled part: bytes of a device by kind, and what a run of it costs."""
+    """One compiled part: bytes of a device by kind, the cost of a run, and seconds of compilation."""
 
     arguments: float
     outputs: float
@@ -111,43 +115,48 @@ def compile_part(part: Part, topology: Topology) -> Measured:
     """Compiles a part and reads its memory and cost.
 
     Raises:
-        jax.errors.JaxRuntimeError: if it does not fit the chip; see `memory_wanted`.
+        jax.errors.JaxRuntimeError: The part does not fit the chip; see `memory_wanted`.
     """
     started = time.monotonic()
     with cholesky.compiling_for("tpu" if topology.chip.is_compiled_for else None):
         lowered = part.lower()
     with tempfile.TemporaryDirectory() as folder:
-        # A large program's own text cannot always be had from the executable.
+        # The executable does not always give the text of a large program.
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options if topology.chip.is_compiled_for else None)
         dumps = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = dumps[-1].read_text() if dumps else compiled.as_text()
     memory = compiled.memory_analysis()
-    # Every compiler that a plan is made with has both.
+    # Every compiler that a plan may use has both.
     assert memory is not None and text is not None
     arguments, outputs, temporaries = (
         float(getattr(memory, f"{kind}_size_in_bytes")) for kind in ("argument", "output", "temp")
     )
-    # Donated arguments are where the outputs go.
+    # Outputs are written over donated arguments.
     peak = arguments + outputs - float(memory.alias_size_in_bytes) + temporaries
     return Measured(arguments, outputs, temporaries, peak, compiled_cost.cost(text), time.monotonic() - started)
 
 
 def memory_wanted(error: Exception) -> float | None:
-    """Bytes that a program would have taken, where the compiler's message names them."""
+    """Returns the bytes that a program needs, from the compiler's message; None where the message does not say."""
     found = re.search(r"(\d+(?:\.\d+)?)([KMGT])\)? (?:of|exceeds)", str(error))
     return float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)) if found else None
 
 
 def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Compiles one of `PROGRAMS` and says what it takes, as plain data.
+    """Compiles one of `PROGRAMS` and measures memory, cost and time, as plain data.
+
+    Args:
+        run: The run's settings.
+        topology: The devices to compile for.
+        program: The program's name.
+        mesh: The run's mesh on these devices; None makes it.
 
     Returns:
-        peak_bytes_per_chip, which counts what is held beside the program; argument, output and temporary bytes of the
-        part that the peak is of; fits; flops_per_chip and flops_ratio to the model's; wire_bytes_per_chip, by kind and
-        in all; times by roofline; warnings; and the same of each part. `error` and the peak alone where it does not
-            fit;
-        empty for a program that the run does not have.
+        peak_bytes_per_chip, which includes arrays that a device holds next to the program; argument, output and
+        temporary bytes of the part with the largest peak; fits; flops_per_chip, and flops_ratio to the model's;
+        wire_bytes_per_chip, by kind and in all; times by roofline; warnings; and the same of each part. Only `fits`,
+        the peak and `error` where the program does not fit; empty for a program that the run does not have.
     """
     mesh = mesh_of(run, topology) if mesh is None else mesh
     shapes = Shapes(run, mesh)
@@ -160,8 +169,8 @@ def measure(run: RunConfig, topology: Topology, program: str, mesh: Mesh | None 
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            wanted = memory_wanted(error)
-            peak = None if wanted is None else wanted + part.beside
+            needed = memory_wanted(error)
+            peak = None if needed is None else needed + part.beside
             return {"fits": False, "peak_bytes_per_chip": peak, "error": f"{part.name}: {_brief(error)}"}
         time_of = roofline(chip, found.cost.flops, found.cost.memory_bytes, found.cost.total_wire_bytes)
         seconds = Roofline(*(sum_ + part.times * one for sum_, one in zip(seconds, time_of, strict=True)))
@@ -205,7 +214,7 @@ def _brief(error: Exception) -> str:
 
 def _warnings(program: str, shapes: Shapes, cost: compiled_cost.Cost) -> Iterator[str]:
     leaves = jax.tree_util.tree_leaves_with_path(shapes.params)
-    # What one layer of a kernel, or an embedding, takes in float32: whoever gathers more, gathers several layers.
+    # Bytes of one layer of a kernel, or of an embedding, in float32: a larger gather takes several layers at once.
     whole = max(
         4 * math.prod(leaf.shape[1:] if path_string(path).startswith("layers/") else leaf.shape)
         for path, leaf in leaves
@@ -225,14 +234,21 @@ def _warnings(program: str, shapes: Shapes, cost: compiled_cost.Cost) -> Iterato
 
 
 def advice(program: str, run: RunConfig, chip: Accelerator, peak: float | None) -> list[str]:
-    """What to turn, the cheapest first, where a program wants more memory than its chip has."""
+    """Lists settings that save memory, the cheapest first, for a program that needs more than its chip has.
+
+    Args:
+        program: The program's name.
+        run: The run's settings.
+        chip: One device.
+        peak: Bytes that the program needs; None where they are not known.
+    """
     found = list[str]()
     if program == "prune_pass":
         bound = chip.memory_bytes - held_in_training(Shapes(run, abstract_mesh(run.mesh)))
         found.append(
             f"--config.pruner.fisher_memory below {max(bound, 0):.0f}: more passes over the gradients"
             if bound > 0
-            else "training's state and masks alone leave no room: prune a saved model with launch/prune.py"
+            else "training's state and masks alone fill the memory: prune a saved model with launch/prune.py"
         )
     if program in ("train_step", "prune_pass", "intervene") and run.backbone.remat != "full":
         found.append("--config.backbone.remat=full: layers computed again in the backward pass")
@@ -251,11 +267,11 @@ def advice(program: str, run: RunConfig, chip: Accelerator, peak: float | None) 
 
 
 def propose_meshes(run: RunConfig, topology: Topology) -> list[MeshConfig]:
-    """Meshes of a topology's devices that the model and batches divide over, the most promising first.
+    """Lists meshes of a topology's devices that the model and batches divide over, the most promising first.
 
-    By an estimate of one training step: the state, one layer's weights and the rows of a device have to fit, and of
-    those that do the least time counts, of products and of what travels: weights twice and gradients once over `fsdp`,
-    hidden states over `tensor`.
+    They are ranked by an estimate of one training step. First, the state, one layer's weights and the rows of a device
+    must fit. Among meshes that fit, the time decides: that of products, and that of bytes that travel. Weights travel
+    twice and gradients once over `fsdp`, hidden states over `tensor`.
     """
     config = model_config(run)
     backbone, k = config.backbone, config.num_concepts if STRATEGIES[run.strategy].is_sparse else 1
@@ -282,15 +298,15 @@ def _factorisations(count: int) -> Iterator[MeshConfig]:
 
 
 def _estimate(shapes: Shapes, chip: Accelerator) -> tuple[float, float]:
-    """How far a training step is beyond the chip's memory, and its seconds."""
+    """Estimates the bytes of a training step beyond the chip's memory, and its seconds."""
     run, mesh, backbone = shapes.run, shapes.run.mesh, shapes.config.backbone
     k = shapes.config.num_concepts if shapes.is_sparse else 1
     tokens = run.training.batch_size * shapes.length / (mesh.data * mesh.fsdp)
     width = 2 if run.backbone.dtype == "bfloat16" else 4
-    kept = tokens * backbone.hidden_size * width * k / mesh.concept * backbone.num_layers
-    kept *= _KEPT_OF_A_LAYER[run.backbone.remat]
+    activations = tokens * backbone.hidden_size * width * k / mesh.concept * backbone.num_layers
+    activations *= _ACTIVATIONS_OF_A_LAYER[run.backbone.remat]
     gathered = 2 * 4 * backbone.vocab_size * backbone.embedding_size
-    memory = bytes_of(shapes.state) + bytes_of(shapes.params) + kept + gathered
+    memory = bytes_of(shapes.state) + bytes_of(shapes.params) + activations + gathered
     weights = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / mesh.tensor
     travels = weights * (3 * width + 2) * (mesh.fsdp - 1) / mesh.fsdp
     hidden = tokens * backbone.hidden_size * width * k / mesh.concept
@@ -301,5 +317,5 @@ def _estimate(shapes: Shapes, chip: Accelerator) -> tuple[float, float]:
 
 
 def as_mapping(mesh: MeshConfig) -> Mapping[str, int]:
-    """The axes that have more than one device."""
+    """Returns the axes that have more than one device, with their sizes."""
     return {name: size for name, size in dataclasses.asdict(mesh).items() if size > 1} or {"data": 1}

@@ -1,6 +1,6 @@
-"""A run's programs as shapes on a mesh: what each is given, what is held beside it, and what it has to compute.
+"""A run's programs as shapes on a mesh: arguments, other arrays in memory, and the flops that they have to compute.
 
-They are the very functions that training, pruning and intervening run; nothing is allocated.
+The programs are the functions that training, pruning and intervening run; no array is allocated.
 """
 
 import functools
@@ -39,9 +39,9 @@ from sparsecbm_jax.training import train_step
 from sparsecbm_jax.training.throughput import forward_flops, step_flops
 
 PROGRAMS = ("train_step", "eval_step", "prune_pass", "select", "intervene")
-# Leaves with more elements than this are not to lie whole on every device.
+# Leaves with more elements than this must not lie whole on every device.
 LARGE = 2**20
-# Steps of the run that the learning rates are planned for: no number in a program hangs on it.
+# Steps of the run that the learning rates are planned for: no number in a program depends on it.
 _NUM_STEPS = 1000
 
 
@@ -49,10 +49,10 @@ class Part(NamedTuple):
     """One compiled program, of which a step of the run may take several.
 
     Attributes:
-        name: what it does.
-        lower: traces it.
-        times: how often it runs.
-        beside: bytes that a device holds meanwhile and that are no argument of it.
+        name: Name of the part.
+        lower: Traces the program.
+        times: Number of runs in a step.
+        beside: Bytes that a device holds meanwhile and that are not among the program's arguments.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Part(NamedTuple):
 
 
 def model_config(run: RunConfig) -> CBMConfig:
-    """The model that a run trains, without its data or weights.
+    """Returns the configuration of the model that a run trains, without reading data or weights.
 
     Raises:
-        ValueError: if the backbone's shape is neither known nor in a local directory, or the data's classes and labels
+        ValueError: The backbone's shape is neither known nor in a local directory, or the data's classes and labels
             are to be inferred from data.
     """
     name = run.backbone.name
@@ -82,13 +82,13 @@ def model_config(run: RunConfig) -> CBMConfig:
 
 
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
-    """A mesh without devices: enough to say what lies where."""
+    """Makes a mesh without devices, which suffices for shardings."""
     return AbstractMesh(tuple(getattr(mesh, name) for name in sharding.AXES), sharding.AXES)
 
 
 @functools.lru_cache(maxsize=4)
 def _unplaced(config: CBMConfig, strategy: str, optim: OptimConfig) -> tuple[Any, Any, Any, Any]:
-    """A key, parameters, heads and the optimiser's state, as shapes that lie nowhere yet."""
+    """Returns a key, parameters, heads and the optimiser's state, as shapes without placement."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(functools.partial(backbones.init_params, config=config.backbone), key)
     has_bottleneck = STRATEGIES[strategy].has_bottleneck
@@ -98,7 +98,7 @@ def _unplaced(config: CBMConfig, strategy: str, optim: OptimConfig) -> tuple[Any
 
 
 class Shapes:
-    """What a run's programs are given, as shapes placed on a mesh."""
+    """The arguments of a run's programs, as shapes placed on a mesh."""
 
     def __init__(self, run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
         self.run, self.mesh, self.config = run, mesh, model_config(run)
@@ -126,30 +126,33 @@ class Shapes:
         return jax.tree.map(lambda leaf, spec: self._placed(leaf.shape, leaf.dtype, spec), tree, specs)
 
     def cast(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """The maskable kernels with elements of another type."""
+        """Returns the maskable kernels with elements of another type."""
         return {path: leaf.update(dtype=dtype) for path, leaf in self.kernels.items()}
 
     @property
     def state(self) -> train_step.TrainState:
+        """The state of training."""
         step: Any = self._placed((), jnp.int32, P())
         packed: Any = self.packed
         return train_step.TrainState(step, self.params, self.heads, self.opt_state, packed)
 
     def batch(self, rows: int, spec: P) -> Batch:
-        """A batch of the longest texts."""
+        """Returns a batch of the longest texts."""
         length, k = self.length, self.config.num_concepts
         shapes = ((rows, length), (rows, length), (rows, k), (rows,), (rows,), (rows,))
         types = (jnp.int32,) * 4 + (jnp.float32, jnp.int32)
         return Batch(*(self._placed(shape, dtype, spec) for shape, dtype in zip(shapes, types, strict=True)))
 
     def scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        """Returns a scalar, replicated."""
         return self._placed((), dtype, P())
 
     def replicated(self, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        """Returns an array that every device has whole."""
         return self._placed(shape, dtype, P())
 
     def without_inputs(self, path: str) -> jax.ShapeDtypeStruct:
-        """What a sum over the inputs of a kernel leaves, placed as it is."""
+        """Returns the sum of a kernel over its inputs, placed as the kernel is."""
         *layers, _, units = self.kernels[path].shape
         *of_layers, _, of_units = sharding.spec_for(path, len(layers) + 2)
         return self._placed((*layers, units), jnp.float32, P(*of_layers, of_units))
@@ -159,7 +162,7 @@ class Shapes:
         return ModelArrays(self.params, masks, self.heads)
 
     def units(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """An array whose second axis is spread over all devices, as `sharding.spread_units` leaves it."""
+        """Returns an array whose second axis is spread over all devices, as by `sharding.spread_units`."""
         inputs, units, *rest = shape
         if self.mesh.size == 1:
             return self.replicated(shape)
@@ -167,13 +170,17 @@ class Shapes:
 
 
 def bytes_of(tree: Any) -> float:
-    """What a tree of placed shapes takes of each device."""
+    """Computes the bytes of a tree of placed shapes on each device."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding is not None]
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 def describe_shardings(shapes: Shapes) -> dict[str, str]:
-    """{path: 'shape (axes of each dimension) = shape on a device'} of parameters and heads; masks lie as kernels do."""
+    """Describes the shardings of parameters and heads; masks are sharded as their kernels.
+
+    Returns:
+        {path: 'shape (axes of each dimension) = shape on a device'}.
+    """
 
     def described(leaf: jax.ShapeDtypeStruct) -> str:
         spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
@@ -188,7 +195,7 @@ def describe_shardings(shapes: Shapes) -> dict[str, str]:
 
 
 def left_whole(shapes: Shapes) -> list[str]:
-    """Large leaves of which every device that shares parameters has a whole copy; empty where none should be split."""
+    """Lists large leaves of which every device that shares parameters has a whole copy; none if nothing is shared."""
     if shapes.mesh.shape["fsdp"] * shapes.mesh.shape["tensor"] == 1:
         return []
     leaves = jax.tree_util.tree_leaves_with_path(shapes.state)
@@ -200,7 +207,7 @@ def left_whole(shapes: Shapes) -> list[str]:
 
 
 def parts_of(program: str, shapes: Shapes) -> list[Part]:
-    """What has to be compiled for one of `PROGRAMS`; nothing for those that a dense run does not have."""
+    """Lists the parts to compile for one of `PROGRAMS`; none for those that a dense run does not have."""
     if program == "train_step":
         return [_train_step(shapes)]
     if program == "eval_step":
@@ -225,7 +232,7 @@ def _eval_step(shapes: Shapes) -> Part:
 
 
 def held_in_training(shapes: Shapes) -> float:
-    """What training holds while it prunes: its state, the masks as they were and as they become, θ_k and its mask."""
+    """Computes the bytes that training holds while it prunes: its state, old and new masks, θ_k and its mask."""
     return bytes_of(shapes.state) + 2 * bytes_of(shapes.masks) + bytes_of(shapes.kernels) + bytes_of(shapes.mask)
 
 
@@ -233,7 +240,7 @@ def _select(shapes: Shapes) -> list[Part]:
     unit = patterns.unit_of(shapes.run.pruner.pattern, shapes.run.pruner.block_size)
     count = shapes.replicated((2,), jnp.uint32)
     arguments = shapes.mask, shapes.kernels, count, shapes.mask, unit
-    # Scores lie as their kernels do.
+    # Scores are sharded as their kernels.
     held = held_in_training(shapes) - bytes_of(shapes.mask)
     return [Part("select", functools.partial(prune_lowest.lower, *arguments), beside=held)]
 
@@ -255,7 +262,7 @@ def _intervene(shapes: Shapes) -> list[Part]:
 
 
 def _prune_pass(shapes: Shapes) -> list[Part]:
-    """One pass over the gradients of one concept: the pieces of the fullest pass of `fisher.plan_passes`."""
+    """Plans one pass over the gradients of one concept: the pieces of the fullest pass of `fisher.plan_passes`."""
     run, config, mesh = shapes.run, shapes.config, shapes.mesh
     pruner = run.pruner
     if pruner.criterion != "woodfisher":
@@ -334,7 +341,7 @@ def _prune_pass(shapes: Shapes) -> list[Part]:
 
 
 def model_flops(program: str, shapes: Shapes) -> float:
-    """Products that a program has to compute, over all devices: nothing computed again, nothing twice."""
+    """Counts the flops of a program's products over all devices, without recomputation or duplicates."""
     run, config, k = shapes.run, shapes.config, shapes.config.num_concepts
     pruner, passes = run.pruner, k if shapes.is_sparse else 1
     forward = functools.partial(forward_flops, config.backbone, shapes.length)
@@ -350,6 +357,6 @@ def model_flops(program: str, shapes: Shapes) -> float:
     per_gradient = forward(1 if pruner.per_example else pruner.grad_batch_size)
     num_passes = len(fisher.plan_passes(shapes.kernels, pruner))
     num_weights = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / num_passes
-    # Gradients, the activations that they want once for all passes and concepts, and the products of a Fisher block.
+    # Gradients, their activations (computed once for all passes and concepts), and the products of a Fisher block.
     outer = 2 * pruner.num_grads * min(pruner.block_size, pruner.num_grads) * num_weights
     return pruner.num_grads * (3 + 1 / num_passes) * per_gradient + outer

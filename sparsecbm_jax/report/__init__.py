@@ -1,7 +1,7 @@
-"""What people read: decision pathways as one page, the report of a run as another, and their figures for a paper.
+"""Pages for people: decision pathways as one page, the report of a run as another, and their figures for a paper.
 
-This room only reads what explanation, correction and evaluation return, and what a run leaves on disk. It needs the
-extra `report`. A name below is imported when it is first asked for: tables alone need no extra.
+This package only reads results of explanation, correction and evaluation, and the files of a run. It needs the extra
+`report`. A name below is imported at its first use: tables alone need no extra.
 """
 
 from __future__ import annotations

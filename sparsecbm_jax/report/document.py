@@ -1,6 +1,6 @@
 """The report of a run as one self-contained page.
 
-The page holds its figures and asks nothing of any network; nothing of a review, or of a name, is ever markup.
+The page holds its figures and makes no network request; text of a review, or a name, is never markup.
 """
 
 import base64
@@ -16,12 +16,12 @@ from sparsecbm_jax.report.page import MAX_BYTES, TEMPLATES, fill
 
 # CSS pixels to a point, of which 72 make an inch: a figure's letters become as large as the page's small ones.
 _PIXELS = 1.45
-# Pixels from which a figure takes two columns, and is moved rather than shrunk on a phone.
+# Pixels from which a figure takes two columns, and scrolls rather than shrinks on a phone.
 _WIDE = 460
 
 
 class _Image(NamedTuple):
-    """A figure as the page holds it."""
+    """A figure as it is embedded in the page."""
 
     number: int
     caption: str
@@ -32,11 +32,11 @@ class _Image(NamedTuple):
 
 
 def render_report(report: RunReport) -> str:
-    """The report as one HTML file, at most `MAX_BYTES` in UTF-8.
+    """Renders the report as one HTML file, at most `MAX_BYTES` in UTF-8.
 
     Raises:
-        ImportError: if matplotlib is not there to draw its figures.
-        ValueError: if it would be larger.
+        ImportError: Its figures need matplotlib, which is not installed.
+        ValueError: The file would be larger.
     """
     pathways = [pathway for section in report.sections for pathway in section.pathways]
     content = {
@@ -65,16 +65,16 @@ def render_report(report: RunReport) -> str:
 
 
 def write_report(path: str | Path, report: RunReport) -> None:
-    """Writes `render_report` to a file, whose folder is made where it is not there."""
+    """Writes `render_report` to a file; its folder is made if absent."""
     path, page = Path(path), render_report(report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # As bytes: a text file of some systems would end lines otherwise, and the policy's checksums would not hold.
+    # As bytes: in text mode some systems change line ends, and the policy's checksums would be wrong.
     path.write_bytes(page.encode())
 
 
 def _image(figure: Figure, number: int) -> _Image:
     (drawn,) = plots.draw(figure, "svg")
-    # Its markup alone: what stands before it names a place on the network, which nothing would ask anyway.
+    # The markup alone: the lines before it name an address on the network.
     drawn = drawn[drawn.index(b"<svg") :]
     size = re.search(rb'width="([\d.]+)pt" height="([\d.]+)pt"', drawn)
     assert size is not None

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of words, figures and tables, which a page or Markdown then shows."""
+"""The elements of a report: sections of words, figures and tables, which a page or Markdown then shows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,13 +7,13 @@ from sparsecbm_jax.explanation.pathways import DecisionPathway
 
 
 class Table(NamedTuple):
-    """Cells as they are shown; the first column names the rows.
+    """A table of cells as they are shown; the first column names the rows.
 
     Attributes:
-        caption: what it states, with its unit.
-        head: names of the columns.
-        rows: as long as the head, each.
-        is_words: whether cells are words rather than numbers.
+        caption: Statement of the contents, with their unit.
+        head: Names of the columns.
+        rows: Rows of cells, each as long as the head.
+        is_words: True where cells are words rather than numbers.
     """
 
     caption: str
@@ -23,12 +23,12 @@ class Table(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A picture that is drawn when it is wanted.
+    """A picture that is drawn when it is needed.
 
     Attributes:
-        name: of its files, without ending.
-        caption: what it shows; stands below it, and in its place for who cannot see it.
-        draw: makes matplotlib's figure, given pyplot.
+        name: Name of its files, without ending.
+        caption: Description of the contents; shown below it, and in its place for readers who cannot see it.
+        draw: Makes matplotlib's figure, given pyplot.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Section(NamedTuple):
     """A part of a report with a heading.
 
     Attributes:
-        title: the heading.
-        words: a paragraph each.
-        figures: pictures.
-        tables: the same in numbers, and what has no picture.
-        pathways: decisions to be shown as the page of pathways shows them; one section of a report may have some.
+        title: The heading.
+        words: Paragraphs.
+        figures: Pictures.
+        tables: The same in numbers, and numbers that have no picture.
+        pathways: Decisions, shown as on the page of pathways; one section of a report may have some.
     """
 
     title: str
@@ -55,15 +55,15 @@ class Section(NamedTuple):
 
 
 def render_markdown(section: Section) -> str:
-    """The section's words and numbers, under a heading of second rank."""
+    """Renders the section's words and numbers as Markdown, under a heading of second rank."""
     return "\n\n".join([f"## {section.title}", *section.words, *map(markdown_table, section.tables)])
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table, numbers to the right; its caption is left out.
+    """Renders a Markdown table, numbers to the right, without its caption.
 
-    >>> print(markdown_table(Table("", ["arm", "%"], [["none", "12.5"]])))
-    | arm | % |
+    >>> print(markdown_table(Table("", ["editor", "%"], [["none", "12.5"]])))
+    | editor | % |
     | --- | ---: |
     | none | 12.5 |
     """
@@ -72,7 +72,7 @@ def markdown_table(table: Table) -> str:
 
 
 def percent(value: float | None, digits: int = 1, *, is_signed: bool = False) -> str:
-    """A share in percent; – for None.
+    """Formats a share in percent; – for None.
 
     >>> percent(0.1234), percent(-0.1, is_signed=True), percent(None)
     ('12.3', '-10.0', '–')
@@ -83,7 +83,7 @@ def percent(value: float | None, digits: int = 1, *, is_signed: bool = False) ->
 
 
 def kernel_name(path: str) -> str:
-    """A kernel's name for people.
+    """Turns a kernel's path into a name for people.
 
     >>> kernel_name("layers/attention/query/kernel")
     'attention query'

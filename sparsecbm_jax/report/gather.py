@@ -1,4 +1,4 @@
-"""What a run left on disk, gathered into the sections of its report."""
+"""The files of a run on disk, gathered into the sections of its report."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ EDIT_LOG = "edits.log"
 MODEL = "model"
 
 HeldOut = Callable[[SparseCBM], Examples]
-# Sections, or in a few words why there are none.
+# Sections, or in a few words the reason why there are none.
 _Part = list[Section] | str
 
 
 class KeyNumber(NamedTuple):
-    """One of the few numbers that matter most, as it is shown, and what to hold it against."""
+    """One of the few most important numbers, as it is shown, and a note to compare it with."""
 
     name: str
     value: str
@@ -39,15 +39,15 @@ class KeyNumber(NamedTuple):
 
 
 class RunReport(NamedTuple):
-    """What is known of a run.
+    """The report of a run.
 
     Attributes:
-        title: the run's name.
-        lead: what it trained, in a sentence or two.
-        key_numbers: what matters most.
-        sections: in the order in which they are read.
+        title: The run's name.
+        lead: Description of the model, in a sentence or two.
+        key_numbers: The most important numbers.
+        sections: Sections, in reading order.
         predictor: `predictor_weights` of the model, where pathways are shown.
-        left_out: what would be here and why it is not, a line each.
+        left_out: Absent sections and the reason of each, a line each.
     """
 
     title: str
@@ -64,7 +64,7 @@ class RunReport(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """What is there of a run."""
+    """The files of a run, those that exist."""
 
     workdir: Path
     log: RunLog | None
@@ -80,18 +80,19 @@ def read_report(
     edit_log: str | Path | None = None,
     held_out: HeldOut | None = None,
 ) -> RunReport:
-    """Gathers what a run left, finished or not.
+    """Gathers the files of a run, finished or not.
 
     Args:
-        workdir: of the run: `metrics.jsonl`, `metrics.json`, `model/`, and `edits.log`, where they are there.
-        suite: workdir of `evaluate.py --suite=intervention`.
-        sweep_folder: workdir of `sweep.py`.
-        edit_log: edits of the run's model; by default `edits.log` of the run.
-        held_out: gives texts that the model was not trained on, for the gallery; a ValueError says why there are none.
+        workdir: The run's folder: `metrics.jsonl`, `metrics.json`, `model/` and `edits.log`, those that exist.
+        suite: Workdir of `launch/evaluate_interventions.py`.
+        sweep_folder: Workdir of `launch/sweep.py`.
+        edit_log: Log of edits of the run's model; None takes `edits.log` of the run.
+        held_out: Returns texts that the model was not trained on, for the gallery; it raises ValueError with the reason
+            where there are none.
 
     Raises:
-        FileNotFoundError: the run, or a folder that was asked for, is not there.
-        ValueError: a file is not what its writer writes; names file and line, and what was expected.
+        FileNotFoundError: The run, or a named folder, does not exist.
+        ValueError: A file has other contents than its writer gives it; file, line and the expected contents are named.
     """
     found = _read_run(Path(workdir))
     parts = {
@@ -119,7 +120,7 @@ def read_report(
 
 def _read_run(workdir: Path) -> _Run:
     if not workdir.is_dir():
-        raise FileNotFoundError(f"{workdir} is not there; expected the folder of a run, as launch/train.py writes it")
+        raise FileNotFoundError(f"{workdir} does not exist; expected the folder of a run, as launch/train.py writes it")
     log = read_log(workdir) if (workdir / LOG_FILE).is_file() else None
     model = load(workdir / MODEL) if (workdir / MODEL).is_dir() else None
     metrics: dict[str, Any] | None
@@ -148,7 +149,7 @@ def _gallery(found: _Run, held_out: HeldOut | None) -> _Part:
     except ValueError as error:
         return str(error).rstrip(".")
     section = gallery_section(found.model, examples)
-    return "no held-out review is of a kind to be shown" if section is None else [section]
+    return "no held-out review is of a kind that is shown" if section is None else [section]
 
 
 def _training(found: _Run) -> _Part:
@@ -176,7 +177,7 @@ def _edits(found: _Run, path: Path | None) -> _Part:
     if path is None and not own.is_file():
         return f"the run has no {EDIT_LOG}"
     if model is None or model.masks is None:
-        raise ValueError(f"{path or own} is of no use without the model it edits; expected {found.workdir / MODEL}/")
+        raise ValueError(f"{path or own} cannot be read without the model it edits; expected {found.workdir / MODEL}/")
     log = EditLog(path or own, model.masks, model.schema.concepts, is_read_only=True)
     if not log.edits:
         return f"there is no active edit in {log.path.name}"
@@ -233,7 +234,7 @@ def _concepts(found: _Run) -> Sequence[str]:
 
 
 def _title(workdir: Path) -> str:
-    """The run's name; that of a seed says nothing without its folder's."""
+    """Returns the run's name; for a seed, with the name of its folder."""
     is_seed = re.fullmatch(r"seed\d+", workdir.name)
     return f"Report of {workdir.parent.name}/{workdir.name}" if is_seed else f"Report of {workdir.name}"
 
@@ -241,7 +242,7 @@ def _title(workdir: Path) -> str:
 def _lead(found: _Run) -> str:
     model = found.model
     if model is None:
-        return "The run’s model is not here: what follows is from its log."
+        return "The run’s model is not available: the numbers below are from its log."
     backbone, dataset = (model.metadata.get(key) for key in ("backbone", "dataset"))
     size = f"{model.config.backbone.num_layers} layers of width {model.config.backbone.hidden_size}"
     words = f"{backbone or model.config.backbone.family} ({size}), strategy {model.strategy}"

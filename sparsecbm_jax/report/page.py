@@ -1,6 +1,6 @@
-"""Decision pathways as one page: no network, opens from disk, recomputes the label where a concept is set.
+"""Decision pathways as one page: it needs no network, opens from disk, and recomputes the label if a concept is set.
 
-The page holds `to_dict()` of what it was given as JSON, and a script that draws it; nothing of a review is ever markup.
+The page holds `to_dict()` of its pathways as JSON, and a script that draws them; text of a review is never markup.
 """
 
 import base64
@@ -26,14 +26,14 @@ except ImportError:
 MAX_BYTES = 2_000_000
 TEMPLATES = jinja2.PackageLoader(__package__)
 
-# In a script element only these can end it, or begin a comment; the two separators once ended a line of JavaScript.
+# Only these can end a script element or begin a comment in it; in old JavaScript the two separators ended a line.
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 Predictor = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 class Comparison(NamedTuple):
-    """One correction, with the pathway of its text before and after, and where it changed the concept's mask."""
+    """One correction, with the pathway of its text before and after, and the changes of the concept's mask."""
 
     report: CorrectionReport
     before: DecisionPathway
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
 
 
 def predictor_weights(model: SparseCBM) -> dict[str, dict[str, dict[str, float]]]:
-    """The label predictor's φ by concept, class and label: all that the page needs to set a concept."""
+    """Returns the label predictor's φ by concept, class and label: all that the page needs to set a concept."""
     schema, kernel = model.schema, np.asarray(model.heads["predictor"]["kernel"])
     return {
         concept: {
@@ -59,22 +59,22 @@ def render_page(
     predictor: Predictor | None = None,
     title: str = "Decision pathways",
 ) -> str:
-    r"""One HTML file that shows pathways, and corrections before and after, one at a time.
+    """Renders one HTML file that shows pathways, and corrections before and after, one at a time.
 
-    Setting concept k to class c makes $a_k$ one-hot: its contribution $a_k \varphi_k$ becomes $\varphi_{k,c}$, and the
-    label $y = \varphi_0 + \sum_k a_k \varphi_k$ follows without the language model.
+    Setting concept k to class c makes a_k one-hot: its contribution a_k φ_k becomes φ_{k,c}, and the label
+    y = φ_0 + Σ_k a_k φ_k follows without the language model.
 
     Args:
-        pathways: what `explain` returned.
-        corrections: edits to show before them, each with two pathways of its own.
+        pathways: The pathways, from `explain`.
+        corrections: Edits to show before them, each with two pathways of its own.
         predictor: `predictor_weights` of the model; without it no concept can be set.
-        title: the page's heading.
+        title: The page's heading.
 
     Returns:
-        A page of at most `MAX_BYTES` in UTF-8. Where all would be more, the last pathways are left out, and it says so.
+        A page of at most `MAX_BYTES` in UTF-8. If all pathways are more, the last are left out, and the page says so.
 
     Raises:
-        ValueError: if there is nothing to show, or the first alone is too large.
+        ValueError: There is nothing to show, or the first pathway alone is too large.
     """
     return _render_what_fits(pathways, corrections, predictor, title)[0]
 
@@ -87,15 +87,25 @@ def write_page(
     predictor: Predictor | None = None,
     title: str = "Decision pathways",
 ) -> int:
-    """Writes `render_page` to a file, whose folder is made where it is not there.
+    """Writes `render_page` to a file; its folder is made if absent.
+
+    Args:
+        path: The file.
+        pathways: The pathways, from `explain`.
+        corrections: Edits to show before them.
+        predictor: `predictor_weights` of the model; without it no concept can be set.
+        title: The page's heading.
 
     Returns:
-        How many of the pathways the page shows: all, or as many as fit.
+        The number of pathways that the page shows: all, or as many as fit.
+
+    Raises:
+        ValueError: As `render_page`.
     """
     page, num_shown = _render_what_fits(pathways, corrections, predictor, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # As bytes: a text file of some systems would end lines otherwise, and the policy's checksums would not hold.
+    # As bytes: in text mode some systems change line ends, and the policy's checksums would be wrong.
     path.write_bytes(page.encode())
     return num_shown
 
@@ -114,12 +124,12 @@ class Frame(NamedTuple):
 
 
 def show(pathway: DecisionPathway | Comparison, *, predictor: Predictor | None = None, height: int = 900) -> Frame:
-    """A pathway, or a correction before and after, for the last line of a notebook's cell.
+    """Makes a frame of a pathway, or of a correction before and after, for the last line of a notebook's cell.
 
     Args:
-        pathway: what to show.
+        pathway: The pathway or correction.
         predictor: `predictor_weights` of the model; without it no concept can be set.
-        height: of the frame, in pixels.
+        height: Height of the frame, in pixels.
     """
     if isinstance(pathway, Comparison):
         return Frame(render_page([], [pathway], predictor=predictor), height)
@@ -129,7 +139,7 @@ def show(pathway: DecisionPathway | Comparison, *, predictor: Predictor | None =
 def _render_what_fits(
     pathways: Sequence[DecisionPathway], corrections: Sequence[Comparison], predictor: Predictor | None, title: str
 ) -> tuple[str, int]:
-    """The page and how many pathways it shows."""
+    """Renders the page with as many pathways as fit, and returns it with their number."""
     if not pathways and not corrections:
         raise ValueError("there is no pathway to show; expected at least one")
     num_shown = len(pathways)
@@ -138,7 +148,7 @@ def _render_what_fits(
         size = len(page.encode())
         if size <= MAX_BYTES:
             return page, num_shown
-        # What all pathways share is small: a few rounds find how many fit.
+        # The part that all pathways share is small: a few rounds find the number that fits.
         num_shown = min(num_shown - 1, num_shown * MAX_BYTES // size)
         if num_shown < (0 if corrections else 1):
             raise ValueError(f"the page would have {size:,} bytes; at most {MAX_BYTES:,} are allowed")
@@ -173,16 +183,17 @@ def fill(
     allowed: str = "",
     **values: Any,
 ) -> tuple[str, str]:
-    """A template with its styles and scripts in it.
+    """Fills a template, with its styles and scripts inside.
 
     Args:
-        templates: where all are looked for.
-        name: of the template.
-        content: what the scripts find as JSON.
-        title: the page's heading.
-        styles, scripts: names of files, in order.
-        allowed: what the policy allows beside them, such as "connect-src 'self'; ".
-        values: what else the template asks for.
+        templates: Loader of templates, styles and scripts.
+        name: Name of the template.
+        content: JSON values that the scripts read.
+        title: The page's heading.
+        styles: Names of style sheets, in order.
+        scripts: Names of scripts, in order.
+        allowed: Sources that the policy allows in addition, such as "connect-src 'self'; ".
+        **values: Other values of the template.
 
     Returns:
         The page, and its content-security policy.
@@ -200,10 +211,10 @@ def fill(
 
 
 def embed_json(content: Any) -> str:
-    """JSON that may stand in a script element, whatever its strings hold.
+    r"""Encodes JSON so that it may stand in a script element, whatever its strings hold.
 
     >>> print(embed_json("</script> & more"))
-    "\\u003c/script\\u003e \\u0026 more"
+    "\u003c/script\u003e \u0026 more"
     """
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
@@ -214,5 +225,5 @@ def _checksum(source: str) -> str:
 
 def _source(environment: jinja2.Environment, name: str) -> str:
     assert environment.loader is not None
-    # Browsers end lines so before they take a checksum.
+    # Browsers normalise line ends so before they compute a checksum.
     return environment.loader.get_source(environment, name)[0].replace("\r\n", "\n")

@@ -1,4 +1,4 @@
-"""What figures share: colours that the colour-blind can tell apart, a marker for each, and files for page and paper.
+"""Common parts of figures: colours that the colour-blind can tell apart, a marker for each, files for page and paper.
 
 Without matplotlib (extra `report`) no figure is drawn; nothing else of a report needs it.
 """
@@ -17,10 +17,10 @@ if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
-# Okabe and Ito's colours, and a marker each, so that colour never stands alone.
+# Okabe and Ito's colours, and a marker each, so that no distinction depends on colour alone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
-# Readable by those who see no colours, and in print: light is more.
+# Readable by those who see no colours, and in print: lighter means more.
 SEQUENTIAL = "cividis"
 GREY = "0.35"
 # Inches: a column of a two-column paper, and both.
@@ -32,13 +32,13 @@ _SETTINGS = {
     "legend.fontsize": 8,
     "lines.markersize": 4.5,
     "lines.linewidth": 1.4,
-    # Letters as letters: conferences refuse the fonts that matplotlib would make of them.
+    # Letters as TrueType: conferences refuse the fonts that matplotlib embeds by default.
     "pdf.fonttype": 42,
-    # The same figure is the same file.
+    # Equal figures give equal files.
     "svg.hashsalt": "sparsecbm_jax",
 }
 _ENDINGS = ("png", "svg", "pdf")
-# No dates, and no addresses of whoever wrote the file.
+# No dates, and no addresses of the file's writer.
 _METADATA = {
     "png": {"Software": None},
     "svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
@@ -47,10 +47,10 @@ _METADATA = {
 
 
 def pyplot() -> types.ModuleType:
-    """matplotlib's pyplot, drawing to files.
+    """Returns matplotlib's pyplot, drawing to files.
 
     Raises:
-        ImportError: if it is not installed.
+        ImportError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -63,12 +63,12 @@ def pyplot() -> types.ModuleType:
 
 
 def style(number: int) -> dict[str, str]:
-    """Colour and marker of a series."""
+    """Returns colour and marker of a series by its number, from 0."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
 def label(name: str, most: int = 24) -> str:
-    r"""A name as text in a figure: it leaves room for the drawing, and a dollar sign in it begins no formula.
+    r"""Makes a name fit for a figure: cuts it after `most` characters, and escapes dollar signs, which begin formulas.
 
     >>> label("a" * 30, 5), label("$")
     ('aaaa…', '\\$')
@@ -77,7 +77,7 @@ def label(name: str, most: int = 24) -> str:
 
 
 def tidy(axes: Iterable["Axes"]) -> None:
-    """A faint grid, and no frame where no axis is."""
+    """Gives axes a faint grid, and removes the frame on sides without an axis."""
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
@@ -85,7 +85,7 @@ def tidy(axes: Iterable["Axes"]) -> None:
 
 
 def legend(figure: "MatplotlibFigure") -> None:
-    """What the series of a figure's axes are, above them, in as few lines as they fit in."""
+    """Adds a legend of the series of all axes, above them, in as few lines as fit."""
     found = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if not found:
         return
@@ -98,10 +98,10 @@ def legend(figure: "MatplotlibFigure") -> None:
 
 
 def draw(figure: Figure, *endings: str) -> tuple[bytes, ...]:
-    """A figure as the content of files: 'png', 'svg' or 'pdf'."""
+    """Draws a figure and returns the content of a file for each ending: 'png', 'svg' or 'pdf'."""
     plt, found = pyplot(), []
     with plt.rc_context(_SETTINGS), warnings.catch_warnings():
-        # A name in letters that the font lacks is drawn as boxes; the figure's table has it.
+        # Letters that the font lacks are drawn as boxes; the figure's table has the name.
         warnings.filterwarnings("ignore", message="Glyph")
         drawn = figure.draw(plt)
         for ending in endings:
@@ -113,7 +113,7 @@ def draw(figure: Figure, *endings: str) -> tuple[bytes, ...]:
 
 
 def write(figures: Sequence[Figure], folder: Path) -> None:
-    """Writes figures as PNG, SVG and PDF and says where, or that matplotlib is not there to do it."""
+    """Writes figures as PNG, SVG and PDF and prints their paths, or that matplotlib is not installed."""
     try:
         for figure in figures:
             contents = draw(figure, *_ENDINGS)

@@ -1,4 +1,4 @@
-"""The log that a run writes while it goes, read and checked record by record."""
+"""The log of a run, read and checked record by record."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ class RunLog(NamedTuple):
 
 
 def read_log(workdir: Path) -> RunLog:
-    """Reads the log of a run, finished or not; a last line that is still being written is passed over.
+    """Reads the log of a run, finished or not; a last line that is still being written is skipped.
 
     Raises:
-        FileNotFoundError: there is no log.
-        ValueError: a line is no record of a run; names it, and what was expected.
+        FileNotFoundError: There is no log.
+        ValueError: A line is not a record of a run; the line and the expected contents are named.
     """
     path, log = workdir / LOG_FILE, RunLog([], [], [])
     for where, record in read_json_lines(path, WRITTEN_BY):
@@ -58,5 +58,5 @@ def _check_record(record: Record, where: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number."""
+    """Returns True where a value of JSON is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,1 +1,1 @@
-"""What a process needs around the mathematics: files, checkpoints, memory, accelerators, signals, progress."""
+"""Services of a process apart from the mathematics: files, checkpoints, memory, accelerators, signals, progress."""

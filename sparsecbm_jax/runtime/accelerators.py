@@ -1,7 +1,7 @@
-"""The accelerators that a plan may be made for: their memory, their peaks, and how a topology of them is named.
+"""The accelerators that a plan may be made for: their memory, their peaks, and the names of their topologies.
 
-Peaks are those that the makers publish, for dense bfloat16 products. The memory of TPUs is what their compiler lets a
-program have.
+Peaks are those that the makers publish, for dense bfloat16 products. The memory of a TPU is the most that its compiler
+gives to a program.
 """
 
 import re
@@ -14,11 +14,12 @@ class Accelerator(NamedTuple):
     """One device as the compiler sees it.
 
     Attributes:
-        memory_bytes: that a program may take.
-        flops: bfloat16 products, a second.
-        memory_bandwidth: bytes a second.
-        link_bandwidth: bytes a second that it can send to other chips, all its links together.
-        is_compiled_for: whether programs are compiled for the chip itself; else for virtual CPU devices in its place.
+        memory_bytes: Bytes that a program may take.
+        flops: Floating-point operations a second, in bfloat16 products.
+        memory_bandwidth: Bytes a second between memory and cores.
+        link_bandwidth: Bytes a second that it can send to other chips, over all its links together.
+        is_compiled_for: True where programs are compiled for the chip itself, False where virtual CPU devices stand in
+            for it.
     """
 
     memory_bytes: float
@@ -43,7 +44,7 @@ ACCELERATORS = {
 }
 
 
-# What JAX calls the devices that are at hand. Other boards of a family, such as PCIe ones, have other peaks.
+# JAX's names of available devices. Other boards of a family, such as PCIe ones, have other peaks.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -60,9 +61,9 @@ _KINDS = {
 
 
 def accelerator_of_kind(device_kind: str) -> Accelerator | None:
-    """The chip of a device by its `device_kind`; None where its peaks are not known here.
+    """Returns the accelerator of a `device_kind`; None where its peaks are not known here.
 
-    >>> chip_of_kind("NVIDIA H200").memory_bandwidth
+    >>> accelerator_of_kind("NVIDIA H200").memory_bandwidth
     4800000000000.0
     """
     family = _KINDS.get(device_kind)
@@ -70,17 +71,19 @@ def accelerator_of_kind(device_kind: str) -> Accelerator | None:
 
 
 class Topology(NamedTuple):
-    """Chips and how they are laid out: `dims` of a TPU slice, the number of them for others."""
+    """Chips and their layout: `dims` are the dimensions of a TPU slice; for other chips, their number."""
 
     family: str
     dims: tuple[int, ...]
 
     @property
     def chip(self) -> Accelerator:
+        """One device of the topology."""
         return ACCELERATORS[self.family]
 
     @property
     def num_devices(self) -> int:
+        """Number of devices; a TPU v7x chip has two."""
         count = 1
         for dim in self.dims:
             count *= dim
@@ -88,9 +91,9 @@ class Topology(NamedTuple):
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Along which dimensions the links close to a ring: slices of whole cubes, and whole pods of the flat kinds.
+        """True along dimensions whose links close to a ring: those of whole cubes, and of whole pods of the flat kinds.
 
-        Without them the compiler turns gathers over all chips into sums of twice the bytes.
+        Without rings the compiler turns gathers over all chips into sums of twice the bytes.
         """
         if self.family in ("v4", "v5p", "tpu7x"):
             return (all(dim % 4 == 0 for dim in self.dims),) * 3
@@ -104,7 +107,7 @@ def parse_topology(name: str) -> Topology:
     """Reads `family:XxY` or `family:XxYxZ` (TPUs, in chips), or `family:N`.
 
     Raises:
-        ValueError: if the family is unknown or the dimensions are not those of such a family.
+        ValueError: The family is unknown, or it does not have topologies of such dimensions.
 
     >>> parse_topology("v5p:4x4x4").num_devices
     64
@@ -143,17 +146,25 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """The least time that the program can take."""
         return max(self)
 
     @property
     def bound(self) -> str:
+        """Name of the resource that needs most time."""
         return self._fields[self.index(self.seconds)]
 
 
 def roofline(chip: Accelerator, flops: float, memory_bytes: float, wire_bytes: float) -> Roofline:
-    """The times of one device's work at the chip's peaks, computing and communicating at once.
+    """Computes the times of one device's work at the chip's peaks, where it computes and communicates at once.
 
-    >>> roofline(CHIPS["v5p"], 459e12, 0, 6e9).bound
+    >>> roofline(ACCELERATORS["v5p"], 459e12, 0, 6e9).bound
     'compute'
+
+    Args:
+        chip: The device.
+        flops: Floating-point operations.
+        memory_bytes: Bytes between memory and cores.
+        wire_bytes: Bytes sent to other chips.
     """
     return Roofline(flops / chip.flops, memory_bytes / chip.memory_bandwidth, wire_bytes / chip.link_bandwidth)

@@ -1,8 +1,8 @@
-"""Save and restore trees of arrays, across meshes and process counts; and tell one run's directory from another's.
+"""Checkpoints: trees of arrays, saved and restored across meshes and process counts.
 
-A checkpoint is whole or it is not there: it is written beside and renamed, and on restore the file sizes, the shapes
-and a checksum of every leaf are compared with what was written. Nothing is pickled. This is the only module that
-imports orbax.
+A checkpoint is whole or absent. It is written under another name and renamed; on restore, file sizes, shapes and a
+checksum of every leaf are compared with those at saving. Nothing is pickled. This is the only module that imports
+orbax.
 """
 
 import json
@@ -24,7 +24,7 @@ _MAX_LISTED = 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, missing, or does not fit the tree it is to be restored into."""
+    """A checkpoint that is damaged, missing, or does not fit the tree into which it is restored."""
 
 
 def _is_key(leaf: Any) -> bool:
@@ -45,7 +45,7 @@ def _to_array(name: str, leaf: Any) -> jax.Array:
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     if hasattr(leaf, "dtype") and leaf.dtype != array.dtype:
         raise TypeError(
-            f"{name} is {leaf.dtype}, which jax would store as {array.dtype}; expected a dtype that jax keeps"
+            f"{name} is {leaf.dtype}, which jax would store as {array.dtype}; expected a dtype that jax can store"
         )
     return array
 
@@ -60,7 +60,7 @@ def _manifest_of(leaf: jax.Array) -> dict[str, Any]:
 
 @jax.jit
 def _checksum(leaf: Array) -> UInt[Array, ""]:
-    """Σ_i (2 i + 1) x_i mod 2^32 over a leaf's bits x: equal under any sharding, and no one wrong element escapes."""
+    """Computes Σ_i (2 i + 1) x_i mod 2³² over a leaf's bits x: equal under any sharding; every element counts."""
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
@@ -72,7 +72,7 @@ def _checksum(leaf: Array) -> UInt[Array, ""]:
 
 
 def _checksums(leaves: Mapping[str, Array]) -> dict[str, int]:
-    # A program for each shape: those of a whole tree would be compiled again for every tree that is saved.
+    # A program for each shape: one program for a whole tree would be compiled again for every tree that is saved.
     sums = {name: in_turn(_checksum(leaf)) for name, leaf in leaves.items()}
     return {name: int(value) for name, value in sums.items()}
 
@@ -84,13 +84,16 @@ def _sharding_of(leaf: Any) -> jax.sharding.Sharding:
 class Checkpointer:
     """The checkpoints of one run, by step.
 
-    Saving copies the arrays to the host, so that they may be donated to the next step at once, and writes them
-    meanwhile. Every method waits for what is being written; so does leaving the context. A process that is killed
-    before leaves the checkpoints before. With several processes every method is to be called by all of them.
+    `save` copies the arrays to the host, so that they may be donated to the next step at once, and writes them in the
+    background. Every method waits until that is done; so does the end of the context. If the process is killed before,
+    the earlier checkpoints remain. With several processes, all of them must call every method.
 
     Args:
-        directory: where the checkpoints lie; made where it does not exist. On a file system that all processes share.
-        max_to_keep: how many of the latest steps are kept.
+        directory: Directory of the checkpoints, on a file system that all processes share; made if absent.
+        max_to_keep: Number of latest steps that stay on disk, at least 1.
+
+    Raises:
+        ValueError: `max_to_keep` is below 1.
     """
 
     def __init__(self, directory: str | Path, max_to_keep: int = 2) -> None:
@@ -115,27 +118,27 @@ class Checkpointer:
         self.close()
 
     def steps(self) -> tuple[int, ...]:
-        """All saved steps, in rising order."""
+        """Returns all saved steps, in rising order."""
         self.wait()
         return tuple(sorted(self._manager.all_steps()))
 
     def latest_step(self) -> int | None:
-        """The last saved step, or None where there is none."""
+        """Returns the last saved step, or None where there is none."""
         steps = self.steps()
         return steps[-1] if steps else None
 
     def save(self, step: int, tree: Any, meta: Mapping[str, Any] | None = None) -> None:
-        """Save a tree as the checkpoint of a step.
+        """Saves a tree as the checkpoint of a step.
 
-        Saved steps at or after `step` are removed first: they belong to a continuation that was given up.
+        Saved steps at or after `step` are removed first: they belong to a continuation that was abandoned.
 
         Args:
-            step: number of the step, at least 0.
-            tree: any tree of arrays, PRNG keys among them. Zero-sized leaves are allowed.
-            meta: anything JSON, given back by `read_meta`.
+            step: Number of the step, at least 0.
+            tree: Any tree of arrays, PRNG keys among them. Zero-sized leaves are allowed.
+            meta: JSON values by key, which `read_meta` returns.
 
         Raises:
-            TypeError: `meta` is not JSON, or a leaf has a dtype that jax does not keep; named.
+            TypeError: `meta` is not JSON, or a leaf has a dtype that jax cannot store; the leaf is named.
         """
         meta = json.loads(json.dumps(dict(meta or {})))
         leaves = {name: _to_array(name, leaf) for name, leaf in _named_leaves(tree).items()}
@@ -155,19 +158,20 @@ class Checkpointer:
         self._in_writing = step
 
     def restore(self, step: int, abstract_tree: Any) -> Any:
-        """Restore the tree of a step, bit for bit, onto the shardings asked for.
+        """Restores the tree of a step, bit for bit, onto the requested shardings.
 
         Args:
-            step: a saved step.
-            abstract_tree: a tree of the structure wanted, of `jax.ShapeDtypeStruct` with shardings or of arrays. A
-                leaf without a sharding goes to the first device. The mesh need not be the one that saved.
+            step: A saved step.
+            abstract_tree: A tree of the same structure, of `jax.ShapeDtypeStruct` with shardings or of arrays. A leaf
+                without a sharding goes to the first device. The mesh need not be the one that saved.
 
         Returns:
             The tree, of jax arrays.
 
         Raises:
-            CheckpointError: no such step; a tree of other paths, shapes or dtypes, all named with what was saved and
-                what is expected; or damage, with the latest earlier step that is whole.
+            CheckpointError: There is no such step; the saved tree has other paths, shapes or dtypes, each named with
+                its saved and its expected value; or the checkpoint is damaged, and the latest whole earlier step is
+                named.
         """
         manifest = self._read(step)["leaves"]
         self._check_tree(step, manifest, _named_leaves(abstract_tree))
@@ -188,35 +192,35 @@ class Checkpointer:
             ) from damage
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` that was saved with a step.
+        """Reads the `meta` that was saved with a step.
 
         Raises:
-            CheckpointError: no such step, or it cannot be read.
+            CheckpointError: There is no such step, or it cannot be read.
         """
         return self._read(step)["meta"]
 
     def describe(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every array that was saved with a step, by its path.
+        """Reads shape and dtype of every array that was saved with a step, by its path.
 
-        `restore` takes it for a tree, which tells whether the checkpoint is whole.
+        `restore` accepts the result as a tree, and so checks that the checkpoint is whole.
 
         Raises:
-            CheckpointError: no such step, or it cannot be read.
-            TypeError: there is a PRNG key among them.
+            CheckpointError: There is no such step, or it cannot be read.
+            TypeError: One of the arrays is a PRNG key.
         """
         leaves = self._read(step)["leaves"]
         return {name: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for name, leaf in leaves.items()}
 
     def clear(self) -> None:
-        """Delete all of them."""
+        """Deletes all checkpoints."""
         for step in self.steps():
             self._manager.delete(step)
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk.
+        """Waits until everything saved so far is on disk.
 
         Raises:
-            OSError: it could not be written; or what else the file system raises.
+            OSError: It could not be written. The file system may raise other errors, too.
         """
         self._manager.wait_until_finished()
         if self._in_writing is not None and jax.process_index() == 0:
@@ -224,7 +228,7 @@ class Checkpointer:
         self._in_writing = None
 
     def close(self) -> None:
-        """Release what the checkpointer holds, with everything saved on disk."""
+        """Waits until everything is on disk, and releases the checkpointer's resources."""
         try:
             self.wait()
         finally:
@@ -244,14 +248,14 @@ class Checkpointer:
                 f"earlier steps: {others}"
             ) from error
 
-    def _check_tree(self, step: int, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def _check_tree(self, step: int, manifest: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
         def words(description: Mapping[str, Any] | None) -> str:
             return f"{description['shape']} {description['dtype']}" if description else "nothing"
 
         problems = []
-        for name in sorted(set(manifest) | set(wanted)):
+        for name in sorted(set(manifest) | set(requested)):
             saved = manifest.get(name)
-            expected = _describe(wanted[name]) if name in wanted else None
+            expected = _describe(requested[name]) if name in requested else None
             if saved is None or expected is None or any(saved[key] != expected[key] for key in expected):
                 problems.append(f"{name}: saved {words(saved)}, expected {words(expected)}")
         if problems:
@@ -263,9 +267,9 @@ class Checkpointer:
 
     def _restore(self, step: int, manifest: Mapping[str, Any], abstract_tree: Any) -> Any:
         self._check_sizes(step)
-        wanted = _named_leaves(abstract_tree)
+        requested = _named_leaves(abstract_tree)
         abstract = {}
-        for name, leaf in wanted.items():
+        for name, leaf in requested.items():
             if math.prod(leaf.shape):
                 data = (
                     jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
@@ -278,13 +282,13 @@ class Checkpointer:
             try:
                 arguments = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
                 restored = self._manager.restore(step, args=arguments)["state"]
-            except Exception as error:  # orbax and tensorstore raise what they like, bare Exception among it
+            except Exception as error:  # orbax and tensorstore raise errors of many types, bare Exception among them
                 raise _Damage(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
         for name, value in _checksums(restored).items():
             if value != manifest[name]["checksum"]:
                 raise _Damage(f"the bits of {name} are not those that were saved")
         leaves = []
-        for name, leaf in wanted.items():
+        for name, leaf in requested.items():
             if name not in restored:
                 leaves.append(jax.device_put(np.zeros(leaf.shape, leaf.dtype), _sharding_of(leaf)))
             elif _is_key(leaf):
@@ -318,12 +322,12 @@ class Checkpointer:
     def _write_sizes(self, step: int) -> None:
         path = self._directory / str(step) / _SIZES_FILE
         # A process may be killed at any moment: there are no sizes, or all of them.
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(self._files(step), indent=0))
-        beside.replace(path)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(self._files(step), indent=0))
+        partial.replace(path)
 
     def _check_sizes(self, step: int) -> None:
-        # orbax finds a truncated file too, but says so in a page of asyncio tracebacks.
+        # orbax finds a truncated file, too, but reports it in a page of asyncio tracebacks.
         path = self._directory / str(step) / _SIZES_FILE
         if not path.exists():
             return

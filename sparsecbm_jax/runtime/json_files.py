@@ -15,19 +15,19 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part.
+    """Writes a file so that a reader finds the old content or the new, never a part.
 
     Args:
-        path: the file; its directory must exist.
-        content: text (written as UTF-8) or bytes.
+        path: The file; its directory must exist.
+        content: Text (written as UTF-8) or bytes.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(beside, path)
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:

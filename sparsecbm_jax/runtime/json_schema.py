@@ -16,7 +16,7 @@ _ENTRY = re.compile(r"(?P<names>\w+(?:, \w+)*): (?P<text>.+)")
 
 
 def schema_of(cls: type) -> dict[str, Any]:
-    """The schema of what `dataclasses.asdict` makes of an instance, nested dataclasses under `$defs`.
+    """Makes the schema of the result of `dataclasses.asdict`, nested dataclasses under '$defs'.
 
     >>> @dataclasses.dataclass
     ... class Point:
@@ -24,8 +24,11 @@ def schema_of(cls: type) -> dict[str, Any]:
     >>> schema_of(Point)["properties"]
     {'x': {'type': 'number'}}
 
+    Args:
+        cls: A dataclass; the texts under 'Attributes:' in its docstring become the descriptions of its fields.
+
     Raises:
-        TypeError: if a field's type has no JSON form known here.
+        TypeError: A field's type has no JSON form known here.
     """
     definitions: dict[str, Any] = {}
     whole = _object(cls, definitions)
@@ -69,7 +72,7 @@ def _type(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attribute_texts(cls: type) -> dict[str, str]:
-    """What the docstring says under 'Attributes:' about each field."""
+    """Returns the docstring's text under 'Attributes:' for each field."""
     section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
     texts: dict[str, str] = {}
     names: list[str] = []

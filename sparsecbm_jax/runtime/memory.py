@@ -1,11 +1,14 @@
-"""What the C library does with memory that is freed on the host, where XLA computes on CPU.
+"""Memory that is freed on the host, where XLA computes on CPU: the C library keeps it or returns it to the system.
 
-XLA allocates all temporaries of a program anew for every call. A training step repeats one program: memory given back
-in between costs page faults in every step. Pruning runs programs of many sizes: what is kept in between is full of
-holes, several times what is in use. So training keeps freed memory, while there is enough, and pruning gives it back.
+XLA allocates all temporaries of a program again for every call. A training step repeats one program: memory returned
+in between costs page faults in every step. Pruning runs programs of many sizes: memory that stays in between is
+fragmented, and takes several times the bytes in use. So training keeps freed memory, while there is enough, and pruning
+returns it.
 
-Only glibc is spoken to; with another C library nothing happens. Reference: mallopt(3), malloc_trim(3); proc(5) for what
-a process has, and for what there is the kernel's `cgroup-v2` documentation.
+Settings are made for glibc alone; with another C library the functions change nothing.
+
+Reference: mallopt(3), malloc_trim(3); proc(5) for the memory of a process, and the kernel's `cgroup-v2` documentation
+for that of a container.
 """
 
 import contextlib
@@ -21,7 +24,7 @@ import jax
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _NEVER_TRIMMED, _DEFAULT_MMAP_MAX, _LARGE = -1, 2**16, 2**18
-# Of the memory that there is, what a process may have before it keeps nothing any more.
+# Share of the machine's memory that a process may hold before it returns freed memory.
 _MOST = 0.5
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _is_kept = False
@@ -30,15 +33,15 @@ _is_kept = False
 def keep_freed() -> None:
     """Keeps the memory that is freed for the next allocation. Call before JAX starts its threads."""
     global _is_kept
-    # One arena for all threads, no mapping apart for large blocks, no trimming.
+    # One arena for all threads, no separate mapping for large blocks, no trimming.
     _mallopt({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_TRIMMED})
     _is_kept = True
 
 
 def give_back_freed() -> None:
-    """Gives large blocks back to the system as soon as they are freed. Call before JAX starts its threads.
+    """Returns large blocks to the system as soon as they are freed. Call before JAX starts its threads.
 
-    By default glibc learns to keep ever larger ones, in an arena for every thread.
+    By default glibc learns to keep ever larger blocks, in an arena for every thread.
     """
     global _is_kept
     _mallopt({_ARENA_MAX: 1, _MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE})
@@ -47,7 +50,7 @@ def give_back_freed() -> None:
 
 @contextlib.contextmanager
 def giving_back() -> Iterator[None]:
-    """Gives freed memory back for a while, if it is kept otherwise; what was kept until now is given back first."""
+    """Returns freed memory to the system within the context, if it stays otherwise; trims memory first and last."""
     if not _is_kept:
         yield
         return
@@ -61,7 +64,7 @@ def giving_back() -> Iterator[None]:
 
 
 def stops_keeping() -> bool:
-    """Gives freed memory back from now on if the process has half of what there is; whether it has come to that now."""
+    """Returns freed memory from now on if the process holds half of the machine's memory; True if that begins now."""
     held = resident()
     if not _is_kept or not held or held <= _MOST * available():
         return False
@@ -71,7 +74,7 @@ def stops_keeping() -> bool:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now; 0 where the system does not say."""
+    """Returns the bytes of memory that this process has now; 0 where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -79,7 +82,7 @@ def resident() -> int:
 
 
 def available() -> int:
-    """Bytes of memory that the machine has, or that the container may have, free or not."""
+    """Returns the bytes of memory that the machine has, or that the container may have, free or not."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit in map(Path, _LIMITS):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
@@ -103,7 +106,7 @@ def _trim() -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes that were in use at once so far: of the first device, or on CPU of this process."""
+    """Returns the most bytes in use at once so far: on the first device, or on CPU in this process."""
     device = jax.local_devices()[0]
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats is None:

@@ -1,30 +1,30 @@
-"""Stops a run in good order when it is sent SIGTERM, as schedulers do before they take a machine away.
+"""An orderly stop of a run on SIGTERM, which schedulers send before they take a machine away.
 
-The run asks at moments that all of its processes come to in the same order: after a training step, a gradient of the
+The run asks at moments that all of its processes reach in the same order: after a training step, a gradient of the
 pruner, a batch that is scored. Of several processes any may get the signal; JAX's own service tells the others and
-settles the moment, the same for all. JAX is imported late: a main that listens from its start has not imported it yet.
+fixes the moment, the same for all. JAX is imported late: a main that listens from its start has not imported it yet.
 """
 
 import signal
 import threading
 import types
 
-# What sysexits.h calls a temporary failure: the same command, given again, goes on.
+# A temporary failure in sysexits.h: the same command, given again, goes on.
 EXIT_STATUS = 75
 
 
 class Preempted(Exception):
-    """SIGTERM came. What the run had done is saved; the same call goes on with it."""
+    """The stop of a run by SIGTERM. Its work so far is saved; the same call goes on from there."""
 
     def __str__(self) -> str:
         return f"stopped by SIGTERM; the same command goes on where it was (exit status {EXIT_STATUS})"
 
 
 class StopSignal:
-    """Listens for SIGTERM while it is entered.
+    """A context that listens for SIGTERM.
 
-    A process that has joined others (`jax.distributed.initialize`) leaves the signal to JAX, which listens from then
-    on. Only the main thread can listen otherwise; in another one the signal keeps its meaning.
+    In a process that has joined others (`jax.distributed.initialize`) JAX listens instead. Otherwise only the main
+    thread can listen; in any other thread the signal keeps its meaning.
     """
 
     def __init__(self) -> None:
@@ -48,14 +48,18 @@ class StopSignal:
         self._is_sent = True
 
     def is_due(self) -> bool:
-        """Whether all processes are to stop now; to be asked by all of them, equally often."""
+        """Returns True where all processes are to stop now; all of them must call it, equally often."""
         from jax.experimental import multihost_utils
 
         self._num_asked += 1
-        # False where no others have been joined.
+        # False in a process that has not joined others.
         return self._is_sent or multihost_utils.reached_preemption_sync_point(self._num_asked)
 
     def check(self) -> None:
-        """Raises `Preempted` where `is_due`; to be called as that is asked."""
+        """Calls `is_due`, and raises `Preempted` where it is true.
+
+        Raises:
+            Preempted: All processes are to stop now.
+        """
         if self.is_due():
             raise Preempted

@@ -1,4 +1,4 @@
-"""Results of a long main as lines of JSON, so that it goes on where it was stopped: what sweeps and suites share."""
+"""Results of a long run as lines of JSON, so that it goes on where it was stopped; sweeps and suites use it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def read_results(path: Path) -> list[dict[str, typing.Any]]:
 
 
 class Results:
-    """Values by key, both JSON, in a file; a key's value is made once."""
+    """Values by key, both JSON, in a file; a key's value is computed once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found = {json.dumps(line["key"]): line["value"] for line in read_results(path)}
 
     def once(self, key: typing.Sequence[typing.Any], make: typing.Callable[[], typing.Any]) -> typing.Any:
-        """The value of a key; made and written down where it is not there yet.
+        """Returns the value of a key; computes and stores it where it is absent.
 
         Args:
-            key: what the value depends on, in a fixed order.
-            make: gives the value.
+            key: All that the value depends on, in a fixed order.
+            make: Computes the value, which must be JSON.
         """
         name = json.dumps(list(key))
         if name not in self._found:
-            # Through JSON, so that a value is the same whether it was made now or before.
+            # Through JSON, so that a value is the same whether it was computed now or before.
             self._found[name] = json.loads(json.dumps(make()))
             append_json_line(self._path, {"key": list(key), "value": self._found[name]})
         return self._found[name]

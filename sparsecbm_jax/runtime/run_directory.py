@@ -1,4 +1,4 @@
-"""A run's directory: the settings it was started with, and whether they are those of today."""
+"""A run's directory: the settings of its first start, compared with the current ones."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,12 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_differences(saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-    """Every dotted key at which two nested configurations differ, with both values.
+    """Lists every dotted key at which two nested configurations differ, with both values.
 
     Args:
-        saved: the configuration of a run.
-        current: another.
-        ignore: dotted keys not to compare; a key stands for all below it.
+        saved: The configuration of a run.
+        current: Another configuration.
+        ignore: Dotted keys that are not compared; a key stands for all below it.
 
     >>> run_differences({"seed": 0, "optim": {"rate": 1.0}}, {"seed": 1, "optim": {"rate": 2.0}}, ignore=("seed",))
     ['optim.rate: saved 1.0, current 2.0']
@@ -52,10 +52,10 @@ def run_differences(saved: Mapping[str, Any], current: Mapping[str, Any], ignore
 
 
 def read_run(workdir: str | Path) -> dict[str, Any] | None:
-    """The configuration of the run that a directory holds, or None where it holds none.
+    """Reads the configuration of the run in a directory; None where the directory holds no run.
 
     Raises:
-        RunMismatchError: the file cannot be read.
+        RunMismatchError: The file cannot be read.
     """
     path = Path(workdir) / RUN_FILE
     if not path.exists():
@@ -64,17 +64,17 @@ def read_run(workdir: str | Path) -> dict[str, Any] | None:
 
 
 def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:
-    """Claim a directory for a run, or make sure that it already holds this run.
+    """Claims a directory for a run, or checks that it already holds this run.
 
     The first use writes `run.json` (process 0 alone); a later use compares with it.
 
     Args:
-        workdir: the run's directory; made where it does not exist.
-        config: the run's configuration as nested dicts of JSON values.
-        ignore: dotted keys that do not affect the result, such as how often to log; a key stands for all below it.
+        workdir: The run's directory; made if absent.
+        config: The run's configuration as nested dicts of JSON values.
+        ignore: Dotted keys that do not affect the result, such as the logging interval; a key stands for all below it.
 
     Raises:
-        RunMismatchError: the directory holds a different run; every key that differs is listed with both values.
+        RunMismatchError: The directory holds a different run; every key that differs is listed with both values.
     """
     saved = read_run(workdir)
     if saved is None:

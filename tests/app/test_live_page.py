@@ -58,7 +58,7 @@ def page(visit: Callable[[str], Any], address: str) -> Any:
 
 
 def test_a_correction_in_the_browser(page: Any, session: Session, tmp_path: Path) -> None:
-    assert "None: the model reads as it was saved." in page.text_content(".active-edits")
+    assert "None: the model predicts as it was saved." in page.text_content(".active-edits")
     page.fill("#text", TEXTS[0])
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".decided")
@@ -74,7 +74,7 @@ def test_a_correction_in_the_browser(page: Any, session: Session, tmp_path: Path
     page.click("button:text('Preview')")
     page.wait_for_selector(".preview")
     assert f"Asked: {lane.name} = {target}" in page.text_content(".place")
-    assert "What it does to 4 held-out texts" in page.text_content(".preview")
+    assert "Effect on 4 held-out texts" in page.text_content(".preview")
     assert not session.edits
     page.click("button:text('Apply')")
     page.wait_for_selector(".active-edits table")

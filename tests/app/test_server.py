@@ -310,7 +310,7 @@ def test_a_token_is_wanted_where_there_is_one(session: Session) -> None:
         assert client.get("/healthz").json()["status"] == "ok"
         for path in ("/", "/api/edits", "/openapi.json", "/nothing"):
             answer = client.get(path)
-            assert answer.status_code == 401 and "a token is wanted" in answer.json()["message"]
+            assert answer.status_code == 401 and "a token is needed" in answer.json()["message"]
             assert answer.headers["www-authenticate"] == "Bearer"
         for shown in ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xe9"):
             assert client.get("/api/edits", headers=[(b"Authorization", shown.encode("latin-1"))]).status_code == 401

@@ -106,7 +106,7 @@ def test_files_are_as_safetensors_writes_them(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_and_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "model.safetensors", 1)
     (tmp_path / "taken").mkdir()
-    with pytest.raises(FileExistsError, match="taken is there already"):
+    with pytest.raises(FileExistsError, match="taken exists already"):
         convert(source, tmp_path / "taken")
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(WeightsError, match="is not a whole safetensors file"):
@@ -139,6 +139,6 @@ def test_the_main_says_what_it_wrote(tmp_path: Path) -> None:
     assert "float32" in result.stdout and "compared with the source\ncopied config.json, vocab.json" in result.stdout
     again = run_main("convert.py", "--model=source", "--save=out", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
-    assert "out is there already; expected a name that is free" in again.stderr
+    assert "out exists already; expected a name that is free" in again.stderr
     absent = run_main("convert.py", "--model=./absent", "--save=other", cwd=tmp_path)
     assert (absent.returncode, absent.stderr) == (2, "error: ./absent: no such directory\n")

@@ -407,5 +407,5 @@ def test_tokenizer_is_saved_beside_the_weights(tmp_path):
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/other/model.safetensors", 3])
 def test_an_index_names_files_beside_it_only(name: object, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(WeightsError, match="expected the name of a file beside it"):
+    with pytest.raises(WeightsError, match="expected the name of a file in the same directory"):
         open_checkpoint(tmp_path)

@@ -247,5 +247,5 @@ def test_a_tokeniser_needs_a_pad_token(tmp_path: Path) -> None:
     (tmp_path / "empty" / "readme.txt").write_text("nothing here")
     with pytest.raises(DataError, match=r"no tokeniser at .*it holds readme\.txt"):
         load_tokenizer(tmp_path / "empty")
-    with pytest.raises(DataError, match="no directory here, and the hub did not give it"):
+    with pytest.raises(DataError, match="no directory here, and the hub did not return it"):
         load_tokenizer("no-such/tokeniser")

@@ -270,7 +270,7 @@ def test_a_correction_states_what_changed(open_page: Any, comparison: report.Com
     page = open_page([], [comparison])
     text = page.text_content("main")
     changed = comparison.report
-    assert f"Asked: {changed.concept} = {changed.target}" in text and "repaired" in text
+    assert f"Asked: {changed.request.concept} = {changed.request.target}" in text and "repaired" in text
     assert "12 weights dropped" in text and f"{100 * changed.changed_share:.4f} % of the backbone’s 12,345" in text
     after = page.locator(".pathway").last
     assert f"changed: was {changed.before.concepts['service']}" in after.text_content()
@@ -301,7 +301,7 @@ def test_a_page_stays_below_two_megabytes(pathways: list[DecisionPathway], tmp_p
     page = (tmp_path / "many.html").read_bytes()
     assert page_lib.MAX_BYTES - 5 * size < len(page) <= page_lib.MAX_BYTES
     assert 0 < num_shown < len(many)
-    assert f"The first {num_shown} of {len(many)} texts are here" in page.decode()
+    assert f"The first {num_shown} of {len(many)} texts are shown" in page.decode()
     with pytest.raises(ValueError, match="at most 2,000,000 are allowed"):
         report.render_page([dataclasses.replace(pathways[0], text="a" * page_lib.MAX_BYTES)])
     with pytest.raises(ValueError, match="there is no pathway to show"):

@@ -181,7 +181,7 @@ def test_it_has_a_section_for_all_there_is(whole: report.RunReport) -> None:
 def test_tables_say_what_the_run_wrote(whole: report.RunReport) -> None:
     head, *rows = cells(whole, "Training", "Each epoch")
     assert head[:2] == ["epoch", "concept loss"] and head[-1] == "pruned to %"
-    assert rows[2] == ["3 (kept)", "0.096", "0.145", "0.578", "5.000", "60.0", "48.0", "40.0"]
+    assert rows[2] == ["3 (chosen)", "0.096", "0.145", "0.578", "5.000", "60.0", "48.0", "40.0"]
     assert cells(whole, "Pruning", "Pruning events")[1] == [
         *["1", "2", "5", "20.0", "80.0", "dual", "4", "6", "2.5", "1.00"]
     ]
@@ -204,7 +204,7 @@ def test_tables_say_what_the_run_wrote(whole: report.RunReport) -> None:
 
 
 def test_the_shown_decisions_are_what_they_are_called(whole: report.RunReport, folder: Path) -> None:
-    head, *rows = cells(whole, "Decisions", "What the model says of the reviews")
+    head, *rows = cells(whole, "Decisions", "Predictions for the reviews")
     assert head == ["kind", "text", "label", *SCHEMA.concepts]
     kinds = {row[0]: row for row in rows}
     assert "wrong label" in kinds and ", not " in kinds["wrong label"][2]
@@ -309,7 +309,7 @@ def test_a_malformed_file_is_named_with_its_line(
         ("suite", "intervention.json", '{\n"single": ', "intervention.json is not JSON: Expecting value: line 2"),
         ("sweep_folder", "results.jsonl", '{"model": "a"}\n', "results.jsonl: line 1: "),
         ("sweep_folder", "results.jsonl", "", "holds no result of pruning; expected what launch/sweep.py writes"),
-        ("suite", None, "", "intervention.json does not exist; expected what launch/evaluate.py"),
+        ("suite", None, "", "intervention.json does not exist; expected what launch/evaluate_interventions.py"),
         ("sweep_folder", None, "", "results.jsonl does not exist; expected what launch/sweep.py writes"),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_folder_of_something_else_is_refused(
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is not there; expected the folder of a run"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected the folder of a run"):
         report.read_report(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds nothing of a run; expected metrics.jsonl, metrics.json or model/"):
         report.read_report(tmp_path)

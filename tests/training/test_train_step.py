@@ -154,7 +154,7 @@ def test_a_mesh_that_does_not_fit_names_leaf_and_axis(tiny_backbone_config: Back
     del config
     with pytest.raises(ValueError, match=r"projector/kernel: dimension 0 of \(3, 32, 3\) is not divisible by 2"):
         sharding.check_divisible(heads, sharding.make_mesh(concept=2))
-    with pytest.raises(ValueError, match="needs 64 devices, but 8 are at hand"):
+    with pytest.raises(ValueError, match="needs 64 devices, but 8 are available"):
         sharding.make_mesh(data=8, fsdp=8)
     with pytest.raises(ValueError, match="a batch of 6 rows does not divide over data x fsdp = 4"):
         sharding.put_batch(random_batch(rows=6), sharding.make_mesh(data=2, fsdp=2))

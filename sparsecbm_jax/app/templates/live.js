@@ -8,7 +8,7 @@
 
   // --- The server ----------------------------------------------------------------------------------------------------
 
-  /** The server's answer; its refusals become errors with the field that was wrong. */
+  /** The server's answer; its error messages become errors with the field that was wrong. */
   async function ask(path, form) {
     const options = form === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(form) };
     let response;
@@ -23,7 +23,7 @@
     throw Object.assign(new Error(answer.message + (wait ? ` (in ${wait} s)` : "")), { field: answer.field });
   }
 
-  /** Does one thing at a time, and says what came of it; `work` gives the words. */
+  /** Runs one piece of work at a time and shows its result; `work` returns the words. */
   async function run(doing, work) {
     if (isBusy) return;
     isBusy = true;
@@ -43,7 +43,7 @@
     isBusy = false;
   }
 
-  // --- What is asked -------------------------------------------------------------------------------------------------
+  // --- The forms -----------------------------------------------------------------------------------------------------
 
   const options = (names) => names.map((name) => make("option", {}, name));
   const fields = {
@@ -93,9 +93,9 @@
       const found = await ask("/api/preview", form);
       const { report } = found;
       if (found.edit === null) {
-        return report.is_repaired ? `${report.concept} is read as ${report.target} already: nothing would change.`
-          : `No edit was found that makes the model read ${report.concept} as ${report.target}${
-            data.keeps_earlier ? " and keeps what else it reads" : ""}: nothing would change.`;
+        return report.is_repaired ? `${report.concept} is predicted as ${report.target} already: nothing would change.`
+          : `No edit was found that makes the model predict ${report.concept} as ${report.target}${
+            data.keeps_earlier ? " and retains its other predictions" : ""}: nothing would change.`;
       }
       const heading = make("h2", { tabindex: "-1" }, "Preview: nothing is changed yet");
       const apply = make("button", { type: "button", class: "main", onclick: () => applied({ ...form, edit: found.edit }) }, "Apply");
@@ -126,33 +126,33 @@
     return `Undone: edit ${id}, ${concept} to ${target}.`;
   });
 
-  /** What an edit does beyond its text. */
+  /** The effect of an edit on other texts. */
   function impactView({ report, sample }) {
     const { concept } = report;
-    if (sample === null) return make("p", {}, "The server holds no texts to try the correction on: see below what it does to this one.");
+    if (sample === null) return make("p", {}, "The server has no texts to try the correction on: see its effect on this text below.");
     const all = sample.num_texts;
     const of = (n) => [exact(n, count(n)), ` of ${count(all)} `, make("span", { class: "small" }, `(${percent(n / all)})`)];
     const flips = Object.entries(sample.flips).flatMap(([was, by]) =>
       Object.entries(by).filter(([, n]) => n).map(([now, n]) => `${was} to ${now}: ${count(n)}`));
     const rows = [
-      [`${concept} is read otherwise`, make("td", {}, of(sample.num_changed)), flips.join("; ")],
-      [`${concept} is right only now`, make("td", {}, of(sample.num_repaired)), "by the texts’ own labels"],
-      [`${concept} was right and no longer is`, make("td", {}, of(sample.num_broken)), "by the texts’ own labels"],
-      ["The label is another", make("td", {}, of(sample.num_labels_changed)), ""],
-      ["Another concept is read otherwise", make("td", {}, of(0)), "their subnetworks are not touched"],
+      [`${concept} is predicted differently`, make("td", {}, of(sample.num_changed)), flips.join("; ")],
+      [`${concept} is correct only after the edit`, make("td", {}, of(sample.num_repaired)), "by the texts’ own labels"],
+      [`${concept} was correct only before the edit`, make("td", {}, of(sample.num_broken)), "by the texts’ own labels"],
+      ["The label is predicted differently", make("td", {}, of(sample.num_labels_changed)), ""],
+      ["Another concept is predicted differently", make("td", {}, of(0)), "other subnetworks do not change"],
       [`Mean shift of ${concept}’s probabilities`, make("td", {}, exact(sample.shift, percent(sample.shift, 2))), "total variation"],
     ];
     return make("div", {},
-      table(`What it does to ${count(all)} held-out texts`, ["", "Texts", "Note"], rows),
+      table(`Effect on ${count(all)} held-out texts`, ["", "Texts", "Note"], rows),
       sample.changed_texts.length ? make("details", {}, make("summary", {}, sample.changed_texts.length < sample.num_changed
-        ? `The first ${sample.changed_texts.length} texts that are read otherwise` : "The texts that are read otherwise"),
+        ? `The first ${sample.changed_texts.length} texts that are predicted differently` : "The texts that are predicted differently"),
       make("ol", { class: "changed-texts" }, sample.changed_texts.map((text) => make("li", { dir: "auto" }, text)))) : null);
   }
 
   function list(edits) {
     active.replaceChildren(make("h2", {}, "Active corrections"));
     if (!edits.length) {
-      active.append(make("p", { class: "small" }, "None: the model reads as it was saved."));
+      active.append(make("p", { class: "small" }, "None: the model predicts as it was saved."));
       return;
     }
     active.append(table("All edits, oldest first", ["Concept", "Corrected to", "", "", "Was", "Weights changed", "Edit"], edits.map((edit) => [
@@ -166,7 +166,7 @@
   fields.text.addEventListener("input", () => {
     const isOther = shown !== null && fields.text.value !== shown;
     correcting.hidden = shown === null || isOther;
-    status.textContent = isOther ? "What is shown below is of the text as it was: Explain reads it as it is now." : "";
+    status.textContent = isOther ? "The pathway below is of the text as it was: press Explain for the text as it is now." : "";
   });
 
   main.prepend(asking, correcting, status, problem);

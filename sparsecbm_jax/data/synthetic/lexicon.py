@@ -1,4 +1,4 @@
-"""Words and clauses of the embedded SYNTHETIC restaurant reviews; `sample.py` puts them together.
+"""Words and clauses of the embedded SYNTHETIC restaurant reviews; `reviews.py` puts them together.
 
 Slots of a clause: `{s}` a subject, `{was}` its verb, `{it_was}` its pronoun with the verb; `{x}` a person or thing
 that can act or be acted on; `{adj}` an adjective of the clause's polarity, `{anti}` one of the opposite, `{strong}` one
@@ -16,7 +16,7 @@ def _items(text: str) -> tuple[str, ...]:
 
 
 class Aspect(NamedTuple):
-    """How one concept is spoken of; pairs are (Negative, Positive).
+    """The words and clauses of one concept; pairs are (Negative, Positive).
 
     A subject that ends in '*' is plural, one that ends in '+' a person.
     """
@@ -164,7 +164,7 @@ ASPECTS: Mapping[str, Aspect] = {
             | somebody brought the bill after dessert | they wear green aprons"""
         ),
     ),
-    # No word here is merely good or bad: 'the terrace was awful' would not be about the noise.
+    # Every word here is about loudness: 'the terrace was awful' would not be about the noise.
     "noise": Aspect(
         subjects=_items(
             """the dining hall | the bar side | our corner | the terrace | the back room | the main room

@@ -2,8 +2,8 @@
 
 No person wrote these reviews and no restaurant is meant. A grammar of our own (words in `lexicon.py`) draws them from a
 seed: up to four aspects a review, praise and blame mixed, negation, contrast, turned expectations, aspects that are
-only mentioned and aspects that are not. As in CEBaB, a group is one original and edits of it that change one aspect
-and nothing else. They show that the machinery works; they measure nothing about real reviews.
+only mentioned and aspects that are not. As in CEBaB, a group is one original and edits of it that each change a single
+aspect. The reviews show that the code works; they measure nothing about real reviews.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLASSES = ("Negative", "Positive", "unknown")
 NO_MAJORITY = "no majority"
 
 NEGATIVE, POSITIVE, NEUTRAL, ABSENT = range(4)
-# Chances of the four states above. Food is spoken of most and noise least, as in real reviews.
+# Chances of the four states above. Food is mentioned most and noise least, as in real reviews.
 CHANCES: Mapping[str, Sequence[float]] = {
     "food": (0.38, 0.42, 0.06, 0.14),
     "ambiance": (0.29, 0.33, 0.08, 0.30),
@@ -46,12 +46,12 @@ CHANCES: Mapping[str, Sequence[float]] = {
 # Chances of a straight, a negated, a turned and an emphatic statement, and of a clause of the aspect's own.
 FORMS = (0.34, 0.2, 0.1, 0.08, 0.28)
 NUM_EDITS = (0.1, 0.4, 0.35, 0.15)
-# The rating is 3 plus these for praise and minus them for blame, rounded, and one off in a tenth of the rows.
+# The rating is 3 plus these weights for praise and minus them for blame, rounded; in a tenth of the rows, off by one.
 WEIGHTS = {"food": 1.1, "service": 0.8, "ambiance": 0.5, "noise": 0.4}
 
 
 class _Draw:
-    """Draws that depend on their key alone; Philox's raw stream is the same in every NumPy."""
+    """A random generator whose draws depend on its key alone; Philox's raw bits are the same in every NumPy."""
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.Philox(np.random.SeedSequence(key))
@@ -70,7 +70,7 @@ class _Draw:
 
 
 class _Edit(NamedTuple):
-    """What a sibling changes of its original."""
+    """The aspect that a sibling changes in its original."""
 
     aspect: str
     state: int
@@ -79,7 +79,7 @@ class _Edit(NamedTuple):
 def sample_reviews(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """Returns SYNTHETIC reviews as rows of CEBaB's columns, 320 train, 120 validation and 160 test.
 
-    Groups of siblings never straddle splits, and no text comes twice. Train has a few ratings and concept cells without
+    All siblings of a group are in one split, and no text comes twice. Train has a few ratings and concept cells without
     a majority, as CEBaB has.
 
     Args:
@@ -137,7 +137,7 @@ def _labels(key: tuple[int, int], number: int, states: Mapping[str, int], is_tra
     if is_train and draw.uniform() < 0.08:
         labels["review_majority"] = NO_MAJORITY
     for index, (aspect, state) in enumerate(states.items()):
-        # Where a text says nothing of an aspect, its annotators were not always asked.
+        # Annotators were not always asked about an aspect that a text does not mention.
         was_asked = state != ABSENT or _Draw(*key, 2, index).uniform() < 0.4
         cell = CLASSES[min(state, NEUTRAL)] if was_asked else ""
         labels[f"{aspect}_aspect_majority"] = NO_MAJORITY if is_train and cell and draw.uniform() < 0.02 else cell
@@ -145,7 +145,7 @@ def _labels(key: tuple[int, int], number: int, states: Mapping[str, int], is_tra
 
 
 def _text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int]) -> str:
-    # Every choice is drawn from the group and the aspect, so that a sibling differs only where it was edited.
+    # The key of every choice is the group and the aspect, so that a sibling differs only where it was edited.
     clauses = []
     for aspect in order:
         index, state = ASPECTS.index(aspect), states[aspect]
@@ -196,7 +196,7 @@ def _clause(draw: _Draw, aspect: str, state: int) -> str:
         "n": draw.pick(NUMBERS),
     }
     adjectives = draw.shuffled(words.adjectives[state])
-    # One adjective a slot: 'dry and dry' is no English.
+    # Slots have different adjectives: 'dry and dry' is not English.
     for adjective in adjectives[: form.count("{adj}")]:
         form = form.replace("{adj}", adjective, 1)
     return " ".join(form.format(**slots).split())

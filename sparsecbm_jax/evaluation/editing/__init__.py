@@ -1,1 +1,1 @@
-"""What corrections repair and what they cost: editors, baselines, single edits, long sequences of edits."""
+"""Gains and costs of corrections: editors, baselines, single edits, long sequences of edits."""

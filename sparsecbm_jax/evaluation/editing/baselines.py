@@ -1,4 +1,4 @@
-"""What mask edits are compared with: random edits, gradient steps, wrong labels, activations set by hand."""
+"""Baselines of mask edits: random edits, gradient steps, wrong labels, activations set by hand."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,12 @@ from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
 
 def random_share(drop_fraction: float, seed: int = 0) -> Editor:
-    """Drops and grows weights drawn at random: what changing so many does by itself."""
+    """Returns an editor that drops and grows random weights, to show the effect of their number alone.
+
+    Args:
+        drop_fraction: Share of the maskable weights that are dropped, and as many grown, in [0, 1].
+        seed: Seed of the draw.
+    """
     keys = iter(jax.random.split(jax.random.key(seed), 2**16))
 
     def edit_at_random(
@@ -37,7 +42,12 @@ def random_share(drop_fraction: float, seed: int = 0) -> Editor:
 
 
 def projector_sgd(learning_rate: float, max_steps: int = 100) -> Editor:
-    """Takes gradient steps on the concept's projector ψ_k and β_k alone, until the text is predicted as asked."""
+    """Returns an editor that trains the concept's projector ψ_k and β_k alone, until the text has its target.
+
+    Args:
+        learning_rate: Size of a gradient step, above 0.
+        max_steps: Most steps.
+    """
 
     def train_projector(
         config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
@@ -50,7 +60,12 @@ def projector_sgd(learning_rate: float, max_steps: int = 100) -> Editor:
 
 
 def fine_tune(learning_rate: float, max_steps: int = 100) -> Editor:
-    """Takes gradient steps on the whole backbone through the concept's subnetwork, until the text is as asked."""
+    """Returns an editor that trains the backbone through the concept's subnetwork, until the text has its target.
+
+    Args:
+        learning_rate: Size of a gradient step, above 0.
+        max_steps: Most steps.
+    """
 
     def train_backbone(
         config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
@@ -63,7 +78,7 @@ def fine_tune(learning_rate: float, max_steps: int = 100) -> Editor:
 
 
 def wrong_label(editor: Editor) -> Editor:
-    """Gives another editor the next class instead of the right one: a person's slip."""
+    """Returns an editor that gives `editor` the next class instead of the correct one, as a person may by mistake."""
 
     def correct_wrongly(
         config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
@@ -114,7 +129,7 @@ def _random_edit(mask: dict[str, Array], count: Array, key: Array) -> dict[str, 
 def _descend(
     loss_and_margin: Callable[[Params], tuple[Array, Array]], start: Params, learning_rate: Array, max_steps: Array
 ) -> Params:
-    """Plain gradient steps while the least margin is not above zero."""
+    """Takes plain gradient steps while the least margin is not above zero."""
 
     def step(carry: tuple[Params, Array, Array]) -> tuple[Params, Array, Array]:
         tree, _, number = carry
@@ -177,9 +192,15 @@ def oracle_activations(
     concept: int | Int[Array, ""],
     target: int | Int[Array, ""] | Int[Array, " B"],
 ) -> OracleOutput:
-    """Sets â_k to the one-hot vector of class `target` and reads the label off it; backbone and masks are untouched.
+    """Sets â_k to the one-hot vector of class `target` and predicts the label from it, without changing the model.
 
-    The model repeats its mistake on the next text, which is what `intervene` is for; this is the comparison.
+    The model therefore repeats its mistake on the next text; `intervene` is compared with this.
+
+    Args:
+        heads: Heads of the model.
+        activations: Activations of the batch.
+        concept: Index k of the concept.
+        target: Class of the concept, for all rows or for each.
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
     """

@@ -1,4 +1,4 @@
-"""The editors that the intervention suite compares, by name: the one place to add another."""
+"""The editors that the intervention suite compares, by name. A new editor is added here alone."""
 
 import contextlib
 import dataclasses
@@ -25,11 +25,11 @@ from sparsecbm_jax.runtime.progress import progress
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EditorContext:
-    """What editors are made of.
+    """The model and texts that editors are made from.
 
     Attributes:
-        config, arrays: the model before any correction.
-        batches: training texts with their gold concepts.
+        config, arrays: The model before any correction.
+        batches: Training texts with their gold concepts.
     """
 
     config: CBMConfig
@@ -38,7 +38,7 @@ class EditorContext:
 
     @functools.cached_property
     def costs(self) -> dict[int, EditCosts]:
-        """Of each concept, what a change costs the training texts; computed when an editor first asks."""
+        """Costs of a change for the training texts, by concept; computed at their first use."""
         with self._bar("costs of changes", 1) as bar:
             move = functools.partial(bar.update, 1)
             return {
@@ -47,12 +47,12 @@ class EditorContext:
 
     @functools.cached_property
     def sharp_costs(self) -> dict[int, EditCosts]:
-        """The same, higher where texts are moved more."""
+        """The same costs, sharpened: see `edit_costs.sharpen`."""
         return {k: sharpen(costs) for k, costs in self.costs.items()}
 
     @functools.cached_property
     def projected_costs(self) -> dict[int, EditCosts]:
-        """The sharp ones, with the logits of training texts to be projected out."""
+        """The sharpened costs, with directions that project out changes of the training texts' logits."""
         made = {}
         with self._bar("directions of logits", self.config.num_classes) as bar:
             move = functools.partial(bar.update, 1)
@@ -71,7 +71,7 @@ class EditorContext:
 
 
 class NamedEditor(NamedTuple):
-    """An editor by name: what tables call it, and how it is made for a sequence from (context, order seed)."""
+    """A named editor: its title in tables, and a function that makes it for a sequence from (context, order seed)."""
 
     title: str
     make: Callable[[EditorContext, int], Editor]
@@ -110,7 +110,7 @@ EDITORS: Mapping[str, NamedEditor] = {
 }
 
 
-# Continual edits with one or two settings other than the default: what each setting does. Run where they are named.
+# Continual edits with one or two settings that differ from the default, to show their effects; run only if named.
 VARIANTS: Mapping[str, NamedEditor] = {
     "continual_slack": _continual("continual, λ 1, margin 1", strength=1.0, margin=1.0),
     "continual_tight": _continual("continual, λ 4", strength=4.0),
@@ -122,7 +122,7 @@ VARIANTS: Mapping[str, NamedEditor] = {
 NAMED_EDITORS: Mapping[str, NamedEditor] = {**EDITORS, **VARIANTS}
 
 
-# How a share of the weights, given beforehand, is chosen, from (share, seed); 'none' is for a share of 0.
+# Rankings that choose a given share of the weights, from (share, seed); 'none' is for a share of 0.
 RANKINGS: Mapping[str, Callable[[float, int], Editor]] = {
     "none": lambda share, seed: no_correction,
     "magnitude": lambda share, seed: fixed_size(share, "magnitude"),

@@ -1,12 +1,12 @@
-"""Sequential editing: corrections one after another, all of them kept. What they repair, cost, and teach.
+"""Sequential editing: corrections one after another, all of them active. Their repairs, costs, and generalisation.
 
-A review comes, the model predicts it and is scored; then its gold concepts are revealed, and every concept that was
-predicted incorrectly is corrected by one editor. The headline is the accuracy *before* the reveal, which can fall.
-After the sequence the model is scored on reviews that share no original with the corrected ones, on the corrected cells
+The model predicts a review and is scored. Then the review's gold concepts are revealed, and one editor corrects every
+concept that was predicted incorrectly. The main score is the accuracy *before* the reveal, which can fall. After the
+sequence the model is scored on reviews that share no original with the corrected ones, on the corrected cells
 themselves, and on the siblings of corrected reviews: edits of one original text, some of which change the concept.
 
 Reference: the protocol is prequential evaluation (Dawid 1984); siblings are those of CEBaB (Abraham et al. 2022).
-Deviation: the paper picks the wrong predictions by their gold labels and scores those alone, which cannot lose.
+Deviation: the paper selects the wrong predictions by their gold labels and scores those alone, which cannot fall.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from sparsecbm_jax.model.sparse_cbm import ModelArrays
 
 @dataclasses.dataclass(frozen=True)
 class SequentialReport:
-    """What a sequence of corrections did; shares are of 1, and NaN where there is nothing to count.
+    """The scores of a sequence of corrections; shares lie in [0, 1], and are NaN where there is nothing to count.
 
     Attributes:
-        num_reviews, num_edits: reviews that came, and concepts that were corrected.
-        repaired: share of the corrections after which the concept was predicted as asked.
-        retained: share of the corrected cells that are predicted correctly at the end.
-        prequential: accuracy on concepts before each reveal; `without` is the same model's without any correction.
-        held_out_before, held_out_after: accuracy on concepts of the held-out rows; `label_…` on the task.
-        generality_before, generality_after: on siblings of corrected cells with the same gold class, share predicted
-            correctly.
-        locality: of siblings with another gold class that were predicted correctly, the share that still is.
-        others_changed: share of predictions of *other* concepts of corrected reviews that the corrections changed.
-        changed: median of the changed numbers of the model, an edit.
-        seconds: median, an edit, without the first of each shape, which compiles.
+        num_reviews, num_edits: Numbers of reviews in the sequence, and of corrected concepts.
+        repaired: Share of the corrections after which the concept had the requested class.
+        retained: Share of the corrected cells that are predicted correctly at the end.
+        prequential: Accuracy on concepts before each reveal; `without` is that of the model without any correction.
+        held_out_before, held_out_after: Accuracy on concepts of the held-out rows; `label_…` on the task.
+        generality_before, generality_after: Share of siblings of corrected cells with the same gold class that are
+            predicted correctly.
+        locality: Of siblings with another gold class that were predicted correctly, the share that still is.
+        others_changed: Share of predictions of *other* concepts of corrected reviews that the corrections changed.
+        changed: Median over edits of the changed numbers of the model.
+        seconds: Median over edits, without the first of each shape, which compiles.
     """
 
     num_reviews: int
@@ -59,13 +59,13 @@ class SequentialReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, None for NaN."""
+        """Returns plain data for JSON, None for NaN."""
         found = dataclasses.asdict(self)
         return {name: None if value != value else value for name, value in found.items()}
 
 
 def split_by_group(groups: Sequence[str], seed: int) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"]]:
-    """Rows of two halves that share no group, in their order.
+    """Splits rows into two halves that share no group; returns the rows of each in their order.
 
     >>> [half.tolist() for half in split_by_group(["a", "b", "a", "c"], 0)]
     [[0, 2], [1, 3]]
@@ -77,15 +77,15 @@ def split_by_group(groups: Sequence[str], seed: int) -> tuple[Int[np.ndarray, " 
 
 
 class _Corrected(NamedTuple):
-    """What a sequence of corrections leaves.
+    """The state at the end of a sequence of corrections.
 
     Attributes:
-        arrays: the model at the end.
-        rows: rows that came, in their order.
-        cells: the corrected ones, in their order.
-        is_right: of each labelled cell that came, whether it was predicted correctly before its correction.
-        outcomes: of each correction.
-        widths: of each correction's batch, for which programs are compiled.
+        arrays: The model's arrays.
+        rows: Rows of the sequence, in their order.
+        cells: Corrected cells, in their order.
+        is_right: For each labelled cell of these rows, True where it was predicted correctly before its correction.
+        outcomes: Outcome of each correction.
+        widths: Width of each correction's batch, for which programs are compiled.
     """
 
     arrays: ModelArrays
@@ -105,21 +105,21 @@ def run_sequence(
     order_seed: int = 0,
     on_edit: Callable[[], object] = lambda: None,
 ) -> tuple[ModelArrays, SequentialReport]:
-    """Corrects reviews one after another by one editor, and says what came of it; see `SequentialReport`.
+    """Corrects reviews one after another by one editor, and scores the result; see `SequentialReport`.
 
     Args:
-        subject: the model, and rows with gold concepts; missing cells are neither scored nor corrected.
-        editor: makes the corrections; it is given those before, too.
-        max_edits: the sequence ends with the review in which so many corrections have been made.
-        split_seed: of the halves, corrected and held-out.
-        order_seed: of the order in which reviews come.
-        on_edit: called after each correction.
+        subject: The model, and rows with gold concepts; missing cells are neither scored nor corrected.
+        editor: The editor that makes the corrections; it also receives the earlier ones.
+        max_edits: Number of corrections after which the sequence ends, with the review that reaches it.
+        split_seed: Seed of the two halves, corrected and held-out.
+        order_seed: Seed of the order of reviews.
+        on_edit: Called after each correction.
 
     Returns:
-        The model at the end and the report.
+        The model's arrays at the end, and the report.
 
     Raises:
-        ValueError: if there are not as many groups as rows, or fewer than two groups.
+        ValueError: There are not as many groups as rows, or fewer than two groups.
     """
     split, groups = subject.split, subject.groups
     if len(groups) != split.num_examples:
@@ -152,7 +152,7 @@ def _correct_in_turn(
             earlier.append(correction)
             done = done._replace(arrays=outcome.arrays)
             done.cells.append(Cell(row, k))
-            # The arrays of every step would fill the memory.
+            # Without this, the arrays of every step would stay in memory.
             done.outcomes.append(outcome._replace(arrays=subject.arrays))
             done.widths.append(batch.input_ids.shape[1])
             on_edit()
@@ -188,7 +188,7 @@ def _report(subject: Subject, done: _Corrected, held_out: Int[np.ndarray, " B"])
 
 
 def _others_changed(cells: Sequence[Cell], is_flipped: Bool[np.ndarray, "N K"]) -> Bool[np.ndarray, " n"]:
-    """Of corrected rows, which predictions of concepts that were not corrected changed."""
+    """Marks, for corrected rows, the changed predictions of concepts that were not corrected."""
     edited_rows = np.array(sorted({cell.row for cell in cells}), int)
     untouched = np.ones((len(edited_rows), is_flipped.shape[1]), bool)
     for cell in cells:
@@ -204,9 +204,9 @@ def _label_accuracy(predictions: SplitPredictions, split: Tokenized, rows: Int[n
 def _siblings(
     cells: Sequence[Cell], gold: Int[np.ndarray, "N K"], groups: Sequence[str]
 ) -> tuple[list[Cell], list[Cell]]:
-    """Cells of the same concept in other rows of a corrected row's group, with its gold class and with another.
+    """Returns cells of the same concept in other rows of a corrected row's group, with its gold class and with another.
 
-    A row that was corrected itself is left out.
+    Rows that were corrected themselves are left out.
     """
     members: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
@@ -225,7 +225,11 @@ def _mean(values: Sequence[Any] | Bool[np.ndarray, " n"] | Float[np.ndarray, " n
 
 
 def median_warm(seconds: Iterable[tuple[int, float]]) -> float:
-    """The median of (width, seconds) without the first of each width, which compiles; NaN where nothing is left."""
+    """Computes the median of the seconds without the first of each width, which compiles; NaN where none is left.
+
+    Args:
+        seconds: Pairs (width, seconds) in order of time.
+    """
     seen: set[int] = set()
     warm = []
     for width, took in seconds:

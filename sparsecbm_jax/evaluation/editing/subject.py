@@ -1,4 +1,4 @@
-"""What corrections are measured on: a model, rows with gold concepts, and what the model makes of them."""
+"""The subject of corrections: a model, rows with gold concepts, and the model's predictions for them."""
 
 import dataclasses
 import functools
@@ -21,11 +21,11 @@ _BATCH = 32
 
 
 class SplitPredictions(NamedTuple):
-    """What a model makes of some rows.
+    """A model's predictions for some rows.
 
     Attributes:
-        concepts: the class of each concept.
-        labels: the label.
+        concepts: Predicted class of each concept.
+        labels: Predicted label.
     """
 
     concepts: Int[np.ndarray, "N K"]
@@ -44,9 +44,9 @@ class Subject:
     """A model and the rows that it is corrected on.
 
     Attributes:
-        config, arrays: the model before any correction.
-        split: rows with gold concepts.
-        groups: of each row, the original that it is an edit of.
+        config, arrays: The model before any correction.
+        split: Rows with gold concepts.
+        groups: Name of the original text of each row.
     """
 
     config: CBMConfig
@@ -56,25 +56,27 @@ class Subject:
 
     @functools.cached_property
     def predictions(self) -> SplitPredictions:
-        """Of all rows, before any correction."""
+        """Predictions for all rows, before any correction."""
         return predict_split(self.config, self.arrays, self.split, np.arange(self.split.num_examples))
 
     @property
     def wrong(self) -> Bool[np.ndarray, "N K"]:
-        """Labelled cells that are predicted incorrectly."""
+        """True at labelled cells that are predicted incorrectly."""
         return (self.predictions.concepts != self.split.concepts) & (self.split.concepts >= 0)
 
     def wrong_of(self, row: int) -> list[int]:
-        """The concepts of a row that are predicted incorrectly."""
+        """Returns the concepts of a row that are predicted incorrectly."""
         return [int(k) for k in np.flatnonzero(self.wrong[row])]
 
     def draw(self, max_cells: int, seed: int) -> list[int]:
-        """Rows with wrong cells, in an order drawn by the seed, as long as these come to at most `max_cells`.
+        """Draws rows with wrong cells, as many as have at most `max_cells` wrong cells together, but at least one row.
 
-        One row at least; all of them where `max_cells` is 0.
+        Args:
+            max_cells: Most wrong cells; 0 takes all rows.
+            seed: Seed of the order.
 
         Raises:
-            ValueError: if no cell is wrong.
+            ValueError: No cell is wrong.
         """
         counts = self.wrong.sum(axis=1)
         rows = np.random.default_rng(seed).permutation(np.flatnonzero(counts))
@@ -84,7 +86,13 @@ class Subject:
         return [int(row) for row in rows[: max(fitting, 1)]]
 
     def draw_held_out(self, edited: Sequence[int], num_rows: int, seed: int) -> list[int]:
-        """At most `num_rows` rows that share no original with the edited ones; all of those where it is 0."""
+        """Draws rows that share no original with the edited ones.
+
+        Args:
+            edited: The edited rows.
+            num_rows: Most rows; 0 takes all of them.
+            seed: Seed of the draw.
+        """
         taken = {self.groups[row] for row in edited}
         rest = [row for row, group in enumerate(self.groups) if group not in taken]
         chosen = np.random.default_rng(seed).permutation(len(rest))[: num_rows or None]
@@ -110,13 +118,13 @@ def predict_split(
 
 
 class Outcome(NamedTuple):
-    """What one correction did.
+    """The outcome of one correction.
 
     Attributes:
-        arrays: the model's arrays now.
-        num_changed: numbers of the model that changed: booleans of the masks, and trained weights.
-        is_repaired: whether the text has the asked class now.
-        seconds: what it took.
+        arrays: The model's arrays now.
+        num_changed: Changed numbers of the model: booleans of the masks, and trained weights.
+        is_repaired: True where the text has the requested class now.
+        seconds: Duration of the correction.
     """
 
     arrays: ModelArrays
@@ -126,7 +134,14 @@ class Outcome(NamedTuple):
 
 
 def measure(editor: Editor, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> Outcome:
-    """Makes a correction and says what it did."""
+    """Makes a correction and measures its outcome.
+
+    Args:
+        editor: The editor that makes it.
+        config: The model's static description.
+        arrays: Parameters, masks and heads.
+        correction: The correction.
+    """
     began = time.monotonic()
     new, edit = jax.block_until_ready(editor(config, arrays, correction))
     seconds = time.monotonic() - began

@@ -1,11 +1,11 @@
-"""What corrections repair and what they cost, measured in ways that can come out badly.
+"""The intervention suite: gains and costs of corrections, by measures that can also show losses.
 
-Three parts. *Single edits* are the paper's Figure 3: gold labels pick the wrong cells, each row is corrected from the
-original masks, predicted again, and the edit undone; with it comes what one such edit does to rows that it was not made
-for. *Minimal edits* are the smallest ones of every wrong cell. *Sequential editing* (`sequential.run_sequence`) keeps
-corrections, editor by editor (`named_editors`).
+It has three parts. *Single edits* are the paper's Figure 3: gold labels select the wrong cells, each row is corrected
+from the original masks and predicted again. The effect of one such edit on other rows is measured, too. *Minimal edits*
+are the smallest edits of every wrong cell. In *sequential editing* (`sequential.run_sequence`) all corrections stay
+active; it compares editors (`named_editors`).
 
-Deviation: the paper reports the first figure alone. It cannot lose: a cell that is correct is never touched.
+Deviation: the paper reports the first part alone. Its accuracy cannot fall: a cell that is correct is never corrected.
 """
 
 import time
@@ -38,21 +38,21 @@ def single_edits(
     num_side_edits: int,
     on_edit: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Corrects every wrong cell of some rows from the original masks; each row's edits are undone before the next.
+    """Corrects every wrong cell of some rows; each row starts from the original masks.
 
     Args:
-        rows: rows with wrong cells, as `Subject.draw` gives them.
-        held_out: rows that share no original with the first `num_side_edits` of `rows`; may be none.
-        num_side_edits: of so many rows the first edit is tried on the held-out rows, too.
-        on_edit: called after each correction.
+        subject: The model and its rows.
+        editor: The editor that makes the corrections.
+        rows: Rows with wrong cells, from `Subject.draw`.
+        held_out: Rows that share no original with the first `num_side_edits` of `rows`; may be empty.
+        num_side_edits: Number of rows whose first edit is also tried on the held-out rows.
+        on_edit: Called after each correction.
 
     Returns:
-        `repaired`, of `num_cells`; `concept` and `task`, accuracies on the whole split where all wrong cells were
-            treated
-        as these; `changed` and `seconds`, medians of an edit, without the first of a width, which compiles; `side`, of
+        `repaired`, a share of `num_cells`; `concept` and `task`, accuracies on the whole split if all wrong cells fare
+        as these; `changed` and `seconds`, medians over edits, without the first of a width, which compiles; `side`, for
         each tried edit the accuracies of the edited concept and of the task on the held-out rows, before and after.
-            None
-        where there is nothing to count.
+        None where there is nothing to count.
     """
     config, split = subject.config, subject.split
     outcomes: list[Outcome] = []
@@ -84,9 +84,13 @@ def single_edits(
 
 
 def oracle(subject: Subject, rows: Sequence[int]) -> dict[str, Any]:
-    """The task's accuracy, as in `single_edits`, where the activations of wrong cells are set by hand.
+    """Computes the task's accuracy, as in `single_edits`, if the activations of wrong cells are set by hand.
 
-    The concepts are right then by definition, so that there is no accuracy to speak of.
+    The concepts are then correct by definition, so their accuracy is not reported.
+
+    Args:
+        subject: The model and its rows.
+        rows: Rows with wrong cells, from `Subject.draw`.
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
     """
@@ -103,6 +107,11 @@ def oracle(subject: Subject, rows: Sequence[int]) -> dict[str, Any]:
 
 def minimal_edits(subject: Subject, cells: Iterable[Cell], max_pairs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Finds the smallest edit of each cell, from the original masks.
+
+    Args:
+        subject: The model and its rows.
+        cells: Wrong cells.
+        max_pairs: Most pairs of weights that are tried, at least 1.
 
     Yields:
         The cells, each with `is_repaired`, `changed` (weights dropped and grown), `margin`, `margin_below` (with a pair
@@ -131,11 +140,11 @@ def minimal_edits(subject: Subject, cells: Iterable[Cell], max_pairs: int) -> It
 
 
 def summarise_minimal(found: Sequence[Mapping[str, Any]], num_weights: int) -> dict[str, Any]:
-    """Of smallest edits, what share repairs, and quantiles of changed weights among those that do.
+    """Computes the share of smallest edits that repair, and quantiles of changed weights among those that do.
 
     Args:
-        found: results of `minimal_edits`.
-        num_weights: of the backbone, maskable.
+        found: Results of `minimal_edits`.
+        num_weights: Maskable weights of the backbone.
     """
     changed = [one["changed"] for one in found if one["is_repaired"]]
     seconds = [one["seconds"] for one in found if one["seconds"] is not None]
@@ -160,25 +169,26 @@ def _side_effect(subject: Subject, arrays: ModelArrays, rows: Sequence[int], k: 
     gold, labels = split.concepts[rows, k], split.labels[rows]
     is_cell, is_label = gold >= 0, labels >= 0
 
-    def right(found: Int[np.ndarray, " n"], wanted: Int[np.ndarray, " n"], among: Bool[np.ndarray, " n"]) -> Any:
-        return _mean((found == wanted)[among])
+    def accuracy(found: Int[np.ndarray, " n"], true: Int[np.ndarray, " n"], among: Bool[np.ndarray, " n"]) -> Any:
+        return _mean((found == true)[among])
 
     return {
-        "concept_before": right(before.concepts[rows, k], gold, is_cell),
-        "concept_after": right(after.concepts[:, k], gold, is_cell),
-        "task_before": right(before.labels[rows], labels, is_label),
-        "task_after": right(after.labels, labels, is_label),
+        "concept_before": accuracy(before.concepts[rows, k], gold, is_cell),
+        "concept_after": accuracy(after.concepts[:, k], gold, is_cell),
+        "task_before": accuracy(before.labels[rows], labels, is_label),
+        "task_after": accuracy(after.labels, labels, is_label),
     }
 
 
 def _task(subject: Subject, is_right: Mapping[int, bool]) -> float | None:
-    """The accuracy on the split where all labelled rows with wrong cells fare as those that were drawn.
+    """Estimates the accuracy on the split if all labelled rows with wrong cells fare as those that were drawn.
 
-    Rows that were right before and rows that were not are counted apart: which of them were drawn is chance, and
-    without an edit nothing is to change.
+    Rows whose label was correct before and rows whose label was not are counted apart: the draw mixes them by chance,
+    and without an edit the accuracy must not change.
 
     Args:
-        is_right: of the drawn rows, whether the label is right now.
+        subject: The model and its rows.
+        is_right: For each drawn row, True where the label is correct now.
     """
     labels, before = subject.split.labels, subject.predictions.labels == subject.split.labels
     is_labelled = labels >= 0

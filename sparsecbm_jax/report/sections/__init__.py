@@ -1,1 +1,1 @@
-"""Sections of the report of a run: what each shows, as text, tables and figures."""
+"""Sections of the report of a run, as text, tables and figures."""

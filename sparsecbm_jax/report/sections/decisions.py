@@ -1,4 +1,4 @@
-"""A few held-out decisions of a model, chosen by a rule: the first that is right, that is wrong, that is mixed."""
+"""A few held-out decisions of a model, chosen by a rule: the first correct, the first incorrect, the first mixed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from sparsecbm_jax.model.predictions import predict
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 from sparsecbm_jax.report.elements import Section, Table
 
-# Rows are read so many at a time until all are found, and no further than this.
+# Rows of a chunk, and most rows that are read until all kinds are found.
 _CHUNK, _MOST_ROWS = 64, 512
 _SHOWN_CHARACTERS = 90
 
@@ -40,19 +40,19 @@ class _Row(NamedTuple):
 
 
 def gallery_section(model: SparseCBM, examples: Examples) -> Section | None:
-    """Pathways of the first held-out texts that are read rightly, that get a wrong label, that hold mixed concepts.
+    """Shows the first held-out texts that are predicted correctly, that get a wrong label, that hold mixed concepts.
 
     Args:
-        model: with concepts.
-        examples: held-out texts with their labels.
+        model: A model with concepts.
+        examples: Held-out texts with their labels.
 
     Returns:
-        The section; None where none of the first rows is any of these.
+        The section with their pathways; None where none of the first rows is of these kinds.
     """
     model = model.for_few_texts()
     unknown = model.schema.unknown_class
     kinds: dict[str, Callable[[_Row], bool]] = {
-        "all right": lambda row: row.is_right,
+        "all correct": lambda row: row.is_right,
         "wrong label": lambda row: row.is_wrong,
         "mixed concepts": lambda row: row.is_mixed(unknown),
     }
@@ -80,13 +80,13 @@ def gallery_section(model: SparseCBM, examples: Examples) -> Section | None:
         text = printable(examples.texts[n], _SHOWN_CHARACTERS)
         rows.append([kind, text, _gold_and_predicted(schema.labels, row.label, row.predicted_label), *classes])
     words = (
-        "The first rows of the test split that are of each kind: label and all concepts right; label wrong; and gold "
-        "classes of more than one kind among the concepts. No review was picked by hand."
+        "The first rows of the test split that are of each kind: label and all concepts correct; label wrong; and gold "
+        "classes of more than one kind among the concepts. No review was chosen by hand."
     )
     if absent := [kind for kind in kinds if kind not in found]:
         words += f" None of the first {num_rows} rows: {', '.join(absent)}."
     table = Table(
-        "What the model says of the reviews; where the gold class is another, “not” names it",
+        "Predictions for the reviews; where the gold class is another, “not” names it",
         ["kind", "text", "label", *schema.concepts],
         rows,
         is_words=True,

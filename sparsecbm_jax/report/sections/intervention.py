@@ -1,4 +1,4 @@
-"""The intervention suite as sections: what corrections repair and what they cost.
+"""The intervention suite as sections: gains and costs of corrections.
 
 Reference: Tan et al. 2024, Figure 3 (single edits); the rest is ours.
 """
@@ -19,18 +19,18 @@ SuiteReport = dict[str, Any]
 FILE = "intervention.json"
 _WRITTEN_BY = "what launch/evaluate_interventions.py writes"
 _PARTS = ("single", "minimal", "sequential")
-# Parts as version 0.1.0 called them.
+# The parts' names in version 0.1.0.
 _FORMER = {"undone": "single", "streams": "sequential"}
 TITLES = {"none": "no intervention", "magnitude": "magnitude (paper)", "signed": "signed", "random": "random"}
 STYLES = {"magnitude": 1, "signed": 0, "random": 2}
 
 
 def read(folder: Path) -> SuiteReport:
-    """Reads what `evaluate_interventions.py` left in its workdir.
+    """Reads the report of `launch/evaluate_interventions.py` from its workdir.
 
     Raises:
-        FileNotFoundError: there is nothing of the kind.
-        ValueError: the file is not what that command writes; names the line, or what is missing.
+        FileNotFoundError: There is no such report.
+        ValueError: The file has other contents than the command writes; the line, or the missing key, is named.
     """
     path = folder / FILE
     report = read_json(path, _WRITTEN_BY)
@@ -44,18 +44,18 @@ def read(folder: Path) -> SuiteReport:
 
 
 def sections(report: SuiteReport) -> list[Section]:
-    """A section for each part that the report has."""
+    """Makes a section for each part of the report."""
     parts: tuple[Callable[[SuiteReport], Section], ...] = (_single, _minimal, _sequential)
     return [part(report) for name, part in zip(_PARTS, parts, strict=True) if name in report]
 
 
 def render(report: SuiteReport) -> str:
-    """The report as Markdown."""
+    """Renders the report as Markdown."""
     return "\n\n".join([f"# Interventions, {report['split']} split", *map(render_markdown, sections(report))])
 
 
 def share(value: float) -> str:
-    """A share of the backbone in percent, as short as it is exact.
+    """Formats a share of the backbone in percent, exactly and with as few digits as possible.
 
     >>> [share(value) for value in (0.0, 0.0001, 0.03)]
     ['0', '0.01 %', '3 %']
@@ -64,7 +64,7 @@ def share(value: float) -> str:
 
 
 def _changes(point: SuiteReport, name: str) -> list[float]:
-    """What each tried edit did to an accuracy on held-out rows."""
+    """Returns the change of an accuracy on held-out rows by each edit that was tried."""
     pairs = [(side[f"{name}_before"], side[f"{name}_after"]) for side in point["side"]]
     return [after - before for before, after in pairs if before is not None]
 
@@ -89,14 +89,14 @@ def _single(report: SuiteReport) -> Section:
     heads = "ranking", "r", "changed", "repaired", "concepts", "task", "held-out concept", "held-out task", "seconds"
     num_cells, sides = found["points"][0]["num_cells"], len(found["points"][0]["side"])
     words = (
-        f"Gold labels pick the wrong cells ({num_cells} of them are corrected), and each edit is "
-        "undone, so that the accuracy on concepts cannot fall. The held-out columns can: points that the edited "
-        f"concept and the task gain on reviews of other originals, mean over {sides} of the edits. Percent; r of the "
-        "weights are dropped, and as many grown."
+        f"Gold labels select the wrong cells ({num_cells} of them are corrected). Each review is corrected from the "
+        "original masks, so the accuracy on concepts cannot fall. The held-out columns can: they are the points that "
+        f"the edited concept and the task gain on reviews of other originals, mean over {sides} of the edits. In "
+        "percent; a share r of the weights is dropped, and as many are grown."
     )
     caption = (
-        "Accuracy against the share r of the backbone's weights that a correction drops, and grows. Above: each wrong "
-        "cell corrected by itself, the edit undone. Below: what one edit does to texts that it was not made for; "
+        "Accuracy against the share r of the backbone's weights that a correction drops, and grows. Above: each review "
+        "is corrected from the original masks. Below: the effect of one edit on texts that it was not made for; "
         "shaded, the range over edits."
     )
     table = Table("Corrections by ranking of weights and share r, in percent", heads, rows)
@@ -134,7 +134,7 @@ _SEQUENCE_COLUMNS: tuple[tuple[str, Callable[[SuiteReport], float | None], bool]
     ("held-out concepts", lambda r: _less(r["held_out_after"], r["held_out_before"]), True),
     ("held-out task", lambda r: _less(r["label_after"], r["label_before"]), True),
     ("same siblings", lambda r: _less(r["generality_after"], r["generality_before"]), True),
-    ("other siblings kept", lambda r: r["locality"], False),
+    ("other siblings still correct", lambda r: r["locality"], False),
     ("other concepts changed", lambda r: r["others_changed"], False),
 )
 
@@ -164,14 +164,14 @@ def _sequential(report: SuiteReport) -> Section:
     orders = len(next(iter(found.values()))["orders"])
     over = "one order" if orders == 1 else f"mean ± standard deviation over {orders} orders"
     words = (
-        f"All corrections are kept; {over} of the reviews, in percent or, with a sign, in points. Retained: corrected "
-        "cells that are correct at the end. Before reveal: accuracy of each review before it is corrected; gain: over "
-        "the same reviews without corrections. Same siblings: of a corrected cell's siblings with the same gold class, "
-        "points gained; other siblings kept: of those with another class, the share still correct. The oracle sets an "
-        "activation of the text itself: correct by definition, and the model learns nothing. A wrong label counts as "
-        "repaired where the text got the wrong class that was asked."
+        f"All corrections stay active; {over} of the reviews, in percent or, with a sign, in points. Retained: "
+        "corrected cells that are correct at the end. Before reveal: accuracy of each review before it is corrected; "
+        "gain: over the same reviews without corrections. Same siblings: of a corrected cell's siblings with the same "
+        "gold class, points gained; other siblings: of those with another class, the share still correct. The oracle "
+        "sets an activation of the text itself, so it is correct by definition, and no later prediction changes. A "
+        "wrong label counts as repaired where the text got the wrong class that was requested."
     )
-    caption = "What each editor gains and costs by the end of a sequence of reviews: mean, and range over orders."
+    caption = "Gains and costs of each editor at the end of a sequence of reviews: mean, and range over orders."
     table = Table("Sequential editing, by editor", heads, rows)
     figure = Figure("sequential_editing", caption, functools.partial(_draw_sequential, report))
     return Section("Sequential editing", [words], [figure], [table])
@@ -204,7 +204,7 @@ def _draw_single(report: SuiteReport, pyplot: Any) -> Any:
                     100 * scores[name], color=plots.GREY, linestyle=dash, linewidth=1.2, label=label
                 )
     for column, name in enumerate(("concepts", "task")):
-        axes[0, column].set(title=name, ylabel=f"accuracy on {report['split']} (%),\ngold-triggered, undone")
+        axes[0, column].set(title=name, ylabel=f"accuracy on {report['split']} (%),\ngold-triggered, single edits")
         axes[1, column].axhline(0, color=plots.GREY, linewidth=0.8)
         axes[1, column].set(xlabel="r, share dropped, and grown (%)", ylabel="change (points),\nother texts, one edit")
         axes[1, column].set_xticks(list(places.values()), [f"{100 * ratio:g}" for ratio in ratios])
@@ -239,7 +239,7 @@ _PANELS = (
     ("held-out concepts\n(points)", "held-out concepts"),
     ("corrected cells\nretained (%)", "retained"),
     ("same siblings\n(points)", "same siblings"),
-    ("other siblings\nkept (%)", "other siblings kept"),
+    ("other siblings\nstill correct (%)", "other siblings still correct"),
 )
 
 

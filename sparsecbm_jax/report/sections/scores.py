@@ -1,4 +1,4 @@
-"""The scores of a finished run as a section: each concept and the task beside the majority, with calibration."""
+"""The scores of a finished run as a section: each concept and the task against the majority, with calibration."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ _COLUMNS = (
 
 
 def evaluation_section(metrics: Mapping[str, Any], source: str) -> Section:
-    """Scores of every split, concept by concept and of the task, beside the majority baseline, with calibration.
+    """Shows the scores of every split, of each concept and of the task, with majority baseline and calibration.
 
     Args:
-        metrics: what `metrics.json` holds.
-        source: its name, for errors.
+        metrics: Contents of `metrics.json`.
+        source: Name of the file, for errors.
 
     Raises:
-        ValueError: there are no scores of a split, or a score is no number.
+        ValueError: There are no scores of a split, or a score is not a number.
     """
     reports = split_reports(metrics)
     if not reports:
         raise ValueError(f"{source}: no scores of a split; expected 'test' with 'task' in it, {WRITTEN_BY}")
-    # What was looked at last, and once, comes first.
+    # The test split, which is scored once and last, comes first.
     split = "test" if "test" in reports else next(reversed(reports))
     reports = {split: reports[split], **reports}
     tables = []
@@ -51,13 +51,13 @@ def evaluation_section(metrics: Mapping[str, Any], source: str) -> Section:
     figures = [
         Figure(
             "accuracy",
-            f"Accuracy on {split} beside that of always saying the most frequent class.",
+            f"Accuracy on {split}, and that of always predicting the most frequent class.",
             functools.partial(_draw_accuracy, of_split, split),
         ),
         Figure(
             "calibration",
-            f"Expected calibration error on {split}: by how much the probability of the predicted class differs from "
-            "how often it is right, on average.",
+            f"Expected calibration error on {split}: mean distance of the probability of the predicted class from the "
+            "accuracy at that probability.",
             functools.partial(_draw_calibration, of_split, split),
         ),
     ]
@@ -70,8 +70,8 @@ def evaluation_section(metrics: Mapping[str, Any], source: str) -> Section:
     if epoch is not None and is_number(epoch):
         took = f" Training took {seconds:,.0f} s." if is_number(seconds) else ""
         among = " of those at the final sparsity" if "density" in metrics else ""
-        kept = f"Epoch {epoch + 1} was kept, the best on validation{among}; test was scored once, with it."
-        words.append(kept + took)
+        chosen = f"Epoch {epoch + 1} was chosen, the best on validation{among}; test was scored once, with it."
+        words.append(chosen + took)
     return Section("Evaluation", words, figures, tables)
 
 

@@ -1,4 +1,4 @@
-"""What concepts' subnetworks keep, and what edits changed in them, as sections.
+"""The kept weights of the concepts' subnetworks, and the changes by edits, as sections.
 
 Reference: Tan et al. 2024, 'Holistic and Intelligible Decision-making Pathways', Figure 6.
 """
@@ -20,16 +20,16 @@ _MAX_NUMBERED, _MAX_VECTOR_CELLS = 12, 1000
 _LOW, _MIDDLE, _HIGH = (QUANTILES.index(share) for share in (0.1, 0.5, 0.9))
 
 
-# --- What is kept -----------------------------------------------------------------------------------------------------
+# --- Kept weights -----------------------------------------------------------------------------------------------------
 
 
 def subnetworks_section(report: SubnetworkReport) -> Section:
-    """What each concept keeps of layers, kernels, heads and rows, and how much two have in common."""
+    """Shows the share that each concept keeps of layers, kernels, heads and rows, and the overlap of pairs."""
     concepts = report.concepts
     notes = dict.fromkeys(concept.note for concept in concepts)
     words = [note for note in notes if note]
     figures = []
-    # Where selection left densities no freedom, they all are one number.
+    # Where selection fixed the densities, they are all one number.
     if "" in notes:
         if report.num_layers > 1:
             caption = "Share of each transformer layer's maskable weights that a concept keeps."
@@ -41,13 +41,13 @@ def subnetworks_section(report: SubnetworkReport) -> Section:
         figures.append(Figure("density_by_head", caption, functools.partial(_draw_heads, report)))
     if report.overlaps:
         caption = (
-            "Weights that both of two concepts keep over those that either keeps, beside what independent choices "
-            "would have in common: of all weights, and within each kernel of each layer."
+            "Weights that both of two concepts keep over those that either keeps, and the same for independent choices "
+            "of all weights, and for independent choices within each kernel of each layer."
         )
         figures.append(Figure("overlap", caption, functools.partial(_draw_overlaps, report)))
     caption = (
         "Share of their weights that single rows of a kernel keep: the median row, and a line from the 10 % of rows "
-        "that keep least to the 10 % that keep most; means over layers. A row is what one input reaches."
+        "that keep least to the 10 % that keep most; means over layers. A row holds the weights of one input."
     )
     figures.append(Figure("density_of_rows", caption, functools.partial(_draw_rows, report)))
     words.insert(0, f"Shares are of the backbone's {report.num_weights:,} maskable weights.")
@@ -69,7 +69,7 @@ def _concept_table(report: SubnetworkReport) -> Table:
     layers = [f"layer {n + 1}" for n in range(len(report.concepts[0].summary.density_per_layer))]
     head = ["concept", "all", *layers, "kept by it alone (by chance)", "kept by all (by chance)"]
     return Table(
-        "Share of weights that each concept keeps, and of the kept ones what others keep, in percent", head, rows
+        "Share of weights that each concept keeps, and share of these that others keep, in percent", head, rows
     )
 
 
@@ -142,7 +142,7 @@ def _draw_heads(report: SubnetworkReport, pyplot: Any) -> Any:
 
 
 def _draw_grids(pyplot: Any, grids: dict[str, Float[np.ndarray, "r c"]], names: Sequence[str], across: str) -> Any:
-    """Shares as a grid for each concept, on one scale."""
+    """Draws shares as a grid for each concept, on one scale."""
     num_rows, num_columns = next(iter(grids.values())).shape
     per_line = min(len(grids), 4 if num_columns <= _MAX_NUMBERED // 2 else 2)
     num_lines = -(-len(grids) // per_line)
@@ -160,14 +160,14 @@ def _draw_grids(pyplot: Any, grids: dict[str, Float[np.ndarray, "r c"]], names: 
         axis.set_axis_off()
     for axis in axes[-1]:
         axis.set_xlabel(across)
-    # Where the numbers stand in the cells, they are the scale.
+    # Numbers in the cells make a colour bar unnecessary.
     if num_columns > _MAX_NUMBERED:
         figure.colorbar(drawn, ax=axes, label="kept (%)", shrink=0.9, pad=0.01)
     return figure
 
 
 def _grid(axis: Any, values: Float[np.ndarray, "r c"], scale: tuple[float, float], form: str) -> Any:
-    """Cells shaded by value, with the value in each where there is room."""
+    """Draws cells shaded by value, with the value in each where it fits."""
     low, high = scale
     shown = {"cmap": plots.SEQUENTIAL, "vmin": low, "vmax": max(high, low + 1e-9)}
     num_rows, num_columns = values.shape
@@ -228,15 +228,15 @@ def _draw_overlaps(report: SubnetworkReport, pyplot: Any) -> Any:
     return figure
 
 
-# --- What edits changed -----------------------------------------------------------------------------------------------
+# --- Changes by edits -------------------------------------------------------------------------------------------------
 
 
 def edits_section(changes: Sequence[EditChange], about: Sequence[Sequence[str]]) -> Section:
-    """Where active edits changed the subnetworks.
+    """Shows the changes of the subnetworks by active edits.
 
     Args:
-        changes: what each edit changed, oldest first.
-        about: of each edit its id, and what it was asked.
+        changes: Changes by each edit, oldest first.
+        about: Id of each edit, and its request.
     """
     by_concept: dict[str, list[EditChange]] = {}
     for change in changes:

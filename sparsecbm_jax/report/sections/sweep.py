@@ -33,11 +33,11 @@ Groups = Mapping[tuple[str, float], Sequence[Result]]
 
 
 def read(folder: Path) -> list[Result]:
-    """What `sweep.py` left in its workdir.
+    """Reads the results of `launch/sweep.py` from its workdir.
 
     Raises:
-        FileNotFoundError: there is nothing of the kind.
-        ValueError: a line is no result of a sweep; names it.
+        FileNotFoundError: There are no results.
+        ValueError: A line is not a result of a sweep; the line is named.
     """
     path, results = folder / FILE, []
     for where, line in read_json_lines(path, _WRITTEN_BY):
@@ -55,7 +55,7 @@ def read(folder: Path) -> list[Result]:
 
 
 def sections(results: Sequence[Result]) -> list[Section]:
-    """A section for each number of epochs that models were trained on after pruning."""
+    """Makes a section for each number of epochs of training after pruning."""
     criteria = list(dict.fromkeys(result.criterion for result in results if result.sparsity))
     counts = sorted({result.epochs for result in results if result.sparsity})
     found = []
@@ -67,11 +67,11 @@ def sections(results: Sequence[Result]) -> list[Section]:
 
 
 def section(results: Sequence[Result], criteria: Sequence[str]) -> Section:
-    """Results of one number of epochs.
+    """Shows the results of one number of epochs.
 
     Args:
-        results: with those of the dense models.
-        criteria: in the order to show them in; differences are from the first.
+        results: The results, with those of the dense models.
+        criteria: Criteria in the order of the tables; differences are from the first.
     """
     epochs = next((result.epochs for result in results if result.sparsity), 0)
     after = f"{epochs} epochs of training under the masks" if epochs else "pruning alone"
@@ -85,12 +85,12 @@ def section(results: Sequence[Result], criteria: Sequence[str]) -> Section:
 
 
 def render(shown: Section) -> str:
-    """The tables of means and of differences, as Markdown."""
+    """Renders the tables of means and of differences as Markdown."""
     return "\n\n".join(map(markdown_table, shown.tables))
 
 
 def _grouped(results: Iterable[Result], criteria: Sequence[str]) -> Groups:
-    """The models' results of each criterion and sparsity, in order."""
+    """Groups the models' results by criterion and sparsity, in order."""
     groups: dict[tuple[str, float], dict[str, Result]] = {}
     for result in sorted(results, key=lambda r: (r.sparsity, criteria.index(r.criterion) if r.sparsity else -1)):
         groups.setdefault((result.criterion, result.sparsity), {})[result.model] = result
@@ -106,7 +106,7 @@ def _means(groups: Groups) -> Table:
 
 
 def _differences(groups: Groups, criteria: Sequence[str]) -> list[Table]:
-    """Each criterion less the first one, model by model; none with a single criterion."""
+    """Tabulates each criterion less the first one, model by model; makes no table of a single criterion."""
     first, rows = criteria[0], []
     for (criterion, sparsity), of_models in groups.items():
         paired = {result.model: result for result in groups.get((first, sparsity), [])}
@@ -123,7 +123,7 @@ def _differences(groups: Groups, criteria: Sequence[str]) -> list[Table]:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
-    """mean ± sample standard deviation, or the one value."""
+    """Formats mean ± sample standard deviation, or the one value."""
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 

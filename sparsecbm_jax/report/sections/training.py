@@ -12,11 +12,11 @@ from sparsecbm_jax.report.run_log import RunLog, is_number
 
 
 def training_section(log: RunLog, best_epoch: int | None) -> Section:
-    """Losses, gradient norm and validation accuracy.
+    """Shows losses, gradient norm and validation accuracy.
 
     Args:
-        log: the run's.
-        best_epoch: the epoch that was kept, from 0; None where the run has not ended.
+        log: The run's log.
+        best_epoch: The chosen epoch, from 0; None where the run has not ended.
     """
     losses, figures = _losses(log), []
     each = f"each logged step, and the mean of each epoch.{_cuts(log)}"
@@ -24,8 +24,8 @@ def training_section(log: RunLog, best_epoch: int | None) -> Section:
         draw = functools.partial(_draw_series, log, losses, "loss")
         figures.append(Figure("training_loss", f"Loss of training: {each}", draw))
     if log.validation:
-        kept = "" if best_epoch is None else f" The ring marks epoch {best_epoch + 1}, which was kept."
-        caption = f"Accuracy on validation after each epoch.{kept}{_cuts(log)}"
+        chosen = "" if best_epoch is None else f" The ring marks epoch {best_epoch + 1}, which was chosen."
+        caption = f"Accuracy on validation after each epoch.{chosen}{_cuts(log)}"
         figures.append(Figure("validation_accuracy", caption, functools.partial(_draw_validation, log, best_epoch)))
     if any("grad_norm" in record for record in log.train):
         draw = functools.partial(_draw_series, log, ["grad_norm"], "norm of the gradient")
@@ -37,7 +37,7 @@ def training_section(log: RunLog, best_epoch: int | None) -> Section:
 
 
 def _losses(log: RunLog) -> list[str]:
-    """The keys of losses: parts before their weighted sum."""
+    """Returns the keys of losses: parts before their weighted sum."""
     found = dict.fromkeys(key for record in log.train for key in record if key.endswith("loss"))
     return sorted(found, key=lambda key: (key == "loss", key))
 
@@ -56,7 +56,7 @@ def _training_table(log: RunLog, losses: Sequence[str], best_epoch: int | None) 
     validation = {record["epoch"]: record for record in log.validation}
     rows = []
     for epoch in range(_num_epochs(log)):
-        row = [f"{epoch + 1}{' (kept)' if epoch == best_epoch else ''}"]
+        row = [f"{epoch + 1}{' (chosen)' if epoch == best_epoch else ''}"]
         for key in columns:
             mean = _epoch_mean(log, key, epoch)
             row.append("–" if mean is None else f"{mean:.3f}")
@@ -127,17 +127,17 @@ def _draw_validation(log: RunLog, best_epoch: int | None, pyplot: Any) -> Any:
 
 
 def pruning_section(log: RunLog, concepts: Sequence[str]) -> Section:
-    """When subnetworks were cut, to what, and how.
+    """Shows the pruning events: steps, sparsities, densities and scores.
 
     Args:
-        log: of a run with pruning events.
-        concepts: their names; as many as each event has densities, or they are numbered.
+        log: Log of a run with pruning events.
+        concepts: Names of the concepts; as many as each event has densities, or they are numbered.
     """
     num_concepts = len(log.prune[0]["density"])
     names = list(concepts) if len(concepts) == num_concepts else [f"concept {k + 1}" for k in range(num_concepts)]
-    caption = "Share of the maskable weights that each concept's subnetwork keeps while the run goes."
+    caption = "Share of the maskable weights that each concept's subnetwork keeps, over the steps of the run."
     figure = Figure("pruning_schedule", caption, functools.partial(_draw_schedule, log, names))
-    words = "Scores are made anew at every event, each concept's from gradients through its own subnetwork."
+    words = "Scores are computed at every event, each concept's from gradients through its own subnetwork."
     return Section("Pruning", [words], [figure], [_event_table(log, names), *_score_tables(log, names)])
 
 
@@ -174,7 +174,7 @@ def _one_or_each(shares: Sequence[float]) -> str:
 
 
 def _score_tables(log: RunLog, names: Sequence[str]) -> list[Table]:
-    """Mean g² over ζ of each kernel at the last event that says: by how much gradients outweigh the damping."""
+    """Tabulates mean g² over ζ of each kernel at the last event that has it: by how much gradients exceed damping."""
     for number, record in reversed(list(enumerate(log.prune, 1))):
         reports = [one for one in record.get("concepts", []) if isinstance(one, Mapping)]
         reports = reports[-len(names) :]  # of the last cut, where an event has several

@@ -1,13 +1,13 @@
 "use strict";
 
-// Draws the page from the JSON that it holds. Texts enter as text nodes only, never as markup. What it draws with, the
-// live page's script uses, too.
+// Draws the page from the JSON that it holds. Texts enter as text nodes only, never as markup. The live page's script
+// uses these functions, too.
 const drawing = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const TRACKED_WORDS = 3; // of each concept, while none is followed
   const FOLLOWED_WORDS = 8;
-  // Okabe and Ito's palette without black and yellow; it starts anew after seven concepts, whose names tell them apart.
+  // Okabe and Ito's palette without black and yellow; it repeats after seven concepts, whose names tell them apart.
   const NUM_COLOURS = 7;
   const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
   let numViews = 0;
@@ -24,7 +24,7 @@ const drawing = (() => {
   const cut = (text, most) => Array.from(text).length > most ? `${Array.from(text).slice(0, most - 1).join("")}…` : text;
   const count = (n) => n.toLocaleString("en");
   const largest = (numbers) => Math.max(0, ...numbers.map(Math.abs)) || 1;
-  /** Signed scores add up, so that a word's part is its size; of scores without sign, the squares do. */
+  /** The shade of a score: by its size where scores are signed and add up, by its square where the squares add up. */
   const shade = (score, strongest, isSigned) => `${Math.round(100 * Math.abs(score / strongest) ** (isSigned ? 1 : 2))}%`;
   const worded = (score, isSigned) => (isSigned && score > 0 ? "+" : "") + brief(score);
   const best = (shares) => Object.keys(shares).reduce((a, b) => (shares[b] > shares[a] ? b : a));
@@ -98,8 +98,8 @@ const drawing = (() => {
    *
    * @param {object} pathway - `DecisionPathway.to_dict()`.
    * @param {object} about - `heading`; `beside`, a pathway to share scales with; `followed` and `explained`, the concept
-   *   followed and the label taken apart at first; for what an edit made, its `report`: what differs from `beside` is
-   *   marked; and `onset`, to be told the concept and the class that a person sets.
+   *   and the label that are shown first; `report` of an edit: differences from `beside` are marked; and `onset`, which
+   *   is called with the concept and the class that a person sets.
    */
   function pathwayView(pathway, { heading = null, beside = null, report = null, followed = null, explained: firstLabel = pathway.explained_label, onset = null } = {}) {
     const id = `view${numViews++}`;
@@ -139,7 +139,7 @@ const drawing = (() => {
       reached = word.end;
     });
     review.append(characters.slice(reached).join(""));
-    // All in one place and one of them seen, so that nothing moves under a pointer that passes.
+    // All are in one place and one of them is visible, so that nothing moves under a passing pointer.
     const isSigned = pathway.is_signed;
     const shadings = [`Underlined: the ${TRACKED_WORDS} words that each concept answers to most${isSigned ? ", dashed where against its class" : ""}.`,
       ...lanes.map((lane) => isSigned ? `Shaded: purple words speak for ${lane.name} = ${lane.explained_class}, orange ones against it.`
@@ -221,7 +221,7 @@ const drawing = (() => {
               onset?.(lane.name, name);
             }
             update();
-          } }, unseen(`Set ${lane.name} to `), content, isPredicted ? unseen(" as the model reads it") : null);
+          } }, unseen(`Set ${lane.name} to `), content, isPredicted ? unseen(" as the model predicts it") : null);
       });
       return { pin, classes, item: make("li", { class: "card concept", ...follows(k) }, make("p", { class: "title" }, pin, was), make("div", { class: "classes" }, classes)) };
     });
@@ -257,7 +257,7 @@ const drawing = (() => {
         make("div", { class: "shares", role: "group", "aria-label": "Probability of each label; press one to see what adds up to its logit" }, shares.map(({ row }) => row))),
       diagram, tables(pathway, strongest));
 
-    /** Takes a label's logit apart, here and in the pathway beside, which would not compare otherwise. */
+    /** Shows the parts of a label's logit, here and in the pathway next to it, so that both can be compared. */
     function showLabel(label) {
       for (const one of view.parentNode.children) one.dispatchEvent(new CustomEvent("label", { detail: label }));
     }
@@ -278,17 +278,17 @@ const drawing = (() => {
       drawLinks();
     }
 
-    /** States what the label is, and why, with the concepts that are set. */
+    /** States the label and its parts, with the concepts that are set. */
     function update() {
       decision = decide(pathway, chosen);
       const { probabilities, logits, contributions, label } = decision;
       verdict.replaceChildren(make("span", { class: "eyebrow" }, chosen.size ? "Label, what if" : "Label"),
         make("strong", { class: "decided" }, label), exact(probabilities[label], percent(probabilities[label])));
       if (reference && !chosen.size && reference.label !== label) verdict.append(make("span", { class: "changed" }, `changed: was ${reference.label}`));
-      explained.textContent = `Explained: label ${shownLabel}` + (shownLabel !== pathway.explained_label ? "" : pathway.target === "predicted" ? " (the predicted one)" : ` (asked for: ${pathway.target})`)
+      explained.textContent = `Explained: label ${shownLabel}` + (shownLabel !== pathway.explained_label ? "" : pathway.target === "predicted" ? " (the predicted one)" : ` (requested: ${pathway.target})`)
         + `; words by ${methodWords(pathway)}`;
       status.textContent = chosen.size
-        ? `With ${[...chosen].map(([name, value]) => `${name} = ${value}`).join(", ")} the label is ${label}; the model said ${pathway.label} (${percent(pathway.label_probabilities[pathway.label])}).` : "";
+        ? `With ${[...chosen].map(([name, value]) => `${name} = ${value}`).join(", ")} the label is ${label}; the model predicted ${pathway.label} (${percent(pathway.label_probabilities[pathway.label])}).` : "";
       for (const share of shares) {
         share.bar.style.setProperty("--share", probabilities[share.label]);
         share.number.value = probabilities[share.label];
@@ -381,17 +381,17 @@ const drawing = (() => {
     return view;
   }
 
-  /** The same in numbers, for those who cannot or would not look at a drawing. */
+  /** The same in numbers, for those who cannot see the drawing or prefer numbers. */
   function tables(pathway, strongest) {
     const lanes = pathway.concepts, labels = Object.keys(pathway.label_logits), classes = Object.keys(lanes[0].probabilities);
     const hasBaseline = pathway.baseline !== null;
     const parts = [
-      table("Concepts as the model reads them", ["Concept", "Class", ...classes.map((name) => `P(${name})`), ...classes.map((name) => `a(${name})`)],
+      table("Concepts as the model predicts them", ["Concept", "Class", ...classes.map((name) => `P(${name})`), ...classes.map((name) => `a(${name})`)],
         lanes.map((lane) => [lane.name, lane.predicted_class, ...classes.map((name) => percent(lane.probabilities[name])),
           ...classes.map((name) => lane.activations[name].toFixed(3))])),
-      table(`What the words are scored for, by ${methodWords(pathway)}`, ["Concept", "Explained", "Its logit", ...(hasBaseline ? [`Logit at ${pathway.baseline}`, "Sum of words"] : [])],
+      table(`Logits that the words are scored for, by ${methodWords(pathway)}`, ["Concept", "Explained", "Its logit", ...(hasBaseline ? [`Logit at ${pathway.baseline}`, "Sum of words"] : [])],
         lanes.map((lane) => [lane.name, lane.explained_class, ...[lane.explained_logit, ...(hasBaseline ? [lane.baseline_logit, lane.word_scores.reduce((sum, score) => sum + score, 0)] : [])].map(signed)])),
-      table("What adds up to each label’s logit", ["Label", "Bias", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
+      table("Parts of each label’s logit", ["Label", "Bias", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
         labels.map((label) => [label, signed(pathway.bias[label]), ...lanes.map((lane) => signed(lane.contributions[label])),
           signed(pathway.label_logits[label]), percent(pathway.label_probabilities[label])])),
       table("Score of each word", ["Word", ...lanes.map((lane) => `${lane.name} = ${lane.explained_class}`)],
@@ -428,10 +428,10 @@ const drawing = (() => {
   }
 
   function correctionView({ report, before, after, change = null }) {
-    const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was so before" : "repaired";
+    const outcome = !report.is_repaired ? "not repaired" : report.before.concepts[report.concept] === report.target ? "was correct before" : "repaired";
     const followed = before.concepts.findIndex((lane) => lane.name === report.concept);
     const { name, settings } = report.editor;
-    const way = name === "continual" ? "so that earlier corrections hold" : `by the editor “${name.replace(/_/g, " ")}”${
+    const way = name === "continual" ? "with earlier corrections retained" : `by the editor “${name.replace(/_/g, " ")}”${
       settings.saliency ? `, ranked by ${settings.saliency} saliency` : ""}${settings.num_steps > 1 ? ` in ${settings.num_steps} steps` : ""}`;
     const rows = before.concepts.map(({ name }) => [name, report.before.concepts[name], report.before.concept_probabilities[name], report.after.concepts[name], report.after.concept_probabilities[name]]);
     rows.push(["label", report.before.label, report.before.label_probabilities, report.after.label, report.after.label_probabilities]);
@@ -465,8 +465,8 @@ const drawing = (() => {
   main.append(place);
   if (views.length) place.append(views[0].render());
 
-  // On paper nothing can be opened, and links are drawn before the browser lays its pages out: the class gives the
-  // document the width of paper beforehand.
+  // Nothing can be opened on paper, and links are drawn before the browser lays the pages out: the class gives the
+  // document the width of paper in advance.
   let opened = [];
   const redraw = () => document.querySelectorAll(".lanes").forEach((diagram) => diagram.dispatchEvent(new Event("redraw")));
   addEventListener("beforeprint", () => {
