@@ -298,7 +298,7 @@ def _seconds_a_concept(concepts: list[dict[str, Any]], num_planned: int, num_con
 
 def _shares_of_bandwidth(moved: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float | None]:
     """Compares bytes that have to be moved in some seconds with the device's bandwidth, and says so."""
-    chip = chip_at_hand()
+    chip = available_chip()
     bandwidth = None if chip is None else chip.memory_bandwidth
     shares = {name: share_of(moved[name], seconds[name], bandwidth) for name in moved}
     for name, spent in seconds.items():

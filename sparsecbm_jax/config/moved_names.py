@@ -1,4 +1,4 @@
-"""Where the modules and names of version 0.1.0 are: their errors say it.
+"""New places of the modules and names of version 0.1.0, for the errors that old imports raise.
 
 Nothing is imported by its old name: two names for one thing would stay for ever.
 """
@@ -261,7 +261,7 @@ REMOVED = frozenset(
 
 
 def hint(name: str) -> str:
-    """Where a module or name of 0.1.0 below the package is now, as the end of a sentence; empty where it is unknown.
+    """Returns where a module or name of 0.1.0 is now, as the end of a sentence; empty where it is unknown.
 
     >>> hint("cbm.forward")
     '; since version 0.2.0 it is sparsecbm_jax.model.forward.forward'
@@ -278,7 +278,7 @@ def hint(name: str) -> str:
 
 
 def raise_for(package: str) -> Callable[[str], NoReturn]:
-    """A package's `__getattr__`, where a module of 0.1.0 had the package's name."""
+    """Returns a package's `__getattr__`, where a module of 0.1.0 had the package's name."""
 
     def missing(name: str) -> Any:
         known = hint(f"{package.partition('.')[2]}.{name}")
@@ -288,7 +288,7 @@ def raise_for(package: str) -> Callable[[str], NoReturn]:
 
 
 class _MovedModules(importlib.abc.MetaPathFinder):
-    """Asked after all other finders, so only for modules that are not there."""
+    """A finder that is asked after all others, so only for modules that are not there."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -302,6 +302,6 @@ class _MovedModules(importlib.abc.MetaPathFinder):
 
 
 def explain_missing_modules() -> None:
-    """From here on, importing a module of 0.1.0 that moved raises an error that says where it is."""
+    """Makes the import of a module of 0.1.0 that moved raise an error that says where it is."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())

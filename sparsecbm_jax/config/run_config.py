@@ -1,6 +1,6 @@
-"""What a run is asked to do: frozen dataclasses, and the one way from a ConfigDict, a dict or a JSON file to them.
+"""Settings of a run: frozen dataclasses, and the one way from a ConfigDict, a dict or a JSON file to them.
 
-Nothing here imports beyond the standard library, so that every room may take these types. A misspelt key, a wrong type
+Nothing here imports beyond the standard library, so that every package may take these types. A misspelt key, a wrong type
 or a value out of range raises here, before anything is loaded, naming the full dotted key and what was expected.
 """
 
@@ -37,7 +37,7 @@ PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which texts and labels, and how they are read. A preset fills in columns and classes; other fields go first."""
+    """Texts and labels, and how they are read. A preset fills in columns and classes; other fields go first."""
 
     section: typing.ClassVar[str] = "data"
 
@@ -86,7 +86,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneChoice:
-    """Which pretrained encoder or decoder, and how it computes."""
+    """The pretrained encoder or decoder, and how it computes."""
 
     section: typing.ClassVar[str] = "backbone"
 
@@ -130,7 +130,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The loop: how long, how much at once, and what is kept."""
+    """The training loop: its length, its batches, its checkpoints."""
 
     section: typing.ClassVar[str] = "training"
 
@@ -176,7 +176,7 @@ class SparsityConfig:
     events_per_epoch: int = setting(1, POSITIVE_INT)
     """How often per epoch the masks are scored again."""
     reestimations: int = setting(1, POSITIVE_INT)
-    """Cuts that an event is done in, each scored anew under the mask that the one before it left."""
+    """Cuts that an event is done in, each scored again under the mask that the one before it left."""
     scope: str = setting("global", one_of("global", "per_kernel", "per_row"))
     """Whether weights compete over all kernels of a concept, within each kernel of each layer, or within each output
     unit."""
@@ -239,7 +239,7 @@ class PrunerConfig:
     """Whether gradients are of single examples (the empirical Fisher) or of minibatches."""
     fisher_memory: int | None = setting(None, POSITIVE_INT)
     """Bytes of a device that pruning may take beside the model and its activations, an eighth of them for compiled
-    programs; what gradients and Fisher blocks do not find room for takes further passes. None: no limit."""
+    programs; what gradients and Fisher blocks have no space for takes further passes. None: no limit."""
 
     def __post_init__(self) -> None:
         settle(self)

@@ -42,11 +42,13 @@ def setting(default: T, check: Check) -> T:
 
 
 def field_types(cls: type) -> dict[str, Any]:
+    """Returns the declared types of a dataclass's fields, by name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def full_key(cls: Any, name: str) -> str:
+    """Returns the dotted key of a field of a section."""
     return f"{cls.section}.{name}" if cls.section else name
 
 

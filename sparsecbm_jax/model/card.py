@@ -17,7 +17,7 @@ _SCORES = (
 
 
 def escape(text: Any) -> str:
-    r"""Text that Markdown and HTML show as it is, on one line.
+    r"""Escapes text so that Markdown and HTML show it as it is, on one line.
 
     >>> escape("a|b <i>*c*</i>\nd")
     'a\\|b &lt;i&gt;\\*c\\*&lt;/i&gt; d'
@@ -46,7 +46,7 @@ def _is_report(value: Any) -> bool:
 
 
 def split_reports(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The reports among the metrics, by the name of their split; metrics that are one report count as the test split's.
+    """Splits metrics into reports by the name of their split; metrics that are one report are the test split's.
 
     Args:
         metrics: what `metrics.json` holds.
@@ -87,7 +87,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """What kind of model it is, in a sentence or two.
+    """Describes the kind of model, in a sentence or two.
 
     Args:
         config: what the model's `config.json` holds.
@@ -105,7 +105,7 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
-    """What the model is made of, by name.
+    """Lists the parts of the model, by name.
 
     Args:
         config: what the model's `config.json` holds.
@@ -126,7 +126,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def limits(config: Mapping[str, Any]) -> list[str]:
-    """What the model must not be trusted with, a sentence each.
+    """Lists the limits of the model, a sentence each.
 
     Args:
         config: what the model's `config.json` holds.
@@ -144,7 +144,7 @@ def limits(config: Mapping[str, Any]) -> list[str]:
 
 
 def render(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """The card as Markdown.
+    """Renders the card as Markdown.
 
     Args:
         name: what to call the model.

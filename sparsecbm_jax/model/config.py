@@ -24,7 +24,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
 
 @dataclass(frozen=True)
 class CBMConfig:
-    """What is static about a concept-bottleneck model.
+    """The static description of a concept-bottleneck model.
 
     Attributes:
         backbone: the encoder or decoder.
@@ -56,7 +56,7 @@ class CBMConfig:
     def of_run(
         cls, run: RunConfig, backbone: BackboneConfig, schema: Schema, *, unroll_layers: bool = False
     ) -> "CBMConfig":
-        """The model that a run trains.
+        """Returns the description of the model that a run trains.
 
         Args:
             run: its settings.
@@ -79,7 +79,7 @@ class CBMConfig:
 
 
 class CBMOutput(NamedTuple):
-    """What one pass returns; with the 'standard' strategy (no bottleneck) the concept fields have K = 0.
+    """The output of one pass; with the 'standard' strategy (no bottleneck) the concept fields have K = 0.
 
     Attributes:
         concept_logits: u_k.

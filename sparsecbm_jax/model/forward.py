@@ -1,8 +1,8 @@
-"""The model: K masked passes of one backbone, the concept bottleneck, the label, and the losses.
+"""The model: K masked passes of one backbone, the concept bottleneck, and the label.
 
 text → z_k = pool(f_{θ_{M_k}}(x)) → u_k = z_k ψ_k + β_k → a_k = σ(u_k) → y = φ_0 + Σ_k a_k φ_k.
 
-A backbone is three mask-ignorant functions, embed → layer → finish, and this room alone composes them: layers are
+A backbone is three mask-ignorant functions, embed → layer → finish, and `encode` alone composes them: layers are
 scanned outside, concepts run inside each layer, so a layer's weights and the bits of its K masks are gathered once
 and every concept uses that copy. Dense models, one concept, K concepts, Fisher gradients, token gradients and
 interventions are this same composition with other masks and another argument differentiated.
@@ -67,12 +67,16 @@ def subnetwork_output(
     concept: int | Int[Array, ""],
     activations: Float[Array, "B K C"],
 ) -> CBMOutput:
-    """One pass of subnetwork k, the other concepts' activations held as they are.
+    """Runs subnetwork k alone, the other concepts' activations held as they are.
 
     Args:
+        config: the model's static description.
+        params: the backbone θ, whose maskable kernels are not read.
+        heads: projector ψ and label predictor φ.
+        batch: texts of any labels, which are not read.
         kernels: {path: array} effective kernels of subnetwork k, without a concept axis; differentiate wrt these.
         concept: k; may be traced.
-        activations: a of all concepts at the current masks; entry k is computed anew.
+        activations: a of all concepts at the current masks; entry k is computed again.
 
     Returns:
         u and z of concept k alone (K = 1), the activations of all concepts, and the label that follows from them.
@@ -87,6 +91,7 @@ def subnetwork_output(
 
 
 def batch_specs(has_concepts: bool) -> Batch:
+    """Returns how a batch is spread over a mesh; without concepts its cells go with the rows."""
     rows = sharding.BATCH_SPEC
     cells = P(sharding.ROW_AXES, "concept") if has_concepts else rows
     return Batch(input_ids=rows, attention_mask=rows, concepts=cells, label=rows, example_weight=rows, row_ids=rows)  # type: ignore[arg-type]
@@ -131,7 +136,7 @@ def concept_output(
     kernels: Mapping[str, Float[Array, "..."]],
     concept: Int[Array, ""],
 ) -> CBMOutput:
-    """What a subnetwork reads of its own concept; the label would hang on the other concepts, which are left out."""
+    """Runs subnetwork k for its own concept; the label would depend on the other concepts, which are left out."""
     others = jnp.zeros((batch.input_ids.shape[0], config.num_concepts, config.num_classes))
     return subnetwork_output(config, params, heads, batch, kernels, concept, others)
 

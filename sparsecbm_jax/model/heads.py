@@ -9,7 +9,7 @@ from sparsecbm_jax.model.config import CBMConfig, Heads
 
 
 def init_heads(rng: Array, config: CBMConfig, *, has_bottleneck: bool = True) -> dict[str, dict[str, Array]]:
-    """Random heads: the projector ψ and predictor φ, or without a bottleneck a plain classifier.
+    """Draws random heads: the projector ψ and predictor φ, or without a bottleneck a plain classifier.
 
     Kernels are normal with standard deviation 1/√fan_in, biases zero.
     """
@@ -32,7 +32,7 @@ def init_heads(rng: Array, config: CBMConfig, *, has_bottleneck: bool = True) ->
 
 
 def project(heads: Heads, z: Float[Array, "B P D"]) -> Float[Array, "B K C"]:
-    """u_k = z_k ψ_k + β_k; a dense model's single z serves every concept."""
+    """Projects u_k = z_k ψ_k + β_k; a dense model's single z serves every concept."""
     kernel, bias = heads["projector"]["kernel"], heads["projector"]["bias"]
     if z.shape[1] == 1:
         return jnp.einsum("bd,kdc->bkc", z[:, 0], kernel) + bias
@@ -40,7 +40,7 @@ def project(heads: Heads, z: Float[Array, "B P D"]) -> Float[Array, "B K C"]:
 
 
 def predict_label(heads: Heads, activations: Float[Array, "B K C"], axes: Axes = SINGLE) -> Float[Array, "B Y"]:
-    """y = φ_0 + Σ_k a_k φ_k (Eq. 3), summed over the `concept` axis where there is one."""
+    """Predicts y = φ_0 + Σ_k a_k φ_k (Eq. 3), summed over the `concept` axis where there is one."""
     total = jnp.einsum("bkc,kcy->by", activations, heads["predictor"]["kernel"])
     if axes.is_manual:
         total = jax.lax.psum(total, "concept")

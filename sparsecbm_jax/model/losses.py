@@ -25,7 +25,7 @@ LossFn = Callable[[CBMConfig, CBMOutput, Batch, Axes], tuple[Float[Array, ""], d
 def weighted_mean(
     values: Float[Array, "..."], weights: Float[Array, "..."], axes: Axes, over: tuple[str, ...]
 ) -> Float[Array, ""]:
-    """Σ w v / Σ w over this device's values and the mesh axes `over`; 0 where nothing weighs anything."""
+    """Averages Σ w v / Σ w over this device's values and the mesh axes `over`; 0 where nothing weighs anything."""
     total, weight = jnp.sum(values * weights), jnp.sum(weights)
     if axes.is_manual:
         total, weight = jax.lax.psum((total, weight), over)
@@ -35,7 +35,7 @@ def weighted_mean(
 def task_loss(
     config: CBMConfig, output: CBMOutput, batch: Batch, axes: Axes = SINGLE
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """CE(y, label) over rows that have a task label ('standard' strategy)."""
+    """Computes CE(y, label) over rows that have a task label ('standard' strategy)."""
     weights = batch.example_weight * (batch.label >= 0)
     entropy = optax.softmax_cross_entropy_with_integer_labels(output.label_logits, jnp.maximum(batch.label, 0))
     loss = weighted_mean(entropy, weights, axes, sharding.ROW_AXES)
@@ -45,7 +45,7 @@ def task_loss(
 def concept_loss(
     config: CBMConfig, output: CBMOutput, batch: Batch, axes: Axes = SINGLE
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """mean_k CE(u_k, c_k) over cells that have a label (first stage of 'independent' and 'sequential')."""
+    """Computes mean_k CE(u_k, c_k) over cells that have a label (first stage of 'independent' and 'sequential')."""
     weights = batch.example_weight[:, None] * (batch.concepts >= 0)
     entropy = optax.softmax_cross_entropy_with_integer_labels(output.concept_logits, jnp.maximum(batch.concepts, 0))
     loss = weighted_mean(entropy, weights, axes, (*sharding.ROW_AXES, "concept"))
@@ -55,7 +55,7 @@ def concept_loss(
 def joint_loss(
     config: CBMConfig, output: CBMOutput, batch: Batch, axes: Axes = SINGLE
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """L_joint = CE(y, label) + γ · mean_k CE(u_k, c_k) (Eq. 1); Eq. 2 sums over k, which is K times this."""
+    """Computes L_joint = CE(y, label) + γ · mean_k CE(u_k, c_k) (Eq. 1); Eq. 2 sums over k, which is K times this."""
     task, task_parts = task_loss(config, output, batch, axes)
     concept, concept_parts = concept_loss(config, output, batch, axes)
     return task + config.gamma * concept, {**task_parts, **concept_parts}
@@ -70,7 +70,7 @@ def subnetwork_loss(
     concept: int | Int[Array, ""],
     activations: Float[Array, "B K C"],
 ) -> Float[Array, ""]:
-    """L_k = CE(y, label) + γ · CE(u_k, c_k) through subnetwork k alone; arguments as in `subnetwork_output`."""
+    """Computes L_k = CE(y, label) + γ · CE(u_k, c_k) through subnetwork k alone; arguments as in `subnetwork_output`."""
     output = subnetwork_output(config, params, heads, batch, kernels, concept, activations)
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
     loss, _ = joint_loss(config, output, batch._replace(concepts=cells))
@@ -80,7 +80,7 @@ def subnetwork_loss(
 def make_loss(
     config: CBMConfig, mesh: Mesh | None = None, loss_fn: LossFn = joint_loss, backbone: Backbone | None = None
 ) -> Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]:
-    """A function (params, heads, packed or None, batch, dropout_rng or None) → (loss, parts) on a mesh.
+    """Returns the function (params, heads, packed or None, batch, dropout_rng or None) → (loss, parts) on a mesh.
 
     On several devices its body is a fully manual `shard_map`: left to itself the partitioner masks before it gathers,
     so that weights travel K times, and reduces gradients K times.
@@ -111,7 +111,7 @@ def make_loss(
 def least_margin(
     logits: Float[Array, "B C"], target: Int[Array, " B"], example_weight: Float[Array, " B"]
 ) -> Float[Array, ""]:
-    """min over real rows of u_target − max_{c ≠ target} u_c.
+    """Computes the min over real rows of u_target − max_{c ≠ target} u_c.
 
     >>> import jax.numpy as jnp
     >>> float(least_margin(jnp.array([[1.0, 3.0, 2.0], [0.0, 9.0, 9.0]]), jnp.array([2, 0]), jnp.array([1.0, 0.0])))
@@ -121,7 +121,7 @@ def least_margin(
 
 
 def margins(logits: Float[Array, "B C"], target: Int[Array, " B"]) -> Float[Array, " B"]:
-    """u_target − max_{c ≠ target} u_c of every row."""
+    """Computes u_target − max_{c ≠ target} u_c of every row."""
     is_target = jnp.arange(logits.shape[1])[None] == target[:, None]
     own = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
     return own - jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=1)

@@ -21,7 +21,7 @@ _pack = jax.jit(masks_lib.pack)
 
 
 class Predictions(NamedTuple):
-    """What `predict` returns, in the order of the texts. K is 0 for a model without concepts."""
+    """The result of `predict`, in the order of the texts. K is 0 for a model without concepts."""
 
     concept_probabilities: Float[np.ndarray, "N K C"]
     label_probabilities: Float[np.ndarray, "N Y"]
@@ -36,7 +36,7 @@ def _probabilities(output: CBMOutput) -> tuple[Float[Array, "B K C"], Float[Arra
 
 
 def check_texts(texts: Sequence[str], start: int = 0) -> None:
-    """Refuse what is not a sequence of texts with something in them; `start` is the first one's index in messages.
+    """Refuses what is not a sequence of texts with something in them; `start` is the first one's index in messages.
 
     Raises:
         TypeError: a single string, or an element that is no string; its index is named.
@@ -52,7 +52,7 @@ def check_texts(texts: Sequence[str], start: int = 0) -> None:
 
 
 def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int, start: int = 0) -> Iterator[Batch]:
-    """Batches of texts without labels; `row_ids` are positions in `texts`, in messages counted from `start`.
+    """Makes batches of texts without labels; `row_ids` are positions in `texts`, in messages counted from `start`.
 
     Raises:
         TypeError, ValueError: if an element is no text, is empty, cannot be encoded, or holds nothing that the
@@ -74,7 +74,7 @@ def text_batches(model: SparseCBM, texts: Sequence[str], *, batch_size: int, sta
 
 
 def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mesh: Mesh | None = None) -> Predictions:
-    """Predict the concepts and the label of texts.
+    """Predicts the concepts and the label of texts.
 
     A text's prediction does not depend on the texts beside it, but for the rounding of float32 sums over other
     paddings.
@@ -116,7 +116,7 @@ def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mes
 
 
 def _num_rows(num_texts: int, batch_size: int, mesh: Mesh | None) -> int:
-    """Rows of a batch: one of three sizes, since each is compiled anew, and whole rows for every device."""
+    """Returns the rows of a batch: one of three sizes, since each is compiled, and whole rows for every device."""
     rows = min(1 if num_texts == 1 else _FEW if num_texts <= _FEW else batch_size, batch_size)
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-rows // devices) * devices

@@ -73,7 +73,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _abstract(config: CBMConfig, strategy: str) -> dict[str, Any]:
-    """Shapes and dtypes of the whole model, without making it."""
+    """Returns shapes and dtypes of the whole model, without making it."""
     rng, has_bottleneck = jax.random.key(0), STRATEGIES[strategy].has_bottleneck
     return {
         "params": jax.eval_shape(lambda: init_params(rng, config.backbone)),
@@ -117,7 +117,7 @@ def _check_masks(config: CBMConfig, shapes: Mapping[str, Sequence[int]], wanted:
 
 
 def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] | None = None) -> Path:
-    """Save a model to a directory, which `load` reads back to the bit.
+    """Saves a model to a directory, which `load` reads back to the bit.
 
     Several processes: all call it, process 0 writes.
 
@@ -201,7 +201,7 @@ def _sparsity(masks: Any, schema: Schema) -> dict[str, Any]:
 
 
 def load(directory: str | Path, *, mesh: Mesh | None = None) -> SparseCBM:
-    """Load a model that `save` wrote.
+    """Loads a model that `save` wrote.
 
     Args:
         directory: the saved directory.

@@ -34,7 +34,7 @@ class ModelArrays(NamedTuple):
 
     @property
     def concept_masks(self) -> AnyMasks:
-        """The masks of a model that has some.
+        """Returns the masks of a model that has some.
 
         Raises:
             ValueError: if the model is dense.
@@ -72,7 +72,7 @@ class SparseCBM:
 
     @property
     def arrays(self) -> ModelArrays:
-        """Parameters, masks and heads, as functions on arrays take them."""
+        """Returns parameters, masks and heads, as functions on arrays take them."""
         return ModelArrays(self.params, self.masks, self.heads)
 
     def with_arrays(self, arrays: ModelArrays) -> "SparseCBM":
@@ -82,16 +82,16 @@ class SparseCBM:
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a text, special tokens included; what is beyond is cut."""
+        """Returns the most tokens of a text, special tokens included; what is beyond is cut."""
         return min(int(self.metadata.get("max_length") or MAX_LENGTH), self.config.backbone.max_length)
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Widths that texts are padded to, rising; see `data.batches.bucket_length`."""
+        """Returns the widths that texts are padded to, rising; see `data.batches.bucket_length`."""
         return tuple(self.metadata.get("buckets") or BUCKETS)
 
     def for_few_texts(self) -> "SparseCBM":
-        """The same model with its layers looped over, for single texts and a few passes.
+        """Returns the same model with its layers looped over, for single texts and a few passes.
 
         Layers that are written out (`CBMConfig.unroll_layers`) run faster, but take several times longer to compile,
         for each width of texts, which so few passes never win back.
@@ -100,5 +100,5 @@ class SparseCBM:
 
 
 def whole_masks(model: SparseCBM) -> Masks:
-    """Masks that prune nothing."""
+    """Returns masks that prune nothing."""
     return masks_lib.create(model.params, maskable_paths(model.config.backbone), model.config.num_concepts)

@@ -6,7 +6,7 @@ from sparsecbm_jax.model.losses import LossFn, concept_loss, joint_loss, task_lo
 
 
 class Strategy(NamedTuple):
-    """How a model is trained.
+    """A way to train a model.
 
     Attributes:
         loss: what the epochs minimise.

@@ -70,7 +70,7 @@ def append_line(path: Path, line: bytes, *, is_synced: bool = False, must_exist:
             if is_synced:
                 os.fsync(file)
         except OSError:
-            # The caller is told that it is not there, so no reader may find it once the disk has room again.
+            # The caller is told that it is not there, so no reader may find it once the disk has space again.
             with contextlib.suppress(OSError):
                 os.ftruncate(file, size)
             raise
