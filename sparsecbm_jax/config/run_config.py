@@ -1,7 +1,7 @@
 """Settings of a run: frozen dataclasses, and the one way from a ConfigDict, a dict or a JSON file to them.
 
-Nothing here imports beyond the standard library, so that every package may take these types. A misspelt key, a wrong type
-or a value out of range raises here, before anything is loaded, naming the full dotted key and what was expected.
+Nothing here imports beyond the standard library, so that every package may take these types. A misspelt key, a wrong
+type or a value out of range raises here, before anything is loaded, naming the full dotted key and what was expected.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def subnetwork_loss(
     concept: int | Int[Array, ""],
     activations: Float[Array, "B K C"],
 ) -> Float[Array, ""]:
-    """Computes L_k = CE(y, label) + γ · CE(u_k, c_k) through subnetwork k alone; arguments as in `subnetwork_output`."""
+    """Computes L_k = CE(y, label) + γ · CE(u_k, c_k) through subnetwork k; arguments as in `subnetwork_output`."""
     output = subnetwork_output(config, params, heads, batch, kernels, concept, activations)
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
     loss, _ = joint_loss(config, output, batch._replace(concepts=cells))
