@@ -34,6 +34,7 @@ from launch.benchmarks.device_model import (
     GB,
     Compiler,
     about_device,
+    available_chip,
     density_of,
     in_gb,
     peak_bytes,
