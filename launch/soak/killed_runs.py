@@ -16,8 +16,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-TRAIN = Path(__file__).with_name("train.py")
+CHECKOUT = Path(__file__).resolve().parents[2]
+TRAIN = CHECKOUT / "launch" / "train.py"
 NUM_DEVICES = 8
 # Seconds that processes wait for each other at the start, and that the others may take to end.
 START, LIMIT = 20, 60.0

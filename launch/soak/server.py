@@ -43,7 +43,7 @@ flags.DEFINE_float("seconds", 60.0, "Until the server is killed.", lower_bound=0
 flags.DEFINE_integer("seed", 0, "Of what the clients ask.")
 flags.DEFINE_string("workdir", None, "Folder to keep the log and what is compiled in; by default they are thrown away.")
 
-SERVE = Path(__file__).with_name("serve.py")
+SERVE = Path(__file__).resolve().parents[1] / "serve.py"
 PATIENCE = 120.0
 TOO_LARGE = 100_000
 # What the server may hold more at the end than after a third of the time: a leak of a kilobyte an answer shows.

@@ -74,7 +74,7 @@ def define_former_flags(**hints: str) -> None:
 def has_config() -> bool:
     """Returns whether the command line names a config file."""
     flag = FLAGS["config"]
-    return flag.value is not None and flag.config_filename not in _default_config
+    return flag.value is not None and config_flags.get_config_filename(flag) not in _default_config
 
 
 def run_config(settings: Mapping[str, Any] | None = None) -> RunConfig:
@@ -90,7 +90,7 @@ def run_config(settings: Mapping[str, Any] | None = None) -> RunConfig:
         expected = f"one of {', '.join(_config_files())}" if _config_files() else "a config file"
         raise ValueError(f"--config is missing; expected {expected}")
     config = FLAGS.config
-    overridden = FLAGS["config"].override_values
+    overridden = config_flags.get_override_values(FLAGS["config"])
     changes = {key: value for key, value in (settings or {}).items() if key not in overridden}
     changes |= dict.fromkeys(_set_to_none)
     with config.unlocked():

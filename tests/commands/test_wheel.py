@@ -110,7 +110,9 @@ def test_every_command_runs_on_a_model_of_ones_own_table(installed: Path, direct
         "report": ["report", "--workdir=runs/mine"],
     }
     with ThreadPoolExecutor(2) as pool:
-        made = dict(zip(commands, pool.map(lambda one: _run(installed, directory, one), commands.values()), strict=True))
+        made = dict(
+            zip(commands, pool.map(lambda one: _run(installed, directory, one), commands.values()), strict=True)
+        )
     for name, done in made.items():
         assert done.returncode == 0, f"{name}: {done.stderr}"
     pathway = json.loads(made["json"].stdout)
