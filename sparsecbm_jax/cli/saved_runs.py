@@ -1,4 +1,4 @@
-"""A saved model beside the data that a config names, or that it was trained on: what several mains share."""
+"""A saved model, and the data that a config names or that it was trained on: what several commands share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Saved(typing.NamedTuple):
     splits: dict[str, Tokenized]
 
     def scores(self, run: RunConfig, split: str, masks: Masks | None) -> dict[str, typing.Any]:
-        """The scores of the model with other masks on a split; see `evaluation.evaluate`."""
+        """Returns the scores of the model with other masks on a split; see `evaluation.evaluate`."""
         from sparsecbm_jax.data import eval_batches
         from sparsecbm_jax.evaluation import scores
 
@@ -42,7 +42,7 @@ def read(folder: str, run: RunConfig) -> Saved:
     """Reads a model and the config's data.
 
     Raises:
-        ValueError: If the data has other concepts or classes than the model.
+        ValueError: The data has other concepts or classes than the model.
     """
     from sparsecbm_jax.data import load_dataset, tokenize
     from sparsecbm_jax.model import saved_model
@@ -55,6 +55,37 @@ def read(folder: str, run: RunConfig) -> Saved:
     return Saved(model, dataset, splits)
 
 
+def read_with_data() -> tuple[RunConfig, Saved]:
+    """Reads the model of `--model` with the data of `--config`, or those that it was trained on.
+
+    Raises:
+        ValueError: `--model` is missing, the model does not say what it was trained on, or there is no such `--split`.
+    """
+    from sparsecbm_jax.model.saved_model import load
+
+    folder = command_line.model_folder()
+    run = command_line.run_config() if command_line.has_config() else own_run(load(folder), folder, "--config")
+    found = read(folder, run)
+    if FLAGS.split not in found.splits:
+        raise ValueError(f"--split={FLAGS.split}: expected one of {', '.join(found.splits)}")
+    return run, found
+
+
+def read_sparse() -> tuple[SparseCBM, Masks]:
+    """Reads the model of `--model`, which is to have masks, and returns these as well.
+
+    Raises:
+        ValueError: `--model` is missing, or names a dense model.
+    """
+    from sparsecbm_jax.model.saved_model import load
+
+    folder = command_line.model_folder()
+    model = load(folder)
+    if model.masks is None:
+        raise ValueError(f"{folder}: a dense model has no masks; train one with --config.strategy=sparse")
+    return model, model.masks
+
+
 def fingerprint(folder: str) -> str:
     """Tells a model from another that was written to the same folder later, without reading it."""
     written = [path.stat().st_mtime_ns for path in sorted(Path(folder).glob("*.safetensors"))]
@@ -62,14 +93,15 @@ def fingerprint(folder: str) -> str:
 
 
 def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
-    """The settings that a model was trained with, and so its data.
+    """Returns the settings that a model was trained with, and so its data.
 
     Args:
+        model: the model.
         folder: of the model, for the message.
         instead: flags that do without.
 
     Raises:
-        ValueError: If the model does not say.
+        ValueError: The model does not say.
     """
     from sparsecbm_jax.config.run_config import from_config_dict
 
@@ -81,22 +113,18 @@ def own_run(model: SparseCBM, folder: str, instead: str) -> RunConfig:
     return from_config_dict(model.metadata["run_config"])
 
 
-def read_with_data() -> tuple[RunConfig, Saved]:
-    """Reads the model of `--model` with the data of `--config`, or those that it was trained on.
+def own_data(model: SparseCBM, folder: str, instead: str) -> Dataset:
+    """Reads the data that a model was trained on; arguments as for `own_run`.
 
     Raises:
-        ValueError: `--model` is missing, the model does not say what it was trained on, or there is no such `--split`.
+        ValueError: The model does not say, or the data has other concepts or classes than it.
+        OSError, ImportError: The data cannot be read.
     """
-    from sparsecbm_jax.model.saved_model import load
+    from sparsecbm_jax.data import load_dataset
 
-    if not FLAGS.model:
-        raise ValueError("--model is missing; expected the folder of a saved model, such as runs/quickstart/model")
-    is_given = "config" in FLAGS and FLAGS["config"].value is not None
-    run = command_line.run_config() if is_given else own_run(load(FLAGS.model), FLAGS.model, "--config")
-    found = read(FLAGS.model, run)
-    if FLAGS.split not in found.splits:
-        raise ValueError(f"--split={FLAGS.split}: expected one of {', '.join(found.splits)}")
-    return run, found
+    dataset = load_dataset(own_run(model, folder, instead).data)
+    check_names(model, folder, dataset)
+    return dataset
 
 
 def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | None:
@@ -108,8 +136,8 @@ def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | N
         is_asked: whether somebody asked for continual edits: then it is an error that there are none.
 
     Raises:
-        ValueError: If the model does not say what it was trained on, or has other names than that has.
-        OSError, ImportError: If that cannot be read.
+        ValueError: The model does not say what it was trained on, or has other names than that has.
+        OSError, ImportError: The data cannot be read.
     """
     from sparsecbm_jax.data.batches import fisher_batches
 

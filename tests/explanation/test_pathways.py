@@ -261,7 +261,7 @@ def test_launch_explain(saved: Path, tmp_path: Path) -> None:
         f"--model={saved}",
         "--text=great 🎉",
         f"--file={reviews}",
-        "--json",
+        "--format=json",
         f"--output={output}",
         cwd=tmp_path,
     )
@@ -273,7 +273,7 @@ def test_launch_explain(saved: Path, tmp_path: Path) -> None:
 
 
 def test_launch_explain_as_a_table(saved: Path, tmp_path: Path) -> None:
-    asked = ("--csv", "--method=gradient_x_input", "--top=1")
+    asked = ("--format=csv", "--method=gradient_x_input", "--top=1")
     done = run_main("explain.py", f"--model={saved}", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
@@ -284,7 +284,7 @@ def test_launch_explain_as_a_table(saved: Path, tmp_path: Path) -> None:
 
 def test_launch_explain_as_a_page(saved: Path, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "pathways.html"
-    asked = (f"--html={page}", "--method=integrated_gradients", "--baseline=pad", "--num_steps=4")
+    asked = ("--format=html", f"--output={page}", "--method=integrated_gradients", "--baseline=pad", "--num_steps=4")
     done = run_main("explain.py", f"--model={saved}", "--text=great 🎉", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"2 explained: {page}\n"), done.stderr
     written = page.read_text(encoding="utf-8")
@@ -361,20 +361,22 @@ def test_a_model_without_known_texts_is_corrected_by_the_minimal_edit(saved: Pat
         ("explain.py", ["--text=fine"], "--model is missing"),
         ("explain.py", ["--model=MODEL"], "nothing to explain"),
         ("explain.py", ["--model=MODEL", "--file=absent.txt"], "absent.txt"),
-        ("explain.py", ["--model=MODEL", "--text=fine", "--json", "--csv"], "--json and --csv are two things to print"),
+        ("explain.py", ["--schema", "--subnetworks"], "--schema and --subnetworks are two things to print"),
         (
             "explain.py",
-            ["--model=MODEL", "--text=fine", "--json", "--html=page.html"],
-            "--json and --html are two things",
+            ["--model=MODEL", "--subnetworks", "--format=csv"],
+            "--subnetworks and --format=csv are two things",
         ),
-        (
-            "explain.py",
-            ["--model=MODEL", "--text=fine", "--output=o", "--html=page.html"],
-            "--output=o does not go with",
-        ),
+        ("explain.py", ["--model=MODEL", "--text=fine", "--format=html"], "--output is missing"),
         ("explain.py", ["--model=MODEL", "--texts=fine"], "did you mean --text?"),
         ("intervene.py", ["--model=MODEL", "--find", "--config=x"], "error: unknown flag --config\n"),
         ("intervene.py", ["--model=MODEL", "--find", "--text=fine"], "it goes with --concept, not --text"),
+        ("intervene.py", ["--find", "--concept=food", "--target=x"], "--model is missing"),
+        (
+            "intervene.py",
+            ["--model=MODEL", "--find", "--concept=food", "--target=x"],
+            "it goes with --concept, not --target",
+        ),
         ("intervene.py", ["--model=MODEL", "--text=fine", "--concept=food"], "--target missing"),
         ("intervene.py", ["--model=MODEL", "--find", "--margin=1"], "--margin is read with --editor=minimal only"),
         (

@@ -55,7 +55,8 @@ def test_every_config_is_valid_and_says_how_it_is_run(name: str) -> None:
         if choice in STRATEGIES:
             assert config.strategy == choice
         else:
-            assert config.backbone.name == common.BACKBONES[choice.split(",")[0]].name
+            preset = f"opt_{choice}" if name == "cebab_opt" else choice.split(",")[0]
+            assert config.backbone.name == common.BACKBONES[preset].name
     assert f"--config=configs/{name}.py" in (module.__doc__ or "")
 
 
@@ -155,13 +156,11 @@ import json, runpy, sys, types
 training = types.ModuleType("sparsecbm_jax.training")
 training.train = lambda config, workdir, profile: print(json.dumps([str(workdir), config.seed, config.data.concepts,
     config.sparsity.final, config.training.num_epochs, config.data.missing_as_unknown, config.strategy]))
-evaluation = types.ModuleType("sparsecbm_jax.evaluation")
-evaluation.summarise_runs = lambda workdirs: {"runs": [str(path) for path in workdirs]}
-evaluation.render_summary = lambda summary: json.dumps(summary["runs"])
-import sparsecbm_jax
-for module in (training, evaluation):
+summaries = types.ModuleType("sparsecbm_jax.evaluation.run_summary")
+summaries.summarise_runs = lambda workdirs: {"runs": [str(path) for path in workdirs]}
+summaries.render_summary = lambda summary: json.dumps(summary["runs"])
+for module in (training, summaries):
     sys.modules[module.__name__] = module
-    setattr(sparsecbm_jax, module.__name__.rpartition(".")[2], module)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
