@@ -22,10 +22,12 @@ class ReadableDocstrings(griffe.Extension):
     """Changes what mkdocstrings collects from the package."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        """Rewrites the docstring of one object."""
         if obj.docstring:
             obj.docstring.value = readable(obj.docstring.value)
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: object) -> None:
+        """Drops the second description of fields that a class documents."""
         if cls.docstring and re.search(r"^(Attributes|Args):$", cls.docstring.value, re.MULTILINE):
             for member in cls.members.values():
                 if isinstance(member, griffe.Attribute) and not member.docstring and not member.has_labels("property"):

@@ -202,6 +202,7 @@ class PlainFormatter(standard_logging.Formatter):
     """Writes "warning: message", as errors are shown."""
 
     def format(self, record: standard_logging.LogRecord) -> str:
+        """Formats a record."""
         return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
