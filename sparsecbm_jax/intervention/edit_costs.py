@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
+from sparsecbm_jax.core.trees import add_power
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.intervention.ranking import EditCosts
 from sparsecbm_jax.model.config import CBMConfig
@@ -53,7 +54,7 @@ def fisher_costs(
     mask = masks_lib.concept(arrays.concept_masks, concept)
     total = {path: jnp.zeros(kept.shape, jnp.float32) for path, kept in mask.items()}
     for batch in batches:
-        total = _add_squares(config, total, arrays, batch, jnp.int32(concept))
+        total = add_power(total, _gradient(config, arrays, batch, jnp.int32(concept)), 2)
         # Otherwise programs of many batches would wait in memory, each with a gradient of the whole backbone.
         jax.block_until_ready(total)
         on_gradient()
@@ -130,13 +131,9 @@ def _add_logits(
     return {path: total[path] + grad for path, grad in grads.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_squares(
-    config: CBMConfig,
-    total: dict[str, Float[Array, "..."]],
-    arrays: ModelArrays,
-    batch: Batch,
-    concept: Int[Array, ""],
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(
+    config: CBMConfig, arrays: ModelArrays, batch: Batch, concept: Int[Array, ""]
 ) -> dict[str, Float[Array, "..."]]:
     cells = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.concepts), concept, 1, axis=1)
 
@@ -144,8 +141,7 @@ def _add_squares(
         output = concept_output(config, arrays.params, arrays.heads, batch, kernels, concept)
         return concept_loss(config, output, batch._replace(concepts=cells))[0]
 
-    grads = jax.grad(loss)(_kernels(arrays, concept))
-    return {path: total[path] + jnp.square(grad.astype(jnp.float32)) for path, grad in grads.items()}
+    return jax.grad(loss)(_kernels(arrays, concept))
 
 
 def _kernels(arrays: ModelArrays, concept: Int[Array, ""]) -> dict[str, Float[Array, "..."]]:

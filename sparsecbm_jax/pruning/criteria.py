@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsecbm_jax.config.run_config import PrunerConfig
+from sparsecbm_jax.core.trees import add_power
 from sparsecbm_jax.pruning import cholesky, patterns, woodfisher
 from sparsecbm_jax.pruning.gradients import Kernels
 from sparsecbm_jax.pruning.woodfisher_scores import ScoreReport, woodfisher_scores
@@ -57,15 +58,10 @@ def _mean(kernels: Kernels, gradients: Iterable[Kernels], power: int) -> dict[st
     """Averages g or g² over the gradients."""
     total, count = {path: jnp.zeros_like(kernel) for path, kernel in kernels.items()}, 0
     for gradient in gradients:
-        total, count = _add_power(total, {path: gradient[path] for path in total}, power), count + 1
+        total, count = add_power(total, {path: gradient[path] for path in total}, power), count + 1
     if not count:
         raise ValueError("no gradients were given to score by")
     return {path: leaf / count for path, leaf in total.items()}
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _add_power(total: dict[str, Array], gradient: dict[str, Array], power: int) -> dict[str, Array]:
-    return {path: leaf + gradient[path] ** power for path, leaf in total.items()}
 
 
 def snip_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
