@@ -49,7 +49,7 @@ def read(folder: str, run: RunConfig) -> Saved:
 
     model = saved_model.load(folder).for_few_texts()
     dataset = load_dataset(run.data)
-    check_names(model, folder, dataset)
+    check_schema(model, folder, dataset)
     max_length = min(run.data.max_length, model.config.backbone.max_length)
     splits = {name: tokenize(examples, model.tokenizer, max_length) for name, examples in dataset.splits.items()}
     return Saved(model, dataset, splits)
@@ -123,7 +123,7 @@ def own_data(model: SparseCBM, folder: str, instead: str) -> Dataset:
     from sparsecbm_jax.data import load_dataset
 
     dataset = load_dataset(own_run(model, folder, instead).data)
-    check_names(model, folder, dataset)
+    check_schema(model, folder, dataset)
     return dataset
 
 
@@ -151,7 +151,7 @@ def anchors(model: SparseCBM, folder: str, *, is_asked: bool) -> list[Batch] | N
         return None
 
 
-def check_names(model: SparseCBM, folder: str, dataset: Dataset) -> None:
+def check_schema(model: SparseCBM, folder: str, dataset: Dataset) -> None:
     """Raises ValueError where data has other concepts or classes than a model."""
     if (dataset.schema.concepts, dataset.schema.classes) != (model.schema.concepts, model.schema.classes):
         raise ValueError(
