@@ -1,16 +1,17 @@
-"""What a run tells while it goes."""
+"""A run's log, and its progress bars."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from sparsecbm_jax.runtime import progress as progress_lib
 from sparsecbm_jax.runtime.progress import progress
 from sparsecbm_jax.training import metrics_log
 
 
 def test_a_bar_in_a_file_is_whole_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(metrics_log, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_lib, "_LINE_SECONDS", 0.0)
     for _ in progress(range(3), description="epoch 1/2", unit="step"):
         assert list(progress(range(2), description="pruning")) == [0, 1]
     shown = capsys.readouterr().err
