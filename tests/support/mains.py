@@ -17,8 +17,8 @@ from pathlib import Path
 from tests.support.paths import REPOSITORY
 
 # Importing these takes five seconds, which is more than most mains do in a test.
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
     ["sparsecbm_jax.training.run", "sparsecbm_jax.explanation.pathways", "transformers.tokenization_utils_tokenizers"]
 )
 
@@ -28,7 +28,7 @@ def run_main(name: str, *arguments: str, cwd: Path = REPOSITORY) -> subprocess.C
     command = [str(REPOSITORY / "launch" / name), *arguments]
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder, stream) for stream in ("stdout", "stderr")]
-        process = _FORKSERVER.Process(target=_run, args=(command, cwd, printed))
+        process = FORKSERVER.Process(target=_run, args=(command, cwd, printed))
         process.start()
         process.join()
         out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in printed)

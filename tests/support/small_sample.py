@@ -36,6 +36,17 @@ def small_data(num_train: int = 96, num_others: int = 48) -> dict[str, Any]:
     }
 
 
+# A whole run over them.
+SMALL_RUN: dict[str, Any] = {
+    "backbone": {"name": "tiny"},
+    "data": small_data(),
+    "optim": {"learning_rate": 1e-3},
+    "training": {"num_epochs": 3, "batch_size": 16, "eval_batch_size": 16},
+    "sparsity": {"start_epoch": 0, "end_epoch": 1},
+    "pruner": {"criterion": "magnitude", "num_grads": 2},
+}
+
+
 def as_flag(key: str, value: Any) -> str:
     """A setting on the command line."""
     return f"--config.{key}={','.join(value) if isinstance(value, tuple) else value}"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The pictures of README.md and of the pages, made from a saved model:
+#
+#   MODEL=runs/cebab/model bash docs/images/make.sh
+#
+# Writes pathway.png, correction.png, live_page.png and report.png to docs/images. They show reviews that were written for
+# them, and the scores of the run. Takes a few minutes on two CPU cores. Installs what it needs into .venv, and, as root
+# on Debian or Ubuntu, Chromium.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch/setup_env.sh"
+cd "$CHECKOUT"
+
+[[ -n "${MODEL:-}" ]] || fail "MODEL is not set; expected the folder of a saved model: MODEL=runs/cebab/model bash docs/images/make.sh"
+[[ -f "$MODEL/config.json" ]] || fail "MODEL=$MODEL is no folder of a saved model"
+make_venv
+install_once test-without-torch --editable "$(with_extras test-without-torch)"
+install_chromium || fail "chromium is not here and can only be installed by root with apt-get"
+exec "$VENV_PYTHON" docs/images/make_pictures.py "$MODEL"
