@@ -94,6 +94,8 @@ def main() -> None:
     loaded, masks = saved_runs.read_sparse()
     model = original = loaded.for_few_texts()
     with contextlib.ExitStack() as stack:
+        if FLAGS.log:
+            Path(FLAGS.log).parent.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(EditLog(FLAGS.log, masks, loaded.schema.concepts)) if FLAGS.log else None
         if log is not None:
             model = dataclasses.replace(model, masks=log.replay(masks))

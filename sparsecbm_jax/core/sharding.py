@@ -136,7 +136,7 @@ def spec_for(path: str, ndim: int) -> P:
     for pattern, spec in RULES:
         if re.search(r"(^|/)" + pattern, path):
             return spec
-    raise KeyError(f"no sharding rule for the leaf {path!r}; add one to sparsecbm_jax.sharding.RULES")
+    raise KeyError(f"no sharding rule for the leaf {path!r}; add one to sparsecbm_jax.core.sharding.RULES")
 
 
 def param_specs(tree: Any) -> Any:
