@@ -42,7 +42,7 @@ flags.DEFINE_float("seconds", 60.0, "Seconds until the server is killed.", lower
 flags.DEFINE_integer("seed", 0, "Seed of the clients' requests.")
 flags.DEFINE_string("workdir", None, "Folder for the log and compiled programs; by default they are deleted.")
 
-SERVE = Path(__file__).with_name("serve.py")
+SERVE = Path(__file__).resolve().parents[1] / "serve.py"
 PATIENCE = 120.0
 TOO_LARGE = 100_000
 # Most growth of the server's memory from a third of the time to the end: a leak of a kilobyte an answer exceeds it.

@@ -143,7 +143,7 @@ def _smallest(
     def step(state: _Search) -> _Search:
         doubled = jnp.minimum(jnp.maximum(2 * state.high, 1), most)
         n = jnp.where(state.is_found, (state.low + state.high) // 2, doubled)
-        seen = read(n)
+        seen = run(n)
         repairs = seen[0] > needed
         # Until a number repairs, the last one that was tried is the largest that does not.
         is_high = repairs | ~state.is_found
