@@ -34,9 +34,9 @@ class BackboneConfig:
         activation: Name of the feed-forward activation, as `transformers` spells it.
         dropout: Rate after the embeddings' norm (encoders), the attention output and the feed-forward output.
         attention_dropout: Rate on the attention probabilities.
-        norm_first: Whether LayerNorm comes before attention and feed-forward (OPT except 350M).
-        final_norm: Whether a LayerNorm follows the last layer (OPT pre-LN).
-        causal: Whether a token sees only itself and what stands before it.
+        norm_first: True where LayerNorm comes before attention and feed-forward (OPT except 350M).
+        final_norm: True where a LayerNorm follows the last layer (OPT pre-LN).
+        causal: True where a token sees only itself and earlier tokens.
         pad_token_id: Id of the padding token; RoBERTa counts positions by it.
     """
 

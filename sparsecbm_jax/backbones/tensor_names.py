@@ -15,8 +15,8 @@ class TensorName(NamedTuple):
     Attributes:
         path: Our path, such as 'layers/ffn_in/kernel'.
         names: Their names, without prefix: one a layer for a stacked leaf, else a single one.
-        is_stacked: Whether our leaf has a leading axis of layers.
-        is_transposed: Whether theirs is (out, in).
+        is_stacked: True where our leaf has a leading axis of layers.
+        is_transposed: True where theirs is (out, in).
         tied: Full names that hold the same tensor in checkpoints that leave out tied copies.
     """
 
