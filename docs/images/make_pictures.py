@@ -144,7 +144,8 @@ class Camera:
 
         Args:
             name: of the file, without ending.
-            first, last: selectors.
+            first: selector of the upper element.
+            last: selector of the lower element.
             widest: selector of what has to fit in; by default the picture is as wide as the page.
         """
         self._page.mouse.move(0, 0)
@@ -218,6 +219,7 @@ def take_all(model: SparseCBM, run_folder: Path, camera: Camera, folder: Path) -
 
 
 def main() -> None:
+    """Takes the pictures of the model that the command line names."""
     if len(sys.argv) != 2:
         sys.exit("expected one argument, the folder of a saved model")
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
