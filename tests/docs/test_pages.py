@@ -67,7 +67,7 @@ def test_commands_are_checked(check: CommandCheck) -> None:
         (words,) = pages.commands(command)
         return list(check.problems(words))
 
-    assert problems("python launch/explain.py --model=M --json") == []
+    assert problems("python launch/explain.py --model=M --format=json") == []
     assert problems("python launch/nothing.py --model=M") == ["there is no launch/nothing.py"]
     assert problems("bash launch/nothing.sh") == ["there is no launch/nothing.sh"]
     assert problems("python launch/train.py --workdr=W") == ["python launch/train.py has no --workdr"]
