@@ -3,7 +3,8 @@
     python docs/tutorials/execute.py                      # all of them, in the order in which they are to be read
     python docs/tutorials/execute.py bring_your_own       # one
 
-They run in a folder of their own, which is removed. Progress and warnings, which go to standard error, are left out.
+They run in a folder of their own, which is removed. Progress and warnings, which go to standard error, are left out,
+and so is the text of pages that are shown as HTML.
 Needs the extra `docs`.
 """
 
@@ -36,6 +37,9 @@ def execute(name: str, folder: str) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}):
+                    output.data.pop("text/plain", None)  # a page, once more
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}  # without the version of whoever ran it last
     nbformat.write(notebook, path)

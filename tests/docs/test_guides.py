@@ -13,6 +13,6 @@ from tests.support.page_run import PageRun
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("page", pages.pages("guides"), ids=pages.name_of)
+@pytest.mark.parametrize("page", pages.in_group("guides"), ids=pages.name_of)
 def test_blocks_run(page: Path, page_run: Callable[[Path], PageRun]) -> None:
     page_run(page).run()

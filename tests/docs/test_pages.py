@@ -1,5 +1,6 @@
 """README.md and the pages of docs/: their examples run, their commands could be given, their links lead somewhere.
 
+The guides' examples have files of their own, so that several workers share them.
 A block that runs too long for a test, or needs a network, stands below a line '<!-- not run: REASON -->'.
 """
 
@@ -22,15 +23,13 @@ from tests.support.shell import Shell
 pytestmark = pytest.mark.long
 
 PAGES = pages.pages()
-# tests/docs/test_guides.py runs those of the guides.
-HERE = [page for page in PAGES if "guides" not in page.parts]
 BLOCKS = [block for page in PAGES for block in pages.blocks(page)]
 MAX_README_LINES = 150
 FIRST_PYTHON_BEFORE = 60
 _FILE = re.compile(r"\b(?:launch|configs)/[\w./-]*\w\.(?:py|sh)\b")
 
 
-@pytest.mark.parametrize("page", [page for page in HERE if pages.blocks(page)], ids=pages.name_of)
+@pytest.mark.parametrize("page", pages.in_group("others"), ids=pages.name_of)
 def test_blocks_run(page: Path, page_run: Callable[[Path], PageRun]) -> None:
     page_run(page).run()
 

@@ -63,10 +63,21 @@ def name_of(page: Path) -> str:
     return page.relative_to(REPOSITORY).as_posix() if page.is_relative_to(REPOSITORY) else page.name
 
 
-def pages(under: str = ".") -> list[Path]:
-    """README.md and the pages of docs/, those with results of past runs left out; or those of a folder of docs/."""
-    found = sorted(path for path in (DOCS / under).rglob("*.md") if "results" not in path.relative_to(DOCS).parts)
-    return [README, *found] if under == "." else found
+def pages() -> list[Path]:
+    """README.md and the pages of docs/; those with results of past runs are left out."""
+    found = sorted(path for path in DOCS.rglob("*.md") if "results" not in path.relative_to(DOCS).parts)
+    return [README, *found]
+
+
+def in_group(group: str) -> list[Path]:
+    """The pages with blocks of 'corrections', of the other 'guides', or of 'others': parts that take about as long."""
+    corrections = {DOCS / "guides" / f"{name}.md" for name in ("correct", "live_page", "evaluate")}
+
+    def is_member(page: Path) -> bool:
+        is_guide = page.parent == DOCS / "guides"
+        return group == ("corrections" if page in corrections else "guides" if is_guide else "others")
+
+    return [page for page in pages() if is_member(page) and blocks(page)]
 
 
 def blocks(page: Path) -> list[Block]:
