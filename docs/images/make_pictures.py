@@ -47,6 +47,7 @@ class Review(NamedTuple):
     concepts: Mapping[str, str]
 
 
+PATHWAY_TEXT = "The food was delicious, but our waiter was slow, and the music was far too loud."
 REVIEWS = (
     Review(
         "The lamb was tender and the bread still warm, but our waiter forgot us twice. Candles on every table made up "
@@ -189,7 +190,7 @@ def take_all(model: SparseCBM, run_folder: Path, camera: Camera, folder: Path) -
         folder: for pages that are not kept.
     """
     predictor = predictor_weights(model)
-    pathway = sparsecbm_jax.explain(model, [REVIEWS[0].text])[0]
+    pathway = sparsecbm_jax.explain(model, [PATHWAY_TEXT])[0]
     write_page(folder / "pathway.html", [pathway], predictor=predictor)
     camera.open((folder / "pathway.html").as_uri())
     camera.take("pathway", ".verdict", ".lanes")
