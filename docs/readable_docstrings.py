@@ -1,7 +1,8 @@
 """Griffe extension for the API reference: docstrings as Markdown shows them best.
 
 Doctests stand between paragraphs of text, where Markdown would read them as quotations: they become code blocks.
-'Reference:' and 'Deviation:' start a paragraph. Fields that the class's docstring documents are not listed again.
+'Reference:' and 'Deviation:' start a paragraph. Example calls and lists of a command's help become code blocks. Fields
+that the class's docstring documents are not listed again.
 """
 
 import re
@@ -9,6 +10,7 @@ import re
 import griffe
 
 _DOCTEST = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?P=indent) *\S.*)*", re.MULTILINE)
+_HELP = re.compile(r"^(?:sparsecbm | +\S).*(?:\n(?:sparsecbm | +\S).*)*", re.MULTILINE)
 _LABEL = re.compile(r"^(Reference|Deviation|Chance)([:.])(?= )", re.MULTILINE)
 
 
@@ -25,6 +27,8 @@ class ReadableDocstrings(griffe.Extension):
         """Rewrites the docstring of one object."""
         if obj.docstring:
             obj.docstring.value = readable(obj.docstring.value)
+            if obj.is_module and obj.path.startswith("sparsecbm_jax.commands."):
+                obj.docstring.value = _HELP.sub(r"```text\n\g<0>\n```", obj.docstring.value)
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: object) -> None:
         """Drops the second description of fields that a class documents."""
