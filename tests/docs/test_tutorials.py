@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import linecache
 import re
@@ -12,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+
+from sparsecbm_jax.model.saved_model import load, save
 
 from tests.support.paths import REPOSITORY
 from tests.support.small_sample import SMALL_RUN
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.long
 FOLDER = REPOSITORY / "docs" / "tutorials"
 TUTORIALS = sorted(FOLDER.glob("*.ipynb"))
 MAX_CODE_CELLS = 15
+AMPLIFIED = 4.0
 # Of this machine or another: nothing in a tutorial says where it was run.
 _ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|usr|var|opt|private|Users|mnt|data)/|[A-Z]:\\\\")
 
@@ -80,8 +85,16 @@ def run_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 @pytest.fixture
 def workdir(small_run: Path, tmp_path: Path) -> Path:
-    """A folder of a finished run: it is not trained again."""
-    return Path(shutil.copytree(small_run, tmp_path / "run"))
+    """A folder of a finished run, which is not trained again.
+
+    The small run's model says nearly the same of all texts. Its weights are made so large that texts matter, and so do
+    edits.
+    """
+    folder = Path(shutil.copytree(small_run, tmp_path / "run"))
+    model = load(folder / "model")
+    params = jax.tree.map(lambda leaf: leaf * AMPLIFIED if leaf.ndim > 1 else leaf, model.params)
+    save(dataclasses.replace(model, params=params), folder / "model")
+    return folder
 
 
 def test_explain_a_decision(run_tutorial: Callable[..., Any], workdir: Path) -> None:
@@ -91,10 +104,8 @@ def test_explain_a_decision(run_tutorial: Callable[..., Any], workdir: Path) -> 
 
 
 def test_correct_a_decision(run_tutorial: Callable[..., Any], workdir: Path) -> None:
-    found = run_tutorial("correct_a_decision", RUN=SMALL_RUN, WORKDIR=workdir, CONCEPT="food")
-    # So small a model is not always repaired; the report has to say whether it was.
-    assert found.report.is_repaired == (found.report.after.concepts["food"] == found.request.target)
-    assert found.report.num_dropped == found.report.num_grown
+    found = run_tutorial("correct_a_decision", RUN=SMALL_RUN, WORKDIR=workdir)
+    assert found.report.is_repaired and found.report.num_dropped == found.report.num_grown > 0
     assert found.masks.fingerprint(found.undone) == found.masks.fingerprint(found.model.masks)
 
 
@@ -102,7 +113,8 @@ def test_bring_your_own(run_tutorial: Callable[..., Any], tmp_path: Path) -> Non
     rows = {"train": 48, "validation": 16, "test": 16}
     found = run_tutorial("bring_your_own", NUM_ROWS=rows, NUM_EPOCHS=3, WORKDIR=tmp_path / "hotels")
     assert found.schema.concepts == ("room", "staff", "location")
-    assert found.report.is_repaired == (found.report.after.concepts["location"] == "Positive")
+    assert found.report.num_dropped == found.report.num_grown  # so little training leaves little to edit
+    assert found.effect.num_texts == rows["test"]
     assert "agreement_scores" in (tmp_path / "hotels" / "agreement" / "run.json").read_text()
 
 
