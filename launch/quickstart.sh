@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$CHECKOUT"
 
 RUN=runs/quickstart
-TEXT="The food was delicious, but our waiter was slow and never smiled."
+TEXT="The food was delicious, but our waiter was slow."
 
 step() {
     printf '\n[%s/6] %s\n' "$1" "$2"

@@ -20,10 +20,12 @@ on one host or many, all get the same command and --coordinator.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -31,6 +33,7 @@ from absl import flags
 from sparsecbm_jax.cli import command_line, default_config, processes
 from sparsecbm_jax.data import sources
 from sparsecbm_jax.data.presets import COLUMNS
+from sparsecbm_jax.data.schema import DataError
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.config.run_config import DataConfig
@@ -68,7 +71,7 @@ def main() -> None:
     # It says which classes and labels it found in the training rows.
     logging.getLogger(sources.__name__).setLevel(logging.INFO)
     workdirs = [workdir / f"seed{seed}" for seed in seeds]
-    with processes.ending_in_order():
+    with processes.ending_in_order(), _naming_flags():
         if not seeds:
             train(config, workdir, profile=FLAGS.profile)
         for seed, folder in zip(seeds, workdirs, strict=True):
@@ -101,6 +104,21 @@ def _check_table(data: DataConfig) -> None:
             f"{', '.join(absent)} missing; expected --data=DIR --text=COLUMN --label=COLUMN --concepts=COLUMN,COLUMN "
             "for your own table, or --config=FILE"
         )
+
+
+@contextlib.contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Has messages on bad data name the flags that were given, in place of the settings that they are short for."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        for flag, key in _TABLE.items():
+            if FLAGS[flag].value:
+                message = message.replace(f"config.data.{key} = ", f"--{flag}=").replace(
+                    f"config.data.{key}", f"--{flag}"
+                )
+        raise DataError(message) from error
 
 
 def _seeds() -> list[int]:

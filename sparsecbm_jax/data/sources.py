@@ -68,8 +68,12 @@ def read_dataset(config: DataConfig) -> Dataset:
     tables = _read_tables(config)
     for split, table in tables.items():
         if not table.rows:
-            raise DataError(f"{table.source}: the {split} split is empty; expected at least one row")
-    schema = _infer_names(configured_schema(config), tables["train"])
+            raise DataError(f"{table.source}: the {split} split has no rows; expected at least one")
+    schema = configured_schema(config)
+    # Before anything is said of what the columns hold.
+    for table in tables.values():
+        _check_columns(schema, table)
+    schema = _infer_names(schema, tables["train"])
     splits, respellings, num_skipped = {}, [], {}
     for split, table in tables.items():
         examples, found = _parse(schema, split, table)
@@ -222,13 +226,22 @@ def _natural(name: str) -> tuple[bool, bool, float, str]:
         return (name.casefold() == UNKNOWN, True, 0.0, name)
 
 
-def _cells(table: Table, column: str, key: str) -> list[Any]:
+def _check_columns(schema: Schema, table: Table) -> None:
+    """Raises DataError where a column of the schema is not in a table."""
+    named = [("text_column", schema.text_column), ("label_column", schema.label_column)]
+    named += [("concept_columns", column) for column in schema.concept_columns]
+    if schema.group_column is not None:
+        named.append(("group_column", schema.group_column))
     columns = dict.fromkeys(name for row in table.rows for name in row)
-    if column not in columns:
-        raise DataError(
-            f"{table.source}: no column {column!r} (config.data.{key}); it has {', '.join(map(repr, columns))}"
-            f"{did_you_mean(column, columns)}"
-        )
+    for key, column in named:
+        if column not in columns:
+            raise DataError(
+                f"{table.source}: no column {column!r} (config.data.{key}); it has {', '.join(map(repr, columns))}"
+                f"{did_you_mean(column, columns)}"
+            )
+
+
+def _cells(table: Table, column: str, key: str) -> list[Any]:
     for index, row in enumerate(table.rows):
         if column not in row:
             raise DataError(

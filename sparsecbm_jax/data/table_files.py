@@ -32,7 +32,10 @@ def find_files(path: Path, named: Mapping[str, str], chosen: Mapping[str, str] |
         DataError: If there is no such path, or not exactly one file for a split; the message lists the files.
     """
     if not path.exists():
-        raise DataError(f"config.data.path = {str(path)!r} does not exist")
+        raise DataError(
+            f"config.data.path = {str(path)!r} does not exist; expected a folder with a file for each split (train, "
+            f"validation and test in their names; {', '.join(READERS)}), or one of these files"
+        )
     named = dict(named)
     if path.is_file():
         own = [split for split, words in SPLIT_WORDS.items() if _split_words(path.stem) & set(words)]
@@ -100,6 +103,8 @@ def _read_csv(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
         header = next(reader, [])
+        if not any(header):
+            raise DataError(f"{path}: the first line is empty; expected a header with a name for each column")
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"{path}: the header names {twice} more than once")

@@ -118,11 +118,13 @@ class Continual:
     num_rows: int = 64
     seed: int = 0
     on_gradient: Callable[[], object] = dataclasses.field(default=lambda: None, repr=False)
+    # Computed once for each concept; not settings of the editor.
+    _replay: Replay = dataclasses.field(init=False, repr=False, compare=False)
+    _fisher: dict[int, EditCosts] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Computed once for each concept; not a setting of the editor.
+        # The class is frozen.
         object.__setattr__(self, "_replay", Replay(self.anchors, num_rows=self.num_rows, seed=self.seed))
-        object.__setattr__(self, "_fisher", dict[int, EditCosts]())
 
     def __call__(
         self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
@@ -130,7 +132,7 @@ class Continual:
         """Edits the mask; see `continual_edit.continual_edit`."""
         concept = int(correction.concept)
         original = arrays if self.original is None else self.original
-        replay: Replay = self._replay.emptied()  # type: ignore[attr-defined]
+        replay = self._replay.emptied()
         replay.hold(concept, lambda texts: concept_logits(config, original, texts, concept))
         for one in (*correction.earlier, correction):
             replay.add(int(one.concept), one.batch, int(one.target))
@@ -146,13 +148,14 @@ class Continual:
         return new, edit_of(config, arrays, new, correction._replace(label=None))
 
     def _costs_of(self, config: CBMConfig, original: ModelArrays, concept: int) -> EditCosts | None:
-        if self.costs != "fisher":
-            return None if self.costs is None else self.costs[concept]  # type: ignore[index]
-        found: dict[int, EditCosts] = self._fisher  # type: ignore[attr-defined]
-        if concept not in found:
+        if self.costs is None:
+            return None
+        if not isinstance(self.costs, str):
+            return self.costs[concept]
+        if concept not in self._fisher:
             costs = fisher_costs(config, original, self.anchors, concept, on_gradient=self.on_gradient)
-            found[concept] = sharpen(costs)
-        return found[concept]
+            self._fisher[concept] = sharpen(costs)
+        return self._fisher[concept]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,16 +29,13 @@ def random_share(drop_fraction: float, seed: int = 0) -> Editor:
     """
     keys = iter(jax.random.split(jax.random.key(seed), 2**16))
 
-    def edit_at_random(
-        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
-    ) -> tuple[ModelArrays, MaskEdit]:
+    def edit_at_random(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> ModelArrays:
         masks, concept = arrays.concept_masks, correction.concept
         count = round(drop_fraction * masks_lib.num_weights(masks))
         mask = _random_edit(masks_lib.concept(masks, concept), jnp.uint32(count), next(keys))
-        new = arrays._replace(masks=masks_lib.replace_concept(masks, concept, mask))
-        return new, edit_of(config, arrays, new, correction)
+        return arrays._replace(masks=masks_lib.replace_concept(masks, concept, mask))
 
-    return edit_at_random
+    return _editor(edit_at_random)
 
 
 def projector_sgd(learning_rate: float, max_steps: int = 100) -> Editor:
@@ -49,14 +46,10 @@ def projector_sgd(learning_rate: float, max_steps: int = 100) -> Editor:
         max_steps: Most steps.
     """
 
-    def train_projector(
-        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
-    ) -> tuple[ModelArrays, MaskEdit]:
-        asked = checked(config, arrays, correction)
-        new = arrays._replace(heads=_projector_sgd(config, arrays, asked, learning_rate, max_steps))
-        return new, edit_of(config, arrays, new, correction)
+    def train_projector(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> ModelArrays:
+        return arrays._replace(heads=_projector_sgd(config, arrays, correction, learning_rate, max_steps))
 
-    return train_projector
+    return _editor(train_projector)
 
 
 def fine_tune(learning_rate: float, max_steps: int = 100) -> Editor:
@@ -67,14 +60,21 @@ def fine_tune(learning_rate: float, max_steps: int = 100) -> Editor:
         max_steps: Most steps.
     """
 
-    def train_backbone(
-        config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
-    ) -> tuple[ModelArrays, MaskEdit]:
-        asked = checked(config, arrays, correction)
-        new = arrays._replace(params=_fine_tune(config, arrays, asked, learning_rate, max_steps))
+    def train_backbone(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> ModelArrays:
+        return arrays._replace(params=_fine_tune(config, arrays, correction, learning_rate, max_steps))
+
+    return _editor(train_backbone)
+
+
+def _editor(change: Callable[[CBMConfig, ModelArrays, ConceptCorrection], ModelArrays]) -> Editor:
+    """Returns the editor, of the same name, whose new model is that of a function."""
+
+    @functools.wraps(change)
+    def edit(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> tuple[ModelArrays, MaskEdit]:
+        new = change(config, arrays, checked(config, arrays, correction))
         return new, edit_of(config, arrays, new, correction)
 
-    return train_backbone
+    return edit
 
 
 def wrong_label(editor: Editor) -> Editor:

@@ -93,7 +93,7 @@ EDITORS: Mapping[str, NamedEditor] = {
         "minimal, with costs, margin 1", lambda context, seed: minimal(costs=context.costs, margin=1.0)
     ),
     "sparing": NamedEditor(
-        "minimal, logits projected out, margin 0.3",
+        "minimal, projected out, margin 0.3",
         lambda context, seed: minimal(costs=context.projected_costs, margin=0.3),
     ),
     "rehearsed": NamedEditor(

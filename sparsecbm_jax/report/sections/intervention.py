@@ -235,11 +235,11 @@ def _draw_minimal(report: SuiteReport, pyplot: Any) -> Any:
 
 
 _PANELS = (
-    ("gain before\nthe reveal (points)", "gain over none"),
-    ("held-out concepts\n(points)", "held-out concepts"),
-    ("corrected cells\nretained (%)", "retained"),
-    ("same siblings\n(points)", "same siblings"),
-    ("other siblings\nstill correct (%)", "other siblings still correct"),
+    ("gain before\nthe reveal\n(points)", "gain over none"),
+    ("held-out\nconcepts\n(points)", "held-out concepts"),
+    ("corrected\nretained\n(%)", "retained"),
+    ("same\nsiblings\n(points)", "same siblings"),
+    ("other siblings\nstill correct\n(%)", "other siblings still correct"),
 )
 
 
