@@ -23,5 +23,7 @@ fi
 if ! command -v npm >/dev/null; then
     echo "npm is not here to fetch axe-core with: the page's accessibility is not checked."
 fi
-# A file's tests stay together, since they share what its fixtures trained.
-exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
+# A worker more than there are cores, since some tests wait for other processes; each takes about 2 GB. A file's tests stay
+# together, since they share what its fixtures trained.
+workers="$("$VENV_PYTHON" -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1))' 2>/dev/null || echo 2)"
+exec "$VENV_PYTHON" -m pytest -q -n "$workers" --dist=loadfile --no-loadscope-reorder "$@"
