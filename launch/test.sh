@@ -2,7 +2,7 @@
 # The tests, with everything they need in .venv; arguments go to pytest:
 #
 #   bash launch/test.sh
-#   bash launch/test.sh tests/test_config.py -k unknown
+#   bash launch/test.sh tests/pruning/test_criteria.py -k snip
 #   bash launch/test.sh -n0 --pdb          in one process, for a debugger
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
