@@ -1,4 +1,4 @@
-"""MiniLM on CEBaB in minutes on a CPU: the runs behind RESULTS.md.
+"""MiniLM on CEBaB in minutes on a CPU: the runs of docs/results/accuracy.md.
 
     python launch/train.py --config=configs/cebab_minilm.py --config.data.path=DIR --seeds=0,1,2 --workdir=runs/cebab
 
@@ -6,7 +6,7 @@
 learning rates and the timing of the pruning events are ours, chosen on the validation split so that two CPU cores
 suffice. A subnetwork at 75 % sparsity has to change more than the dense model: it needs three times its learning rate.
 
-Hardware: 2 CPU cores. Expected time and figures: RESULTS.md.
+Hardware: 2 CPU cores. Scores: docs/results/accuracy.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MiniLM on IMDB-C in minutes on a CPU: the first 128 tokens of a review. RESULTS.md has both runs.
+"""MiniLM on IMDB-C in minutes on a CPU: the first 128 tokens of a review. docs/results/accuracy.md has both runs.
 
     python launch/train.py --config=configs/imdb_c_minilm.py --config.data.path=DIR --workdir=runs/imdb_c
 

@@ -89,6 +89,18 @@ def test_files_that_pages_name_exist(page: Path) -> None:
     assert sorted(name for name in named if not (REPOSITORY / name).is_file()) == []
 
 
+def test_pages_that_code_names_exist() -> None:
+    named = [
+        (path.relative_to(REPOSITORY), page)
+        for folder in ("configs", "launch", "sparsecbm_jax")
+        for path in sorted((REPOSITORY / folder).rglob("*"))
+        if path.suffix in (".py", ".sh")
+        for page in re.findall(r"\bdocs/[\w/]+\.\w+|\b[A-Z]+\.md\b", path.read_text(encoding="utf-8"))
+    ]
+    assert [(path, page) for path, page in named if not (REPOSITORY / page).is_file()] == []
+    assert len(named) > 5
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     """Those of the other pages are checked by MkDocs."""
     dead, found = [], list(pages.links(README))
