@@ -57,7 +57,10 @@ def devices_of(topology: Topology) -> list[Any]:
                 platform="tpu", topology_name=str(topology), wrap=topology.wrap, **more
             )
         except (jax.errors.JaxRuntimeError, ValueError) as error:
-            raise ValueError(f"there is no topology {topology}: {str(error).splitlines()[0]}") from error
+            cause = str(error).splitlines()[0]
+            if "lockfile" in cause:
+                cause = f"another process is using libtpu; expected none ({cause})"
+            raise ValueError(f"libtpu does not give the topology {topology}: {cause}") from error
         return list(found.devices)
     devices = jax.devices("cpu")
     if len(devices) < topology.num_devices:

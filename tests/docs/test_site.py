@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html.parser
 import http.server
+import importlib.util
 import os
 import re
 import subprocess
@@ -30,6 +31,20 @@ pytestmark = pytest.mark.long
 _FETCHED = ("src", "href", "poster", "data", "srcset")
 _FOLLOWED = ("a", "area", "base", "form")
 _URL = re.compile(r"url\(\s*['\"]?([^'\")]+)|@import\s+['\"]([^'\"]+)")
+
+
+def test_docstrings_are_made_readable() -> None:
+    spec = importlib.util.spec_from_file_location("readable", REPOSITORY / "docs" / "readable_docstrings.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    shared = "Sums.\n\nArgs:\n    a, b: numbers,\n        both whole\n    c: another: one\n\nReference: Gauss."
+    both = ": numbers,\n        both whole\n"
+    apart = f"Sums.\n\nArgs:\n    a{both}    b{both}    c: another: one\n"
+    assert made.readable(shared) == f"{apart}\n\n**Reference:** Gauss."
+    called = "Runs.\n\nA=1 sparsecbm run\nsparsecbm run --x=1\n\nWith --x=1, or `sparsecbm run --y`."
+    code = "```text\nA=1 sparsecbm run\nsparsecbm run --x=1\n```"
+    assert made.command_help(called) == f"Runs.\n\n{code}\n\nWith `--x=1`, or `sparsecbm run --y`."
 
 
 class Reference(NamedTuple):
