@@ -163,6 +163,8 @@ def run(main: Callable[[], None], *, takes_arguments: bool = False, keeps_memory
     """
     # Below a warning, libraries only say which accelerators this machine has not.
     logging.set_verbosity(logging.WARNING)
+    # One of them is that PyTorch, which nothing here needs, is not installed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.get_absl_handler().setFormatter(PlainFormatter())
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A review may hold characters that this terminal cannot show.

@@ -112,6 +112,8 @@ def main() -> None:
             requests.add(request)
         if log is not None and report.num_dropped:
             print(f"logged: edit {log.append(report.stored())}, one of {len(log)} in {FLAGS.log}", file=aside)
+        elif log is not None:
+            print(f"logged: nothing, since no weight changed; {len(log)} in {FLAGS.log}", file=aside)
         if FLAGS.html:
             _write_page(model, corrected, report)
             print(f"page: {FLAGS.html}", file=aside)

@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from sparsecbm_jax.cli import command_line, saved_runs
+from sparsecbm_jax.data.words import printable
 
 if typing.TYPE_CHECKING:
     from sparsecbm_jax.intervention.stored_edit import StoredEdit
@@ -33,6 +34,8 @@ flags.DEFINE_string("export", None, "Id of an edit to write to the file of --to.
 flags.DEFINE_string("to", None, "File that --export writes.")
 flags.DEFINE_string("save", None, "Folder to save the model to, with all active edits made.")
 
+_SHOWN_CHARACTERS = 80
+
 
 def main() -> None:
     """Runs the command."""
@@ -41,6 +44,11 @@ def main() -> None:
         raise ValueError("--log is missing; expected a file of the model's edits, such as runs/quickstart/edits.log")
     if len(given := [name for name in ("undo", "merge", "add", "export") if FLAGS[name].value]) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are two things to do; expected one at a time")
+    for name in ("undo", "merge", "add", "export", "to", "save"):
+        if FLAGS[name].present and not FLAGS[name].value:
+            raise ValueError(f"--{name} is empty; expected {FLAGS[name].help}")
+    if FLAGS.to and Path(FLAGS.to).resolve() == Path(FLAGS.log).resolve():
+        raise ValueError(f"--to={FLAGS.to} is the log itself, which would be lost; expected another file")
     if bool(FLAGS.export) != bool(FLAGS.to):
         raise ValueError("--export=ID and --to=FILE go together")
     if not Path(FLAGS.log).exists() and not (FLAGS.merge or FLAGS.add):
@@ -78,5 +86,8 @@ def main() -> None:
 
 def _line(edit: StoredEdit) -> str:
     dropped, grown = edit.num_changed
+    # An edit of a file that somebody passed on may hold anything.
     was = edit.before.get("concepts", {}).get(edit.concept, "?")
-    return f"{edit.id}  {edit.concept}: {was} -> {edit.target}, {dropped} dropped, {grown} grown, {edit.saliency}"
+    names = (printable(str(name), _SHOWN_CHARACTERS) for name in (edit.concept, was, edit.target, edit.saliency))
+    concept, was, target, saliency = names
+    return f"{edit.id}  {concept}: {was} -> {target}, {dropped} dropped, {grown} grown, {saliency}"

@@ -107,6 +107,8 @@ def _check_flags(is_about_texts: bool) -> int:
         command_line.model_folder()
     if not is_about_texts:
         return 0
+    if FLAGS.file and FLAGS.output and Path(FLAGS.file).resolve() == Path(FLAGS.output).resolve():
+        raise ValueError(f"--output={FLAGS.output} is the file of the texts, which would be lost; expected another")
     if FLAGS.format == "html" and not FLAGS.output:
         raise ValueError("--output is missing; --format=html writes a page, expected --output=FILE")
     total = len(FLAGS.text) + (_num_lines(Path(FLAGS.file)) if FLAGS.file else 0)

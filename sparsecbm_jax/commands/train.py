@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +119,8 @@ def _naming_flags() -> Iterator[None]:
                 message = message.replace(f"config.data.{key} = ", f"--{flag}=").replace(
                     f"config.data.{key}", f"--{flag}"
                 )
-        raise DataError(message) from error
+        # As the other settings are typed.
+        raise DataError(re.sub(r"(?<!-)config\.data\.", "--config.data.", message)) from error
 
 
 def _seeds() -> list[int]:

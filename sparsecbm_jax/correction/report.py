@@ -99,6 +99,14 @@ class CorrectionReport:
         }
 
 
+_ANY_REASON = "the change does not suffice"
+_REASONS = {
+    "minimal": "no change of at most max_pairs pairs of weights gives the concept this class, so none was made",
+    "fixed_size": "a change of this share does not suffice; a larger drop_fraction or more num_steps may",
+    "continual": "earlier corrections and anchors outweigh it; later corrections, or the editor minimal, may repair it",
+}
+
+
 def render_correction(report: CorrectionReport) -> str:
     """Renders a correction for a terminal: the changes, and every concept and the label before and after."""
     request = report.request
@@ -112,6 +120,8 @@ def render_correction(report: CorrectionReport) -> str:
         f"changed: {report.num_dropped} weights dropped, {report.num_grown} grown, {report.changed_share:.4%} of the "
         f"backbone's {report.num_weights:,} ({report.editor})",
     ]
+    if not report.is_repaired:
+        lines.append(f"why: {_REASONS.get(report.editor.name, _ANY_REASON)}")
     names = [*report.before.concepts, "label"]
     before, after = _rows(report.before), _rows(report.after)
     widths = [max(map(len, column)) for column in ([*names, "concept"], before, after)]

@@ -104,7 +104,8 @@ def _read_csv(path: Path) -> list[Row]:
     try:
         header = next(reader, [])
         if not any(header):
-            raise DataError(f"{path}: the first line is empty; expected a header with a name for each column")
+            what = "the first line" if path.stat().st_size else "the file"
+            raise DataError(f"{path}: {what} is empty; expected a header with a name for each column")
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"{path}: the header names {twice} more than once")

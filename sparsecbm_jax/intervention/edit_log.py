@@ -76,6 +76,8 @@ class EditLog:
         if not is_read_only:
             self._lock = _locked(self.path)
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise EditLogError(f"{self.path} is no file; expected a log of edits, or a new name")
             # After a power cut, a log without its first line holds no entry.
             if not is_read_only and (not self.path.exists() or _is_torn_header(self.path, header)):
                 write_atomically(self.path, _line(header))
@@ -236,10 +238,14 @@ class EditLog:
                         "checksum to match. The file was left as it is; a copy or a backup may have that line whole"
                     )
                 break
-            if number == 1:
-                self._check_header(body, header)
-            else:
-                self._take(body, f"{self.path}: line {number}")
+            where = f"{self.path}: line {number}"
+            try:
+                if number == 1:
+                    self._check_header(body, header)
+                else:
+                    self._take(body, where)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise EditLogError(f"{where} is no entry of a log of edits ({error!r})") from error
             good = start + len(line)
         if not good:
             raise EditLogError(f"{self.path}: the first line is not whole; expected a log of edits")
@@ -303,7 +309,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     digits, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or digits != b"%08x" % zlib.crc32(text):
         return None
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_torn_header(path: Path, header: Mapping[str, Any]) -> bool:

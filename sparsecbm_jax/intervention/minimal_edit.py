@@ -6,6 +6,7 @@ does not, as both were tried.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -74,6 +75,8 @@ def minimal_edit(
         ValueError: As `intervene`; or `max_pairs` is not positive.
     """
     correction = checked(config, arrays, correction._replace(label=None))
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin is {margin}; expected a number of logits, at least 0")
     if max_pairs < 1:
         raise ValueError(f"max_pairs is {max_pairs}; expected at least 1")
     most = min(max_pairs, masks_lib.num_weights(arrays.concept_masks))

@@ -28,6 +28,7 @@ from sparsecbm_jax.runtime.json_files import read_json, write_json
 
 FORMAT = "sparsecbm_jax edit 1"
 _KEPT, _PRUNED = True, False
+_LARGEST_KERNEL = 2**40  # weights, beyond any kernel of a layer
 
 
 class Positions(NamedTuple):
@@ -107,6 +108,9 @@ class StoredEdit:
                 found = f"is a {type(data[name]).__name__}" if name in data else "is missing"
                 expected = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
                 raise ValueError(f"{source}: {name!r} {found}; expected {expected}")
+        for name in ("before", "after"):
+            if not isinstance(data[name].get("concepts", {}), dict):
+                raise ValueError(f"{source}: {name!r} has no classes by concept; expected an object of them")
         positions = {path: _positions(one, f"{source}: {path}") for path, one in data["positions"].items()}
         return cls(**{**{name: data[name] for name in kinds}, "positions": positions})
 
@@ -243,6 +247,8 @@ def _positions(data: Any, source: str) -> Positions:
     if not isinstance(shape, list) or not shape or not all(type(side) is int and side > 0 for side in shape):
         raise ValueError(f"{source} has shape {shape!r}; expected a list of positive integers")
     size = math.prod(shape)
+    if size > _LARGEST_KERNEL:
+        raise ValueError(f"{source} has shape {shape!r}; expected at most {_LARGEST_KERNEL} weights")
     dropped = _decode(data["dropped"], size, f"{source}: the dropped positions")
     grown = _decode(data["grown"], size, f"{source}: the grown positions")
     if both := len(np.intersect1d(dropped, grown, assume_unique=True)):

@@ -120,6 +120,8 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
         found["trained on"] = str(metadata["dataset"])
     if STRATEGIES[config["strategy"]].has_bottleneck:
         found["weight of the concept loss, γ"] = str(model["gamma"])
+    for argument, function in metadata.get("functions", {}).items():
+        found[f"own {argument}"] = str(function)
     if metadata.get("seed") is not None:
         found["seed"] = str(metadata["seed"])
     return {**found, "written by": f"sparsecbm_jax {config['library_version']}"}

@@ -131,7 +131,8 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
         The directory.
 
     Raises:
-        ArtifactError: the parts of the model do not fit each other; nothing is written.
+        ArtifactError: the parts of the model do not fit each other, or the directory holds files of something else;
+            nothing is written.
         TypeError: the metadata or the metrics are not JSON; nothing is written.
     """
     directory = Path(directory)
@@ -164,6 +165,9 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
         texts[METRICS_FILE] = json.dumps(metrics, indent=2) + "\n"
     texts[CONFIG_FILE] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
+    foreign = [name for name in (CARD_FILE, METRICS_FILE, CONFIG_FILE) if (directory / name).exists()]
+    if foreign and not (directory / MODEL_FILE).exists():
+        raise ArtifactError(f"{directory} holds {foreign[0]}, but no saved model; expected an empty or a new folder")
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / f".saving-{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
@@ -180,8 +184,10 @@ def save(model: SparseCBM, directory: str | Path, *, metrics: Mapping[str, Any] 
             save_file(masks_lib.to_bits(masks), beside / MASKS_FILE, {"masks": json.dumps(facts)})
         for name, text in texts.items():
             (beside / name).write_text(text, encoding="utf-8")
-        # config.json goes last: it names the masks that belong to it, so that a half-replaced model is found out.
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        # The parameters go first: they show that the folder is a model's. config.json goes last: it names the masks
+        # that belong to it, so that a half-replaced model is found out.
+        order = {MODEL_FILE: 0, CONFIG_FILE: 2}
+        for path in sorted(beside.iterdir(), key=lambda path: order.get(path.name, 1)):
             os.replace(path, directory / path.name)
         for name, is_absent in {MASKS_FILE: masks is None, METRICS_FILE: metrics is None}.items():
             if is_absent:
@@ -216,7 +222,11 @@ def load(directory: str | Path, *, mesh: Mesh | None = None) -> SparseCBM:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ArtifactError(f"{directory} is not a directory; expected one that `sparsecbm_jax.save` wrote")
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise ArtifactError(
+            f"{directory} {what}; expected the folder of a saved model, such as `model` in the workdir of "
+            "`sparsecbm train`"
+        )
     config, schema, content = _read_config(directory / CONFIG_FILE)
     strategy, sparsity = content["strategy"], content["sparsity"]
     abstract = _abstract(config, strategy)

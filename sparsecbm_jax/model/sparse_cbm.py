@@ -58,7 +58,7 @@ class SparseCBM:
         strategy: how it was trained: 'standard', 'independent', 'sequential', 'joint' or 'sparse'.
         metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text), 'buckets' (widths
             that texts are padded to; for each, programs are compiled) and 'metrics' (kept in `metrics.json`). Shown on
-            the card: 'seed', 'dataset', 'backbone' (names).
+            the card: 'seed', 'dataset', 'backbone' (names), 'functions' (names of a loss or criterion of one's own).
     """
 
     config: CBMConfig

@@ -126,7 +126,8 @@ def saliency(
         grams: Σ_i g_i g_iᵀ in blocks.
         num_grads: m, the gradients really seen.
         damping: ζ, absolute; see `relative_damping`.
-        score: turns weights and inverses to scores; `single_scores` by default.
+        score: turns weights and inverses to scores of groups; by default weights are scored one by one, by
+            `single_score`.
 
     Returns:
         The scores, and an estimate of the relative error of each block's diag F⁻¹, from max_i F_ii [F⁻¹]_ii.
@@ -136,7 +137,7 @@ def saliency(
         fisher = dampened(gram_slice, num_grads, damping)
         if score is None:
             of_inverse = cholesky.inverse_diagonal(fisher)
-            scores = weight_slice**2 / (2 * of_inverse)
+            scores = single_score(weight_slice, of_inverse)
         else:
             inverses = cholesky.invert(fisher)
             of_inverse, scores = jnp.diagonal(inverses, axis1=1, axis2=2), score(weight_slice, inverses)
@@ -198,7 +199,7 @@ def dual_saliency(
         spread = jnp.diagonal(system, axis1=1, axis2=2) * jnp.sum(root**2, axis=1)
         error = _error(left, DUAL_ERROR * jnp.max(spread, axis=1) / jnp.min(left, axis=1))
         if score is None:
-            return _beside(weights**2 * damping / (2 * left), error)
+            return _beside(single_score(weights, left / damping), error)
         return _beside(score(weights, _dual_inverse_slice(solved, damping)), error)
 
     mapped = jax.lax.map(scored, jnp.arange(count))
@@ -322,14 +323,25 @@ def relative_damping(
     return jnp.maximum(factor * mean_square, jnp.finfo(mean_square.dtype).tiny * 1e8)
 
 
-def single_scores(weights: Float[Array, "N b"], inverses: Float[Array, "N b b"]) -> Float[Array, "N b"]:
-    """Computes ρ_Q for |Q| = 1: w_i² / (2 [F⁻¹]_ii).
+def single_score(weights: Float[Array, "N b"], of_inverse: Float[Array, "N b"]) -> Float[Array, "N b"]:
+    """Computes ρ_Q for |Q| = 1: w_i² / (2 [F⁻¹]_ii). `pruning.patterns` has ρ_Q of groups.
+
+    Args:
+        weights: w in blocks.
+        of_inverse: the diagonals of the blocks' F⁻¹.
+
+    Reference: Tan et al. 2024, Eq. 11.
 
     >>> import jax.numpy as jnp
-    >>> single_scores(jnp.array([[2.0]]), jnp.array([[[4.0]]])).tolist()
+    >>> single_score(jnp.array([[2.0]]), jnp.array([[4.0]])).tolist()
     [[0.5]]
     """
-    return weights**2 / (2 * jnp.diagonal(inverses, axis1=1, axis2=2))
+    return weights**2 / (2 * of_inverse)
+
+
+def single_scores(weights: Float[Array, "N b"], inverses: Float[Array, "N b b"]) -> Float[Array, "N b"]:
+    """Computes `single_score` from whole inverses."""
+    return single_score(weights, jnp.diagonal(inverses, axis1=1, axis2=2))
 
 
 def joint_update(

@@ -18,10 +18,15 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Writes a file so that a reader finds the old content or the new, never a part.
 
     Args:
-        path: The file; its directory must exist.
+        path: The file; its directory must exist. Where it is a link, what it leads to is written.
         content: Text (written as UTF-8) or bytes.
+
+    Raises:
+        OSError: It cannot be written, or is no file but a device or a folder.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file; expected one to write to, or a new name")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
@@ -98,7 +103,7 @@ def read_json(path: Path, written_by: str, *, error: type[Exception] | None = No
     text = read_text(path, written_by, error=error)
     try:
         return json.loads(text)
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise (error or ValueError)(f"{path} is not JSON: {cause}; expected {written_by}") from cause
 
 
@@ -135,7 +140,7 @@ def read_json_lines(
         where, text = f"{path}: line {number}", _decode(path, line, written_by, error, first_line=number)
         try:
             value = json.loads(text)
-        except ValueError as cause:
+        except (ValueError, RecursionError) as cause:
             # A line of its own has no other line to name.
             why = f"{cause.msg} (column {cause.colno})" if isinstance(cause, json.JSONDecodeError) else cause
             raise (error or ValueError)(f"{where} is not JSON: {why}; expected {written_by}") from cause

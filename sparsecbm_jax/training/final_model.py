@@ -78,5 +78,7 @@ def final_model(
         "metrics": metrics,
         "run_config": to_dict(run),
     }
+    if context.functions:
+        metadata["functions"] = context.functions
     model = SparseCBM(config, state.params, masks, state.heads, schema, prepared.tokenizer, run.strategy, metadata)
     return model, metrics

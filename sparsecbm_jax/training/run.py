@@ -35,7 +35,7 @@ from sparsecbm_jax.training.final_model import final_model
 from sparsecbm_jax.training.loop import TrainingLoop
 from sparsecbm_jax.training.metrics_log import print_once
 from sparsecbm_jax.training.run_checkpoints import RunCheckpoints
-from sparsecbm_jax.training.setup import Prepared, RunContext, prepare
+from sparsecbm_jax.training.setup import Prepared, RunContext, names_of, prepare
 
 # Settings that change how a run is watched, not what it computes: a resumed run may differ in them.
 _UNRELATED = ("training.log_every_steps", "training.save_every_steps", "training.keep_checkpoints", "mesh")
@@ -118,7 +118,7 @@ def _describe(run: RunConfig, own: Mapping[str, Any], start: SparseCBM | None) -
         own: functions of the caller's by the names of `train`'s arguments, or None.
         start: the model that it starts from.
     """
-    described = {**to_dict(run), **{name: _name_of(function) for name, function in own.items() if function is not None}}
+    described = {**to_dict(run), **names_of(own)}
     if start is not None:
         leaves = jax.tree_util.tree_leaves_with_path({"params": start.params, "heads": start.heads})
         described["start"] = {jax.tree_util.keystr(path): float(jnp.sum(jnp.abs(leaf))) for path, leaf in leaves}
@@ -159,7 +159,3 @@ def _write(workdir: Path, model: SparseCBM, metrics: Mapping[str, Any]) -> None:
         write_json(workdir / "metrics.json", metrics)
     print_once(f"test, epoch {metrics['best_epoch'] + 1} kept:\n{render_table(metrics['test'])}")
     print_once(f"saved {workdir / 'model'} and {workdir / 'metrics.json'}")
-
-
-def _name_of(function: Any) -> str:
-    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"

@@ -1,6 +1,6 @@
 """A run's start: data in tokens, the backbone's configuration and its pretrained parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,20 @@ class RunContext(NamedTuple):
     loss_fn: LossFn | None = None
     criterion: Criterion | None = None
     profile: bool = False
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Names the functions of one's own, by the arguments of `train`."""
+        return names_of({"loss_fn": self.loss_fn, "criterion": self.criterion})
+
+
+def names_of(functions: Mapping[str, Callable[..., Any] | None]) -> dict[str, str]:
+    """Returns the full name of each function that is given."""
+    return {
+        name: f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+        for name, function in functions.items()
+        if function is not None
+    }
 
 
 def prepare(run: RunConfig, mesh: Mesh | None = None) -> Prepared:

@@ -93,7 +93,7 @@ def reviews(tmp_path: Path) -> Path:
         (["--data=review", *TABLE[1:]], "--data='review' does not exist; expected a folder with a file for each split"),
         (
             ["--config.data.path=review", *TABLE[1:]],
-            "config.data.path = 'review' does not exist; expected a folder with a file for each split",
+            "--config.data.path = 'review' does not exist; expected a folder with a file for each split",
         ),
         (
             ["--data=reviews", "--text=review", "--label=star", "--concepts=food"],

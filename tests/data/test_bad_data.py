@@ -145,7 +145,7 @@ MISTAKES: list[tuple[Callable[[Path], None], dict[str, Any], list[str]]] = [
     ),
     (_unknown_label, {}, ["test_v2.csv", "row 0", "'stars'", "'six'", "known are '1', '5', ''"]),
     (_empty_split, {}, ["reviews-dev.csv", "validation split has no rows"]),
-    (_empty_file, {}, ["reviews-dev.csv", "first line is empty", "expected a header"]),
+    (_empty_file, {}, ["reviews-dev.csv", "the file is empty", "expected a header"]),
     (_one_class, {}, ["train.csv", "column 'service'", "concept 'service'", "'Negative' in every labelled row"]),
     (_one_label, {"labels": ("1", "5")}, ["train.csv", "column 'stars'", "the task", "'5' in every labelled row"]),
     (_no_label_at_all, {"labels": ("1", "5")}, ["train.csv", "no train row has a label", "'stars'", "keep_unlabelled"]),

@@ -150,5 +150,8 @@ def test_positions_of_true_are_those_of_numpy(shape: tuple[int, ...]) -> None:
 def test_bad_arguments_are_named(model: SparseCBM, batch: Batch) -> None:
     with pytest.raises(ValueError, match="max_pairs is 0"):
         search(model, batch, 0, 0, max_pairs=0)
+    for margin in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"margin is {margin}; expected a number of logits"):
+            search(model, batch, 0, 0, margin=margin)
     with pytest.raises(ValueError, match=r"target is 3; expected an integer in \[0, 2\]"):
         search(model, batch, 0, 3)

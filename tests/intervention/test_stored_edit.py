@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparsecbm_jax.core.masks import Masks
-from sparsecbm_jax.intervention.edit_log import EditLog, EditLogError
+from sparsecbm_jax.intervention.edit_log import EditLog, EditLogError, _line
 from sparsecbm_jax.intervention.stored_edit import (
     Positions,
     StoredEdit,
@@ -97,6 +97,8 @@ def test_an_edit_of_other_masks_is_refused() -> None:
         ({"label": 3}, r"'label' is a int; expected str or NoneType"),
         ({"positions": {"a": {"shape": [2]}}}, r"edit\.json: a lacks one of"),
         ({"positions": {"a": {"shape": [0], "dropped": "", "grown": ""}}}, r"a has shape \[0\]"),
+        ({"positions": {"a": {"shape": [10**12, 10**12], "dropped": "", "grown": ""}}}, "expected at most"),
+        ({"before": {"concepts": 5}}, r"'before' has no classes by concept"),
         ({"positions": {"a": {"shape": [2], "dropped": "%", "grown": ""}}}, r"the dropped positions do not decode"),
         ({"positions": {"a": {"shape": [2], "dropped": SEVEN, "grown": ""}}}, r"lie outside"),
         (
@@ -220,6 +222,10 @@ def test_damage_before_the_end_is_an_error_and_changes_nothing(tmp_path: Path) -
     with pytest.raises(EditLogError, match=rf"line 2 \(byte {len(lines[0])}\) is damaged, with entries after it"):
         opened(path, masks)
     assert path.read_bytes() == damaged
+    for wrong in ({"kind": "undo", "undo": 5}, {"kind": "undo", "undo": {"id": [1]}}, {"kind": "edit"}, [1]):
+        path.write_bytes(b"".join([lines[0], _line(wrong), lines[2]]))
+        with pytest.raises(EditLogError, match="line 2 is no entry of a log of edits"):
+            opened(path, masks)
     path.write_bytes(b"something else")
     with pytest.raises(EditLogError, match="the first line is not whole"):
         opened(path, masks)

@@ -217,12 +217,22 @@ def test_missing_and_truncated_files_are_named(copy, name, damage):
 
 
 def test_missing_tokenizer_and_directory_are_named(copy, tmp_path):
-    with pytest.raises(ArtifactError, match="nowhere is not a directory"):
+    with pytest.raises(ArtifactError, match="nowhere does not exist; expected the folder of a saved model"):
         load(tmp_path / "nowhere")
     for path in copy.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(DataError, match="no tokeniser at"):
         load(copy)
+
+
+def test_files_of_something_else_are_not_replaced(copy, tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"project holds README\.md, but no saved model; expected an empty"):
+        save(load(copy), folder)
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_wrong_shapes_are_named_with_both(copy):

@@ -13,6 +13,7 @@ from sparsecbm_jax.runtime.json_files import (
     append_line,
     read_json_lines,
     read_json_object,
+    write_atomically,
     write_json,
 )
 
@@ -114,3 +115,20 @@ def test_a_value_is_written_with_its_directory(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "a.json", {"a": [1.5, None]}, indent=1)
     assert (tmp_path / "new" / "a.json").read_text() == '{\n "a": [\n  1.5,\n  null\n ]\n}\n'
     assert read_json_object(tmp_path / "new" / "a.json", "scores") == {"a": [1.5, None]}
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe is no file; expected one to write to"):
+        write_atomically(tmp_path / "pipe", "a")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == "new"
+
+
+def test_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is not JSON"):
+        read_json_object(tmp_path / "deep.json", "scores")
