@@ -32,6 +32,7 @@ from sparsecbm_jax.config.validation import (
 STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 DTYPES = ("float32", "bfloat16")
 CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher", "wanda", "m_fac")
+ACTIVATIONS = ("centred", "sigmoid")
 PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
 
@@ -148,8 +149,23 @@ class TrainingConfig:
     """Checkpoints kept for resuming, the latest ones."""
     log_every_steps: int = setting(10, POSITIVE_INT)
     """Steps between lines of the metrics log."""
-    predictor_epochs: int = setting(20, POSITIVE_INT)
-    """Epochs of the label predictor, which strategies 'independent' and 'sequential' train apart."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorConfig:
+    """The label predictor: what it reads of a concept, and how it is finished once training has ended."""
+
+    section: typing.ClassVar[str] = "predictor"
+
+    activation: str = setting("centred", one_of(*ACTIVATIONS))
+    """What the label reads of a concept's logits u: 'centred', σ(u - mean u), a function of the class probabilities;
+    'sigmoid', σ(u), the paper's, which also carries the mean of the logits, that no probability shows."""
+    is_finished: bool = True
+    """Whether concepts are calibrated on the validation split at the end, and φ is fitted there to the optimum, where
+    cross-validation prefers that to the φ of training. Strategy 'independent' fits φ on gold concepts in any case."""
 
     def __post_init__(self) -> None:
         settle(self)
@@ -278,6 +294,7 @@ class RunConfig:
     backbone: BackboneChoice = BackboneChoice()
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig = TrainingConfig()
+    predictor: PredictorConfig = PredictorConfig()
     sparsity: SparsityConfig = SparsityConfig()
     pruner: PrunerConfig = PrunerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -318,7 +335,19 @@ def from_config_dict(mapping: Mapping[str, Any]) -> RunConfig:
     ...
     ValueError: unknown key config.traning; did you mean config.training?
     """
-    return _build(RunConfig, mapping)
+    return _build(RunConfig, completed(mapping))
+
+
+def completed(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the settings of a run of version 0.1.0 with those by which it goes on as it began.
+
+    They are known by `training.predictor_epochs`, which is gone. Others are returned as they are.
+    """
+    training = mapping.get("training", {})
+    if not isinstance(training, Mapping) or "predictor_epochs" not in training:
+        return mapping
+    kept = {key: value for key, value in training.items() if key != "predictor_epochs"}
+    return {**mapping, "training": kept, "predictor": {"activation": "sigmoid", "is_finished": False}}
 
 
 def check_batch_sizes(run: RunConfig) -> None:

@@ -43,7 +43,7 @@ class ConceptPathway:
         predicted_class: Class of highest probability.
         explained_class: Class that `word_scores` are for.
         probabilities: Softmax of u over the classes.
-        activations: a = σ(u) of each class, the input of the label predictor.
+        activations: a of each class, the input of the label predictor; see `model.heads.activate`.
         contribution: φ_k · a_k towards the explained label.
         contributions: The same towards every label.
         word_scores: Score of each word of the pathway for u of the explained class through this concept's subnetwork,

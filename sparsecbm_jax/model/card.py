@@ -104,6 +104,12 @@ def describe(config: Mapping[str, Any]) -> str:
     return what
 
 
+_READS = {
+    "centred": "σ(u − mean u) of each concept, a function of its probabilities",
+    "sigmoid": "σ(u) of each concept, which no probability shows in full: the form of version 0.1.0",
+}
+
+
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
     """Lists the parts of the model, by name.
 
@@ -120,6 +126,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
         found["trained on"] = str(metadata["dataset"])
     if STRATEGIES[config["strategy"]].has_bottleneck:
         found["weight of the concept loss, γ"] = str(model["gamma"])
+        found["the label reads"] = _READS[model.get("activation", "sigmoid")]
     for argument, function in metadata.get("functions", {}).items():
         found[f"own {argument}"] = str(function)
     if metadata.get("seed") is not None:

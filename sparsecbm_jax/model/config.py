@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from sparsecbm_jax.backbones import BackboneConfig
-from sparsecbm_jax.config.run_config import RunConfig
+from sparsecbm_jax.config.run_config import ACTIVATIONS, RunConfig
 from sparsecbm_jax.data.schema import Schema
 
 Heads = Mapping[str, Mapping[str, Any]]
@@ -37,6 +37,7 @@ class CBMConfig:
         unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
             runs about a quarter faster.
         gamma: γ, the weight of the concept loss in Eq. 1.
+        activation: what the label reads of a concept, 'centred' or 'sigmoid'; see `model.heads.activate`.
     """
 
     backbone: BackboneConfig
@@ -47,8 +48,11 @@ class CBMConfig:
     remat: str = "none"
     unroll_layers: bool = False
     gamma: float = 5.0
+    activation: str = "centred"
 
     def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; expected one of {', '.join(map(repr, REMAT_POLICIES))}")
 
@@ -75,6 +79,7 @@ class CBMConfig:
             remat=run.backbone.remat,
             unroll_layers=unroll_layers,
             gamma=run.gamma,
+            activation=run.predictor.activation,
         )
 
 
@@ -83,7 +88,7 @@ class CBMOutput(NamedTuple):
 
     Attributes:
         concept_logits: u_k.
-        activations: a_k = σ(u_k).
+        activations: a_k, of `model.heads.activate`.
         label_logits: y.
         pooled: z_k; one entry for a dense model, whose concepts share a pass.
     """

@@ -1,6 +1,6 @@
 """The model: K masked passes of one backbone, the concept bottleneck, and the label.
 
-text → z_k = pool(f_{θ_{M_k}}(x)) → u_k = z_k ψ_k + β_k → a_k = σ(u_k) → y = φ_0 + Σ_k a_k φ_k.
+text → z_k = pool(f_{θ_{M_k}}(x)) → u_k = z_k ψ_k + β_k → a_k = σ(u_k − mean u_k) → y = φ_0 + Σ_k a_k φ_k.
 
 A backbone is three mask-ignorant functions, embed → layer → finish, and `encode` alone composes them: layers are
 scanned outside, concepts run inside each layer, so a layer's weights and the bits of its K masks are gathered once
@@ -9,7 +9,7 @@ interventions are this same composition with other masks and another argument di
 
 Reference: Tan et al. 2024, Eq. 1 to 3.
 Deviation: cross-entropy of the concepts takes u, not σ(u): a softmax over σ(u) cannot fall below about 0.55 for three
-classes. z is the mean over real tokens, not over padding.
+classes. z is the mean over real tokens, not over padding. The label reads centred logits; see `heads.activate`.
 """
 
 import functools
@@ -29,7 +29,7 @@ from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads, Kernels
 from sparsecbm_jax.model.encode import encode
-from sparsecbm_jax.model.heads import predict_label, project
+from sparsecbm_jax.model.heads import activate, predict_label, project
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 
@@ -54,7 +54,7 @@ def forward(
         empty = jnp.zeros((z.shape[0], 0, config.num_classes), z.dtype)
         return CBMOutput(empty, empty, logits, z)
     u = project(heads, z)
-    activations = jax.nn.sigmoid(u)
+    activations = activate(config, u)
     return CBMOutput(u, activations, predict_label(heads, activations, axes), z)
 
 
@@ -86,7 +86,7 @@ def subnetwork_output(
     projector = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, concept, 0), heads["projector"])
     u = project({"projector": projector}, z)
     others = jax.lax.stop_gradient(activations)
-    mixed = jax.lax.dynamic_update_index_in_dim(others, jax.nn.sigmoid(u[:, 0]), concept, 1)
+    mixed = jax.lax.dynamic_update_index_in_dim(others, activate(config, u[:, 0]), concept, 1)
     return CBMOutput(u, mixed, predict_label(heads, mixed), z)
 
 

@@ -39,6 +39,19 @@ def project(heads: Heads, z: Float[Array, "B P D"]) -> Float[Array, "B K C"]:
     return jnp.einsum("bkd,kdc->bkc", z, kernel) + bias
 
 
+def activate(config: CBMConfig, u: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """Computes the activations of a concept that the label reads from its logits u.
+
+    'centred': a = σ(u − mean_c u), the class probabilities in other words. 'sigmoid', the paper's: a = σ(u).
+
+    Deviation: the concept loss sees softmax(u), which the mean of u does not change, and σ(u) changes with it. So σ(u)
+    carries a free number for each concept that no label constrains and no page shows, and that the label reads.
+    """
+    if config.activation == "centred":
+        u = u - jnp.mean(u, axis=-1, keepdims=True)
+    return jax.nn.sigmoid(u)
+
+
 def predict_label(heads: Heads, activations: Float[Array, "B K C"], axes: Axes = SINGLE) -> Float[Array, "B Y"]:
     """Predicts y = φ_0 + Σ_k a_k φ_k (Eq. 3), summed over the `concept` axis where there is one."""
     total = jnp.einsum("bkc,kcy->by", activations, heads["predictor"]["kernel"])

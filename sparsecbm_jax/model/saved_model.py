@@ -280,6 +280,9 @@ def _read_config(path: Path) -> tuple[CBMConfig, Schema, dict[str, Any]]:
             raise ArtifactError(f"{path}: {key} is {content[key]!r}, expected {expected}")
     if content["sparsity"] is not None and not isinstance(content["sparsity"].get("fingerprint"), str):
         raise ArtifactError(f"{path}: sparsity lacks the masks' fingerprint")
+    if "activation" not in content["model"]:
+        # A model of version 0.1.0.
+        content["model"]["activation"] = "sigmoid"
     fields = [field.name for field in dataclasses.fields(CBMConfig)]
     _check_keys(content["model"], fields, f"{path}, model")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from sparsecbm_jax.config.run_config import completed
 from sparsecbm_jax.runtime.json_files import read_json_object, write_json
 
 RUN_FILE = "run.json"
@@ -60,7 +61,7 @@ def read_run(workdir: str | Path) -> dict[str, Any] | None:
     path = Path(workdir) / RUN_FILE
     if not path.exists():
         return None
-    return read_json_object(path, "the configuration of a run", error=RunMismatchError)
+    return dict(completed(read_json_object(path, "the configuration of a run", error=RunMismatchError)))
 
 
 def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:

@@ -11,7 +11,8 @@ from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.preemption import StopSignal
-from sparsecbm_jax.training.label_predictor import with_fitted_predictor
+from sparsecbm_jax.training.label_predictor import describe_finish, finish_heads
+from sparsecbm_jax.training.metrics_log import print_once
 from sparsecbm_jax.training.setup import RunContext, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
 
@@ -43,7 +44,7 @@ def final_model(
 ) -> tuple[SparseCBM, dict[str, Any]]:
     """Makes the run's model of the best epoch's state, and scores it on validation and test.
 
-    The strategies 'independent' and 'sequential' fit their label predictor here.
+    Concepts are calibrated and the label predictor is fitted here; see `label_predictor.finish_heads`.
 
     Args:
         context: the run.
@@ -58,15 +59,19 @@ def final_model(
         Preempted: SIGTERM came.
     """
     run, prepared = context.settings, context.prepared
-    if STRATEGIES[run.strategy].predictor_inputs:
-        state = with_fitted_predictor(context, state)
     config, schema = prepared.config, prepared.dataset.schema
+    # With the φ of training, where training has one: of the other, validation is no judge.
+    validation = None if STRATEGIES[run.strategy].predictor_inputs else score(context, state, "validation")
+    state, finished = finish_heads(context, state)
     metrics: dict[str, Any] = {
-        "validation": score(context, state, "validation"),
+        "validation": validation or score(context, state, "validation"),
         "test": score(context, state, "test"),
         "best_epoch": best_epoch,
         "train_seconds": seconds,
     }
+    if finished:
+        metrics["predictor"] = finished
+        print_once(describe_finish(finished))
     masks = None if state.packed is None else masks_lib.unpack(state.packed, config.num_concepts)
     if masks is not None:
         metrics["density"] = dict(zip(schema.concepts, masks_lib.total_density(masks).tolist(), strict=True))

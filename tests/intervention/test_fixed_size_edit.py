@@ -26,6 +26,7 @@ from sparsecbm_jax.model.predictions import predict, text_batches
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 
 from tests.support.numpy_model import (
+    activation,
     as_float64,
     complex_gradient,
     concept_logits,
@@ -33,7 +34,6 @@ from tests.support.numpy_model import (
     label_logits,
     leaf_at,
     pooled,
-    sigmoid,
 )
 from tests.support.tiny_model import TEXTS, tiny_model
 
@@ -345,7 +345,7 @@ def test_float64_positions_are_those_of_an_independent_model(float64: None, sali
         u = concept_logits(heads, SERVICE, pooled(config.backbone, params, {**own, path: kernel}, words))
         task = 0.0
         if label is not None:
-            activations = np.stack([sigmoid(u) if k == SERVICE else sigmoid(logits[k]) for k in range(3)])
+            activations = np.stack([activation(u) if k == SERVICE else activation(logits[k]) for k in range(3)])
             task = cross_entropy(label_logits(heads, activations), label)
         return config.gamma * cross_entropy(u, target) + task
 

@@ -87,8 +87,23 @@ def test_each_concept_is_its_masked_backbone(tiny_backbone_config: BackboneConfi
         z = pool(hidden, batch.attention_mask)
         u = z @ heads["projector"]["kernel"][k] + heads["projector"]["bias"][k]
         chex.assert_trees_all_close(output.concept_logits[:, k], u, atol=CLOSE)
-        total = total + jax.nn.sigmoid(u) @ heads["predictor"]["kernel"][k]
+        total = total + jax.nn.sigmoid(u - u.mean(axis=-1, keepdims=True)) @ heads["predictor"]["kernel"][k]
     chex.assert_trees_all_close(output.label_logits, total, atol=CLOSE)
+
+
+@pytest.mark.parametrize("activation", ["centred", "sigmoid"])
+def test_the_label_reads_no_more_than_the_probabilities(tiny_backbone_config: BackboneConfig, activation: str) -> None:
+    """A constant that is added to a concept's logits changes no probability; the paper's form lets it through."""
+    config, params, masks, heads = build(tiny_backbone_config)
+    config = dataclasses.replace(config, activation=activation)
+    bias = heads["projector"]["bias"]
+    moved = {**heads, "projector": {**heads["projector"], "bias": bias.at[1].add(3.0)}}
+    batch = random_batch()
+    before, after = (forward(config, ModelArrays(params, masks, one), batch) for one in (heads, moved))
+    assert float(jnp.abs(after.concept_logits - before.concept_logits).max()) > 2
+    chex.assert_trees_all_close(*(jax.nn.softmax(out.concept_logits) for out in (before, after)), atol=CLOSE)
+    difference = float(jnp.abs(after.label_logits - before.label_logits).max())
+    assert difference < CLOSE if activation == "centred" else difference > 0.01
 
 
 def test_opt_projections_are_masked_per_concept(opt_350m_like: BackboneConfig) -> None:

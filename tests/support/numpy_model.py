@@ -77,9 +77,9 @@ def concept_logits(heads: Any, concept: int, z: np.ndarray) -> np.ndarray:
     return z @ heads["projector"]["kernel"][concept] + heads["projector"]["bias"][concept]
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), of complex numbers too."""
-    return 1 / (1 + np.exp(-x))
+def activation(u: np.ndarray) -> np.ndarray:
+    """σ(u - mean u) [C] of a concept's logits, of complex numbers too."""
+    return 1 / (1 + np.exp(u.mean() - u))
 
 
 def cross_entropy(logits: np.ndarray, target: int) -> np.ndarray:

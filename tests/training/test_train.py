@@ -49,7 +49,6 @@ def tiny_run(strategy: str = "sparse", **changes: Any) -> RunConfig:
             "num_epochs": 3,
             "batch_size": 16,
             "eval_batch_size": 16,
-            "predictor_epochs": 3,
             "log_every_steps": 2,
         },
         "sparsity": {"start_epoch": 1, "end_epoch": 2},
@@ -230,6 +229,10 @@ def test_dense_strategies(strategy: str, tmp_path: Path) -> None:
     result = train(tiny_run(strategy), tmp_path)
     assert result.model.masks is None
     assert ("concept" in result.metrics["test"]) == (strategy != "standard")
+    finished = result.metrics["predictor"]
+    expected = {"standard": None, "independent": "gold concepts of train", "sequential": "validation"}
+    assert strategy == "joint" or finished.get("fitted_on") == expected[strategy]
+    assert finished["label_temperature"] > 0 if strategy != "independent" else finished["penalty"] > 0
     loaded = saved_model.load(tmp_path / "model")
     chex.assert_trees_all_equal(predict(loaded, [TEXT]), predict(result.model, [TEXT]))
 

@@ -19,12 +19,10 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import path_string
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.forward import make_forward
-from sparsecbm_jax.model.heads import predict_label
 from sparsecbm_jax.model.losses import joint_loss, make_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
 from sparsecbm_jax.training import train_step
-from sparsecbm_jax.training.label_predictor import fit_predictor
 
 from tests.model.test_forward import build, encode, random_batch
 from tests.support.random_weights import random_params
@@ -201,19 +199,3 @@ def test_weight_decay_spares_biases_and_norms(tiny_backbone_config: BackboneConf
     assert {path.rpartition("/")[2] for path in moved} == {"kernel", "embedding"}
     still = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)} - moved
     assert {path.rpartition("/")[2] for path in still} == {"scale", "bias"}
-
-
-def test_the_predictor_learns_from_activations() -> None:
-    rng = np.random.default_rng(0)
-    concepts = rng.integers(0, 3, (200, 2))
-    labels = np.where(concepts[:, 0] == 1, concepts[:, 1], 0).astype(np.int32)
-    labels[:20] = -1
-    activations = np.asarray(jax.nn.one_hot(concepts, 3))
-    heads = {"projector": {}, "predictor": {"kernel": jnp.zeros((2, 3, 3)), "bias": jnp.zeros(3)}}
-    fitted = fit_predictor(heads, activations, labels, learning_rate=0.05, num_epochs=60, batch_size=16, seed=0)
-    predicted = np.argmax(predict_label(fitted, jnp.asarray(activations)), axis=-1)
-    assert (predicted == labels)[20:].mean() > 0.85
-    with pytest.raises(AssertionError, match="activations"):
-        fit_predictor(heads, activations[:-1], labels, learning_rate=1, num_epochs=1, batch_size=8, seed=0)
-    with pytest.raises(ValueError, match="no row of the train split has a task label"):
-        fit_predictor(heads, activations, -np.ones(200, int), learning_rate=1, num_epochs=1, batch_size=8, seed=0)

@@ -14,7 +14,7 @@ from sparsecbm_jax.intervention.editors import Editor
 from sparsecbm_jax.intervention.mask_edit import ConceptCorrection, MaskEdit, check_index, checked, edit_of
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.encode import encode
-from sparsecbm_jax.model.heads import predict_label, project
+from sparsecbm_jax.model.heads import activate, predict_label, project
 from sparsecbm_jax.model.losses import least_margin
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.subnetwork_weights import SubnetworkWeights
@@ -103,7 +103,7 @@ def oracle(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
     edit = edit_of(config, arrays, arrays, correction)
     logits = edit.concept_logits_before
     asked = jax.nn.one_hot(edit.target, logits.shape[-1], dtype=logits.dtype)
-    label = oracle_activations(arrays.heads, jax.nn.sigmoid(logits), correction.concept, edit.target).label_logits
+    label = oracle_activations(arrays.heads, activate(config, logits), correction.concept, edit.target).label_logits
     return arrays, edit._replace(
         concept_logits_after=logits.at[:, correction.concept].set(asked), label_logits_after=label
     )
