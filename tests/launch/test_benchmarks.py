@@ -93,6 +93,9 @@ def test_one_step_is_the_same_in_pytorch(change: dict[str, str], work: training_
         grad = 10 * theirs.adam.state[tensor]["exp_avg"].numpy()
         np.testing.assert_allclose(our_step.grads[name], grad, rtol=1e-4, atol=GRADIENT_TOLERANCE, err_msg=name)
         is_clear = (np.abs(grad) > SMALLEST_GRADIENT) | (grad == 0)
+        if name.endswith("key.bias"):
+            # It adds the same to all scores of a query, so that its gradient is rounding alone, or by chance zero.
+            is_clear = np.abs(grad) > SMALLEST_GRADIENT
         difference = np.abs(our_step.after[name] - tensor.detach().numpy())
         assert difference[is_clear].max(initial=0.0) < PARAMETER_TOLERANCE, name
         moved = np.abs(our_step.after[name] - our_step.before[name]).max()
