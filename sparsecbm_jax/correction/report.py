@@ -120,7 +120,7 @@ def render_correction(report: CorrectionReport) -> str:
         f"changed: {report.num_dropped} weights dropped, {report.num_grown} grown, {report.changed_share:.4%} of the "
         f"backbone's {report.num_weights:,} ({report.editor})",
     ]
-    if not report.is_repaired:
+    if outcome == "not repaired":
         lines.append(f"why: {_REASONS.get(report.editor.name, _ANY_REASON)}")
     names = [*report.before.concepts, "label"]
     before, after = _rows(report.before), _rows(report.after)

@@ -261,5 +261,6 @@ def _scores(logits: Float[np.ndarray, "N Y"], labels: Int[np.ndarray, " N"]) -> 
 def _with_predictor(heads: Heads, fit: PredictorFit, label_temperature: float) -> dict[str, Any]:
     own: Mapping[str, Any] = heads["predictor"]
     fitted = {"kernel": fit.kernel / label_temperature, "bias": fit.bias / label_temperature}
-    placed = {name: jax.device_put(jnp.asarray(fitted[name], leaf.dtype), leaf.sharding) for name, leaf in own.items()}
+    # From the host, so that every process of a mesh can place it.
+    placed = {name: jax.device_put(np.asarray(fitted[name], leaf.dtype), leaf.sharding) for name, leaf in own.items()}
     return {**heads, "predictor": placed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ def tables() -> ModuleType:
     return module
 
 
-def lines_of(axis: object) -> dict[str, list[float]]:
-    return {line.get_label(): [round(float(y), 1) for y in line.get_ydata()] for line in axis.lines}  # type: ignore[attr-defined]
+def lines_of(axis: Any) -> dict[str, list[float]]:
+    return {line.get_label(): [round(float(y), 1) for y in line.get_ydata()] for line in axis.lines}
 
 
 def test_the_curves_are_those_of_the_table(tables: ModuleType) -> None:

@@ -290,7 +290,11 @@ def test_correct_by_name(model: SparseCBM) -> None:
     assert content["after"]["concept_probabilities"]["service"]["Negative"] > 0.5
     text = render_correction(report)
     assert "36 weights dropped, 36 grown, 4.0179% of the backbone's 1,792" in text
-    assert "asked: service = Negative; repaired" in text
+    assert "asked: service = Negative; repaired" in text and "why:" not in text
+    failed = render_correction(dataclasses.replace(report, after=report.before))
+    assert "service = Negative; not repaired" in failed and "why: a change of this share does not suffice" in failed
+    lost = render_correction(dataclasses.replace(report, before=report.after, after=report.before))
+    assert "service = Negative; lost" in lost and "why:" not in lost
 
 
 @pytest.mark.parametrize(
