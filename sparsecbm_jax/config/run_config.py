@@ -32,7 +32,7 @@ from sparsecbm_jax.config.validation import (
 STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 DTYPES = ("float32", "bfloat16")
 CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher", "wanda", "m_fac")
-ACTIVATIONS = ("centred", "sigmoid")
+ACTIVATIONS = ("log_odds", "centred", "sigmoid")
 PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
 
@@ -160,9 +160,10 @@ class PredictorConfig:
 
     section: typing.ClassVar[str] = "predictor"
 
-    activation: str = setting("centred", one_of(*ACTIVATIONS))
-    """What the label reads of a concept's logits u: 'centred', σ(u - mean u), a function of the class probabilities;
-    'sigmoid', σ(u), the paper's, which also carries the mean of the logits, that no probability shows."""
+    activation: str = setting("log_odds", one_of(*ACTIVATIONS))
+    """What the label reads of a concept's logits u: 'log_odds', (u - mean u) / 10, or 'centred', σ(u - mean u), both
+    functions of the class probabilities; 'sigmoid', σ(u), the paper's, which also carries the mean of the logits, that
+    no probability shows."""
     is_finished: bool = True
     """Whether concepts are calibrated on the validation split at the end, and φ is fitted there to the optimum, where
     cross-validation prefers that to the φ of training. Strategy 'independent' fits φ on gold concepts in any case."""

@@ -105,6 +105,7 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 _READS = {
+    "log_odds": "log-odds of each concept's classes, a function of its probabilities",
     "centred": "σ(u − mean u) of each concept, a function of its probabilities",
     "sigmoid": "σ(u) of each concept, which no probability shows in full: the form of version 0.1.0",
 }

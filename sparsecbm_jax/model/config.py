@@ -37,7 +37,7 @@ class CBMConfig:
         unroll_layers: on one device, write the layers out instead of looping: compiles several times longer, and on CPU
             runs about a quarter faster.
         gamma: γ, the weight of the concept loss in Eq. 1.
-        activation: what the label reads of a concept, 'centred' or 'sigmoid'; see `model.heads.activate`.
+        activation: what the label reads of a concept, 'log_odds', 'centred' or 'sigmoid'; see `model.heads.activate`.
     """
 
     backbone: BackboneConfig
@@ -48,7 +48,7 @@ class CBMConfig:
     remat: str = "none"
     unroll_layers: bool = False
     gamma: float = 5.0
-    activation: str = "centred"
+    activation: str = "log_odds"
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:

@@ -1,6 +1,6 @@
 """The model: K masked passes of one backbone, the concept bottleneck, and the label.
 
-text → z_k = pool(f_{θ_{M_k}}(x)) → u_k = z_k ψ_k + β_k → a_k = σ(u_k − mean u_k) → y = φ_0 + Σ_k a_k φ_k.
+text → z_k = pool(f_{θ_{M_k}}(x)) → u_k = z_k ψ_k + β_k → a_k = (u_k − mean u_k) / 10 → y = φ_0 + Σ_k a_k φ_k.
 
 A backbone is three mask-ignorant functions, embed → layer → finish, and `encode` alone composes them: layers are
 scanned outside, concepts run inside each layer, so a layer's weights and the bits of its K masks are gathered once

@@ -7,6 +7,9 @@ from jaxtyping import Array, Float
 from sparsecbm_jax.core.sharding import SINGLE, Axes
 from sparsecbm_jax.model.config import CBMConfig, Heads
 
+# Log-odds of a concept that is read surely are about ten, in nats: in this unit they are of the size of probabilities.
+LOG_ODDS_UNIT = 10.0
+
 
 def init_heads(rng: Array, config: CBMConfig, *, has_bottleneck: bool = True) -> dict[str, dict[str, Array]]:
     """Draws random heads: the projector ψ and predictor φ, or without a bottleneck a plain classifier.
@@ -42,14 +45,17 @@ def project(heads: Heads, z: Float[Array, "B P D"]) -> Float[Array, "B K C"]:
 def activate(config: CBMConfig, u: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     """Computes the activations of a concept that the label reads from its logits u.
 
-    'centred': a = σ(u − mean_c u), the class probabilities in other words. 'sigmoid', the paper's: a = σ(u).
+    'log_odds': a = (u − mean_c u) / 10, the logarithms of the class probabilities against their mean; 'centred':
+    a = σ(u − mean_c u), the class probabilities in other words; 'sigmoid', the paper's: a = σ(u).
 
     Deviation: the concept loss sees softmax(u), which the mean of u does not change, and σ(u) changes with it. So σ(u)
-    carries a free number for each concept that no label constrains and no page shows, and that the label reads.
+    carries a free number for each concept that no label constrains and no page shows, and that the label reads. And σ
+    is flat where a concept is read surely, so that the label cannot tell 'good' from 'excellent' there.
     """
-    if config.activation == "centred":
-        u = u - jnp.mean(u, axis=-1, keepdims=True)
-    return jax.nn.sigmoid(u)
+    if config.activation == "sigmoid":
+        return jax.nn.sigmoid(u)
+    centred = u - jnp.mean(u, axis=-1, keepdims=True)
+    return jax.nn.sigmoid(centred) if config.activation == "centred" else centred / LOG_ODDS_UNIT
 
 
 def predict_label(heads: Heads, activations: Float[Array, "B K C"], axes: Axes = SINGLE) -> Float[Array, "B Y"]:
