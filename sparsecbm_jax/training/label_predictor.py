@@ -2,7 +2,8 @@
 
 Given the activations of the concepts φ is a multinomial logistic regression, which is convex. On the texts of training,
 to which the backbone was fitted, activations are surer than on others; so φ is fitted on those of the validation split,
-where cross-validation there prefers it to the φ of training.
+where cross-validation there prefers it to the φ of training. A φ that is kept is rescaled, so that it reads of the
+calibrated concepts what it read before.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from sparsecbm_jax.training.setup import RunContext, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
 
 NUM_FOLDS = 5
-# Weights λ of the penalty ½ λ ‖φ‖² that cross-validation chooses from.
+# Weights λ of the penalty ½ λ ‖φ‖² that cross-validation chooses from, for activations of mean square one.
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 1))
 _MAX_ITERATIONS = 500
 
@@ -47,7 +48,7 @@ class PredictorFit(NamedTuple):
     Attributes:
         kernel: φ.
         bias: φ_0.
-        penalty: λ of ½ λ ‖φ‖², of the least log loss in cross-validation.
+        penalty: λ of ½ λ ‖φ‖² for activations of mean square one, of the least log loss in cross-validation.
         logits: y of each row, by a φ that was fitted without its fold.
     """
 
@@ -75,16 +76,17 @@ def finish_heads(context: RunContext, state: TrainState) -> tuple[TrainState, di
         found = temperature(outputs.label_logits, outputs.labels)
         heads = calibrated(state.heads, "classifier", np.asarray(found))
         return state._replace(heads=heads), {"label_temperature": found}
-    temperatures = concept_temperatures(outputs)
+    config, temperatures = context.prepared.config, concept_temperatures(outputs)
     heads = calibrated(state.heads, "projector", temperatures)
     if strategy.predictor_inputs == "gold":
         state, report = _fitted_on_train(context, state._replace(heads=heads))
     else:
-        activations = _activations(context.prepared.config, outputs.concept_logits / temperatures[:, None])
+        activations = _activations(config, outputs.concept_logits / temperatures[:, None])
+        kept = _reading_as_before(state.heads, heads, temperatures) if config.activation == "log_odds" else state.heads
         is_trained = strategy.predictor_inputs is None
-        heads, report = _fitted_on(outputs, activations, state.heads, heads, is_trained=is_trained)
+        heads, report = _fitted_on(outputs, activations, kept, heads, is_trained=is_trained)
         state = state._replace(heads=heads)
-    if report["fitted_on"] != "nothing":
+    if report["fitted_on"] != "nothing" or config.activation == "log_odds":
         names = context.prepared.dataset.schema.concepts
         report["concept_temperatures"] = dict(zip(names, temperatures.tolist(), strict=True))
     return state, report
@@ -135,7 +137,8 @@ def fit_predictor(
     if not known.any():
         raise ValueError("the label predictor cannot be fitted: no row has a task label")
     inputs, gold = np.asarray(activations, float).reshape(len(labels), -1), labels
-    folds = _folds(groups)
+    unit = float(np.sqrt(np.mean(np.square(inputs[known])))) or 1.0
+    inputs, folds = inputs / unit, _folds(groups)
     best: PredictorFit | None = None
     for penalty in PENALTIES:
         logits = np.zeros((len(labels), num_labels))
@@ -148,7 +151,7 @@ def fit_predictor(
             best = PredictorFit(np.zeros(0), np.zeros(0), penalty, logits)
     assert best is not None
     kernel, bias = _optimum(inputs[known], gold[known], best.penalty, num_labels)
-    return best._replace(kernel=kernel.reshape(*activations.shape[1:], num_labels), bias=bias)
+    return best._replace(kernel=kernel.reshape(*activations.shape[1:], num_labels) / unit, bias=bias)
 
 
 def outputs_of(context: RunContext, state: TrainState, split: str) -> Outputs:
@@ -184,7 +187,7 @@ def _fitted_on(
     Args:
         outputs: those of the validation split, as training left the heads.
         activations: those of the calibrated concepts.
-        trained: the heads as training left them.
+        trained: heads with the φ of training.
         heads: the heads with calibrated concepts.
         is_trained: whether training fitted a φ, which may be the better one.
     """
@@ -212,15 +215,41 @@ def _fitted_on(
 def _fitted_on_train(context: RunContext, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Fits φ on gold ('independent') or predicted concepts ('sequential') of the training split."""
     outputs = outputs_of(context, state, "train")
+    activations, source = _activations(context.prepared.config, outputs.concept_logits), "train"
     if STRATEGIES[context.settings.strategy].predictor_inputs == "gold":
-        # A missing cell (−1) activates no class.
-        activations = np.asarray(jax.nn.one_hot(outputs.concepts, context.prepared.config.num_classes))
         source = "gold concepts of train"
-    else:
-        activations, source = _activations(context.prepared.config, outputs.concept_logits), "train"
+        if context.prepared.config.activation == "log_odds":
+            activations = _of_gold_classes(activations, outputs.concepts)
+        else:
+            # A missing cell (−1) activates no class.
+            activations = np.asarray(jax.nn.one_hot(outputs.concepts, context.prepared.config.num_classes))
     fit = fit_predictor(activations, outputs.labels, outputs.groups, num_labels=outputs.label_logits.shape[1])
     report = {"fitted_on": source, "penalty": fit.penalty}
     return state._replace(heads=_with_predictor(state.heads, fit, 1.0)), report
+
+
+def _reading_as_before(trained: Heads, heads: dict[str, Any], temperatures: Float[np.ndarray, " K"]) -> dict[str, Any]:
+    """Returns heads with calibrated concepts whose φ gives the labels that it gave before, where a is linear in u.
+
+    Args:
+        trained: the heads as training left them.
+        heads: the heads with calibrated concepts.
+        temperatures: by which the logits of the concepts were divided.
+    """
+    factors = np.asarray(temperatures, np.float32)[:, None, None]
+    return {**heads, "predictor": {**trained["predictor"], "kernel": trained["predictor"]["kernel"] * factors}}
+
+
+def _of_gold_classes(
+    activations: Float[np.ndarray, "N K C"], concepts: Int[np.ndarray, "N K"]
+) -> Float[np.ndarray, "N K C"]:
+    """Gives each text, of each concept, the mean activations of the texts of its gold class, or without one of all."""
+    gold = np.broadcast_to(activations.mean(axis=0), activations.shape).copy()
+    for concept in range(concepts.shape[1]):
+        for value in set(concepts[:, concept].tolist()) - {-1}:
+            rows = concepts[:, concept] == value
+            gold[rows, concept] = activations[rows, concept].mean(axis=0)
+    return gold
 
 
 def _optimum(

@@ -12,7 +12,16 @@ import pytest
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import activate, predict_label, project
 from sparsecbm_jax.training.calibration import calibrated, log_loss, temperature
-from sparsecbm_jax.training.label_predictor import PENALTIES, Outputs, _fitted_on, _folds, _optimum, fit_predictor
+from sparsecbm_jax.training.label_predictor import (
+    PENALTIES,
+    Outputs,
+    _fitted_on,
+    _folds,
+    _of_gold_classes,
+    _optimum,
+    _reading_as_before,
+    fit_predictor,
+)
 
 K, C, Y, N = 2, 3, 3, 240
 # Of L-BFGS in float64.
@@ -119,10 +128,43 @@ def test_the_better_predictor_is_kept(is_trained_well: bool, rng: np.random.Gene
     assert _fitted_on(few, flipped, trained, trained) == (trained, {"fitted_on": "nothing"})
 
 
-def test_activations_of_both_forms() -> None:
+def test_a_predictor_that_is_kept_reads_as_before(rng: np.random.Generator) -> None:
+    config: Any = type("Config", (), {"activation": CBMConfig.activation})
+    temperatures = np.array([2.0, 0.5])
+    trained: dict[str, Any] = {
+        "projector": {"kernel": rng.normal(size=(K, 4, C)), "bias": rng.normal(size=(K, C))},
+        "predictor": {"kernel": rng.normal(size=(K, C, Y)), "bias": rng.normal(size=Y)},
+    }
+    trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)
+    heads = _reading_as_before(trained, calibrated(trained, "projector", temperatures), temperatures)
+    z = jnp.asarray(rng.normal(size=(5, K, 4)), jnp.float32)
+    before, after = (project(one, z) for one in (trained, heads))
+    np.testing.assert_allclose(after, before / temperatures[:, None], rtol=1e-5)
+    label = [predict_label(one, activate(config, u)) for one, u in ((trained, before), (heads, after))]
+    np.testing.assert_allclose(*label, atol=1e-5)
+
+
+def test_a_gold_class_is_read_as_its_texts_are(rng: np.random.Generator) -> None:
+    activations, concepts = rng.normal(size=(6, 1, C)), np.array([[0], [0], [2], [2], [2], [-1]])
+    gold = _of_gold_classes(activations, concepts)
+    np.testing.assert_allclose(gold[0], activations[:2].mean(0))
+    np.testing.assert_allclose(gold[4], activations[2:5].mean(0))
+    np.testing.assert_allclose(gold[5], activations.mean(0))
+
+
+def test_the_unit_of_activations_changes_nothing(rng: np.random.Generator) -> None:
+    activations, labels = problem(rng, noise=0.3)
+    fit, small = (fit_predictor(unit * activations, labels, np.arange(N), num_labels=Y) for unit in (1.0, 0.01))
+    assert fit.penalty == small.penalty
+    np.testing.assert_allclose(0.01 * small.kernel, fit.kernel, atol=1e-3)
+
+
+def test_activations_of_all_forms() -> None:
     u = jnp.array([[1.0, 2.0, 6.0]])
-    config: Any = type("Config", (), {"activation": "centred"})
-    assert isinstance(config.activation, str) and CBMConfig.activation == "centred"
+    config: Any = type("Config", (), {"activation": "log_odds"})
+    assert isinstance(config.activation, str) and CBMConfig.activation == "log_odds"
+    np.testing.assert_allclose(activate(config, u), [[-0.2, -0.1, 0.3]], rtol=1e-6)
+    config.activation = "centred"
     np.testing.assert_allclose(activate(config, u), jax.nn.sigmoid(jnp.array([[-2.0, -1.0, 3.0]])))
     config.activation = "sigmoid"
     np.testing.assert_allclose(activate(config, u), jax.nn.sigmoid(u))
