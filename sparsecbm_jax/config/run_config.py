@@ -124,6 +124,10 @@ class OptimConfig:
     """What the learning rates do after the warm-up: fall to 0 at the last step, or stay."""
     clip_norm: float = setting(1.0, POSITIVE)
     """Largest global norm of the gradients; longer ones are scaled down."""
+    rewind: bool = False
+    """Whether each pruning event begins the learning rates' schedule again, which ends at the next event."""
+    sparse_learning_rate: float | None = setting(None, POSITIVE)
+    """Peak learning rate of the backbone from the first pruning event on. None: `learning_rate`."""
 
     def __post_init__(self) -> None:
         settle(self)
@@ -167,6 +171,21 @@ class PredictorConfig:
     is_finished: bool = True
     """Whether concepts are calibrated on the validation split at the end, and φ is fitted there to the optimum, where
     cross-validation prefers that to the φ of training. Strategy 'independent' fits φ on gold concepts in any case."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """Learning from the dense model that a sparse run had before its first pruning event."""
+
+    section: typing.ClassVar[str] = "distillation"
+
+    weight: float = setting(0.0, Check("a number in [0, 1]", lambda v: 0 <= v <= 1))
+    """Share of the loss that is the distance from the dense model's probabilities, in place of the labels. 0: none."""
+    temperature: float = setting(2.0, POSITIVE)
+    """What the logits of both models are divided by before they are compared."""
 
     def __post_init__(self) -> None:
         settle(self)
@@ -296,6 +315,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig = TrainingConfig()
     predictor: PredictorConfig = PredictorConfig()
+    distillation: DistillationConfig = DistillationConfig()
     sparsity: SparsityConfig = SparsityConfig()
     pruner: PrunerConfig = PrunerConfig()
     mesh: MeshConfig = MeshConfig()

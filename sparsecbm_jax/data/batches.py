@@ -28,10 +28,18 @@ WINDOW_BATCHES = 50
 logger = logging.getLogger(__name__)
 
 
+class TeacherLogits(NamedTuple):
+    """What another model says of a batch's texts: u_k of its concepts, and y of its label."""
+
+    concepts: Float[Any, "B K C"]
+    label: Float[Any, "B Y"]
+
+
 class Batch(NamedTuple):
     """Holds one step's input: NumPy arrays here, jax arrays once they are on a device.
 
     Concepts and label are -1 where there is no label; `example_weight` is 0 on rows that only fill the batch up.
+    `teacher` is there while a model is distilled.
     """
 
     input_ids: Int[Any, "B T"]
@@ -40,6 +48,7 @@ class Batch(NamedTuple):
     label: Int[Any, " B"]
     example_weight: Float[Any, " B"]
     row_ids: Int[Any, " B"]
+    teacher: TeacherLogits | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +256,7 @@ def _make_batch(
         example_weight=np.pad(np.ones(count, np.float32), (0, fill)),
         row_ids=np.pad(tokenized.row_ids[rows], (0, fill), constant_values=-1),
     )
-    return Batch(*(array[local] for array in batch))
+    return Batch(*(array[local] for array in batch if array is not None))
 
 
 _FISHER_BUCKETS = (32, 64, 128, 256, 512)

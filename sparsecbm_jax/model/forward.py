@@ -26,7 +26,7 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.sharding import SINGLE
 from sparsecbm_jax.core.trees import Params
-from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.batches import Batch, TeacherLogits
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads, Kernels
 from sparsecbm_jax.model.encode import encode
 from sparsecbm_jax.model.heads import activate, predict_label, project
@@ -90,11 +90,12 @@ def subnetwork_output(
     return CBMOutput(u, mixed, predict_label(heads, mixed), z)
 
 
-def batch_specs(has_concepts: bool) -> Batch:
+def batch_specs(has_concepts: bool, *, has_teacher: bool = False) -> Batch:
     """Returns how a batch is spread over a mesh; without concepts its cells go with the rows."""
-    rows = sharding.BATCH_SPEC
-    cells = P(sharding.ROW_AXES, "concept") if has_concepts else rows
-    return Batch(input_ids=rows, attention_mask=rows, concepts=cells, label=rows, example_weight=rows, row_ids=rows)  # type: ignore[arg-type]
+    rows: Any = sharding.BATCH_SPEC
+    cells: Any = P(sharding.ROW_AXES, "concept") if has_concepts else rows
+    teacher = TeacherLogits(cells, rows) if has_teacher else None
+    return Batch(rows, rows, concepts=cells, label=rows, example_weight=rows, row_ids=rows, teacher=teacher)
 
 
 @functools.lru_cache(maxsize=32)

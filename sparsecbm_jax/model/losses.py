@@ -1,5 +1,6 @@
 """Losses of the task, of the concepts, of both (Eq. 2), and of one subnetwork."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.sharding import SINGLE, Axes
 from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.schema import MISSING
 from sparsecbm_jax.model.config import CBMConfig, CBMOutput, Heads
 from sparsecbm_jax.model.forward import batch_specs, forward, subnetwork_output
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
@@ -61,6 +63,48 @@ def joint_loss(
     return task + config.gamma * concept, {**task_parts, **concept_parts}
 
 
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """A joint loss of which a share is the distance from a teacher, on batches that have one.
+
+    (1 − w) · L + w · T² · (KL(p̂ ‖ p) + γ · mean_k KL(p̂_k ‖ p_k)), with p = softmax(y / T) and p_k = softmax(u_k / T),
+    and p̂ those of the teacher. Rows without labels count in the distance, too.
+
+    Reference: Hinton et al. 2015, 'Distilling the Knowledge in a Neural Network'.
+
+    Attributes:
+        loss_fn: L.
+        weight: w.
+        temperature: T.
+    """
+
+    loss_fn: LossFn
+    weight: float
+    temperature: float
+
+    def __call__(
+        self, config: CBMConfig, output: CBMOutput, batch: Batch, axes: Axes = SINGLE
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Computes the loss and its parts; without a teacher, L."""
+        loss, parts = self.loss_fn(config, output, batch, axes)
+        if batch.teacher is None:
+            return loss, parts
+        task = self._distance(output.label_logits, batch.teacher.label)
+        concepts = self._distance(output.concept_logits, batch.teacher.concepts)
+        weights, over = jnp.asarray(batch.example_weight), sharding.ROW_AXES
+        # Of every cell, whether it has a label or not.
+        concept_weights = weights[:, None] * (batch.concepts >= MISSING)
+        distance = weighted_mean(task, weights, axes, over) + config.gamma * weighted_mean(
+            concepts, concept_weights, axes, (*over, "concept")
+        )
+        return (1 - self.weight) * loss + self.weight * distance, {**parts, "teacher_distance": distance}
+
+    def _distance(self, logits: Float[Array, "*B C"], teacher: Float[Array, "*B C"]) -> Float[Array, "*B"]:
+        log_p, log_of_teacher = (jax.nn.log_softmax(u / self.temperature) for u in (logits, teacher))
+        divergence = jnp.sum(jnp.exp(log_of_teacher) * (log_of_teacher - log_p), axis=-1)
+        return self.temperature**2 * divergence
+
+
 def subnetwork_loss(
     config: CBMConfig,
     params: Params,
@@ -100,7 +144,7 @@ def make_loss(
             sharding.param_specs(params),
             sharding.param_specs(heads),
             None if packed is None else sharding.packed_specs(packed),
-            batch_specs("classifier" not in heads),
+            batch_specs("classifier" not in heads, has_teacher=batch.teacher is not None),
             None if dropout_rng is None else P(),
         )
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(params, heads, packed, batch, dropout_rng)

@@ -20,7 +20,7 @@ from sparsecbm_jax.config.run_config import MeshConfig, OptimConfig, RunConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import leaf_at, path_string
-from sparsecbm_jax.data.batches import Batch
+from sparsecbm_jax.data.batches import Batch, TeacherLogits
 from sparsecbm_jax.data.presets import configured_schema
 from sparsecbm_jax.intervention import fixed_size_edit
 from sparsecbm_jax.intervention.mask_edit import ConceptCorrection
@@ -36,6 +36,7 @@ from sparsecbm_jax.pruning.masks_from_scores import prune_lowest
 from sparsecbm_jax.pruning.woodfisher import form
 from sparsecbm_jax.pruning.woodfisher_scores import score_grams, score_rows
 from sparsecbm_jax.training import train_step
+from sparsecbm_jax.training.teacher import is_distilled, loss_of
 from sparsecbm_jax.training.throughput import forward_flops, step_flops
 
 PROGRAMS = ("train_step", "eval_step", "prune_pass", "select", "intervene")
@@ -136,12 +137,26 @@ class Shapes:
         packed: Any = self.packed
         return train_step.TrainState(step, self.params, self.heads, self.opt_state, packed)
 
-    def batch(self, rows: int, spec: P) -> Batch:
+    def batch(self, rows: int, spec: P, *, has_teacher: bool = False) -> Batch:
         """Returns a batch of the longest texts."""
-        length, k = self.length, self.config.num_concepts
-        shapes = ((rows, length), (rows, length), (rows, k), (rows,), (rows,), (rows,))
-        types = (jnp.int32,) * 4 + (jnp.float32, jnp.int32)
-        return Batch(*(self._placed(shape, dtype, spec) for shape, dtype in zip(shapes, types, strict=True)))
+        length, config = self.length, self.config
+
+        def placed(*shape: int, dtype: Any = jnp.int32) -> Any:
+            return self._placed((rows, *shape), dtype, spec)
+
+        teacher = TeacherLogits(
+            placed(config.num_concepts, config.num_classes, dtype=jnp.float32),
+            placed(config.num_labels, dtype=jnp.float32),
+        )
+        return Batch(
+            input_ids=placed(length),
+            attention_mask=placed(length),
+            concepts=placed(config.num_concepts),
+            label=placed(),
+            example_weight=placed(dtype=jnp.float32),
+            row_ids=placed(),
+            teacher=teacher if has_teacher else None,
+        )
 
     def scalar(self, dtype: Any) -> jax.ShapeDtypeStruct:
         """Returns a scalar, replicated."""
@@ -219,8 +234,8 @@ def parts_of(program: str, shapes: Shapes) -> list[Part]:
 
 def _train_step(shapes: Shapes) -> Part:
     run = shapes.run
-    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=STRATEGIES[run.strategy].loss)
-    batch = shapes.batch(run.training.batch_size, sharding.BATCH_SPEC)
+    step = train_step.make_train_step(shapes.config, shapes.tx, shapes.mesh, loss_fn=loss_of(run))
+    batch = shapes.batch(run.training.batch_size, sharding.BATCH_SPEC, has_teacher=is_distilled(run))
     return Part("train_step", lambda: step.lower(shapes.state, batch, shapes.rng))  # type: ignore[attr-defined]
 
 

@@ -136,5 +136,5 @@ class SubnetworkGradients:
                 continue
             for row in range(batch.input_ids.shape[0]):
                 if batch.example_weight[row] > 0:
-                    one = Batch(*(leaf[row : row + 1] for leaf in batch))
+                    one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch)
                     yield self._gradient(one, k, activations[row : row + 1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sparsecbm_jax.config.run_config import completed
+from sparsecbm_jax.config.run_config import RunConfig, completed, to_dict
 from sparsecbm_jax.runtime.json_files import read_json_object, write_json
 
 RUN_FILE = "run.json"
@@ -64,6 +64,16 @@ def read_run(workdir: str | Path) -> dict[str, Any] | None:
     return dict(completed(read_json_object(path, "the configuration of a run", error=RunMismatchError)))
 
 
+def _with_newer_settings(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a run's settings with those that came after it, whose defaults are what it did without them."""
+    if not isinstance(saved.get("training"), Mapping):
+        return saved
+    return {
+        name: {**default, **saved.get(name, {})} if isinstance(default, Mapping) else saved.get(name, default)
+        for name, default in {**saved, **to_dict(RunConfig())}.items()
+    }
+
+
 def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:
     """Claims a directory for a run, or checks that it already holds this run.
 
@@ -82,7 +92,7 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: It
         if jax.process_index() == 0:
             write_json(Path(workdir) / RUN_FILE, config)
         return
-    if differences := run_differences(saved, config, ignore):
+    if differences := run_differences(_with_newer_settings(saved), config, ignore):
         raise RunMismatchError(
             f"{workdir} is a workdir holding a different run; expected another workdir, or that run's settings:\n  "
             + "\n  ".join(differences)

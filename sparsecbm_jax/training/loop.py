@@ -12,7 +12,6 @@ import numpy as np
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.data.batches import Batch, Process, num_batches, train_batches
 from sparsecbm_jax.model.config import Heads
-from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime import memory
 from sparsecbm_jax.runtime.preemption import Preempted
 from sparsecbm_jax.runtime.progress import progress
@@ -23,6 +22,7 @@ from sparsecbm_jax.training.pruning_events import PruningEvents
 from sparsecbm_jax.training.run_checkpoints import RunCheckpoints, RunProgress, abstract_state
 from sparsecbm_jax.training.selection import EpochSelection
 from sparsecbm_jax.training.setup import RunContext
+from sparsecbm_jax.training.teacher import Teacher, is_distilled, loss_of
 from sparsecbm_jax.training.throughput import Meter
 from sparsecbm_jax.training.train_step import TrainState, init_state, make_optimizer, make_train_step
 
@@ -54,9 +54,11 @@ class TrainingLoop:
         self._steps_per_epoch = num_batches(self._train_split.num_examples, run.training.batch_size)
         self._pruning = PruningEvents(context, self._steps_per_epoch, checkpoints.scores)
         self._selection = EpochSelection(context, self._pruning.last_epoch, checkpoints)
-        tx = make_optimizer(run.optim, run.training.num_epochs * self._steps_per_epoch)
+        num_steps = run.training.num_epochs * self._steps_per_epoch
+        tx = make_optimizer(run.optim, num_steps, self._pruning.steps(self._steps_per_epoch))
         self.state = init_state(params, heads, tx, context.mesh)
-        loss_fn = STRATEGIES[run.strategy].loss if context.loss_fn is None else context.loss_fn
+        loss_fn = loss_of(run, context.loss_fn)
+        self._teacher: Teacher | None = None
         self._step_fn = make_train_step(config, tx, context.mesh, loss_fn=loss_fn)
         self._rng = jax.random.fold_in(jax.random.key(run.seed), 1)
         self.progress, self.step = RunProgress(), 0
@@ -76,6 +78,8 @@ class TrainingLoop:
         abstract = abstract_state(self._context, self.state, has_masks=bool(self.progress.events_done))
         del self.state  # or there would be two for a while
         self.state, self.step = self._checkpoints.states.restore(latest, abstract), latest
+        if self.progress.events_done and is_distilled(self._context.settings):
+            self._teacher = Teacher.load(self._context.workdir)
         print_once(f"resuming {self._context.workdir} after step {latest}")
 
     def run_epochs(self) -> None:
@@ -157,6 +161,7 @@ class TrainingLoop:
     def _take_step(self, batch: Batch) -> Mapping[str, Any]:
         self._trace.begin_step(self._check.run)
         self._meter.add(batch, is_sparse=self.state.packed is not None)
+        batch = batch if self._teacher is None else self._teacher.teach(batch)
         self.state, metrics = self._step_fn(self.state, sharding.put_batch(batch, self._context.mesh), self._rng)
         self._check.run()
         self.step += 1
@@ -195,6 +200,9 @@ class TrainingLoop:
         """Does the pruning event that is due."""
         self._check.run()
         with self._meter.not_counting():
+            if self.progress.events_done == 0 and is_distilled(self._context.settings):
+                self._teacher = Teacher.of_state(self._context, self.state)
+                self._teacher.save(self._context.workdir)
             self.state, record = self._pruning.prune(self.progress.events_done, self.step, self.state)
             # Under the step it comes before: a continuation from this step does it, and writes it, again.
             self.log.write(self.step + 1, "prune", {"epoch": epoch, **record})

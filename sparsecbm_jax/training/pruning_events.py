@@ -51,6 +51,10 @@ class PruningEvents:
         """Returns the first epoch at the final sparsity; of dense runs, the first of all."""
         return self._events[-1].epoch if self._events else 0
 
+    def steps(self, steps_per_epoch: int) -> tuple[int, ...]:
+        """Lists the steps of the run before which an event is, rising."""
+        return tuple(event.epoch * steps_per_epoch + event.step for event in self._events)
+
     def is_due(self, num_done: int, epoch: int, step: int) -> bool:
         """Says whether an event falls before a step of an epoch, both from 0, with `num_done` events done."""
         if num_done == len(self._events):

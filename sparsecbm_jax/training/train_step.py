@@ -1,6 +1,7 @@
 """One training step: the state, the optimiser, the jitted update."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,33 +41,64 @@ class TrainState(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, num_steps: int, events: tuple[int, ...] = ()) -> optax.GradientTransformation:
     """Makes Adam with one learning rate for the backbone and one for the heads, warm-up, decay and norm clipping.
 
     Args:
         config: rates and shape of the schedule; weight decay applies to kernels and embeddings only.
         num_steps: steps of the whole run.
+        events: steps before which it prunes, rising.
     """
-    warmup = max(1, round(config.warmup_fraction * num_steps))
+    of_sparse = config.learning_rate if config.sparse_learning_rate is None else config.sparse_learning_rate
 
-    def schedule(peak: float) -> optax.Schedule:
+    def adam(schedule: optax.Schedule) -> optax.GradientTransformation:
+        if config.weight_decay == 0:
+            return optax.adam(schedule)
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_decayed)
+
+    of_backbone = learning_rates(config, num_steps, events, config.learning_rate, of_sparse)
+    of_heads = learning_rates(config, num_steps, events, config.head_learning_rate, config.head_learning_rate)
+    return optax.chain(
+        clip_by_global_norm(config.clip_norm),
+        optax.multi_transform(
+            {"backbone": adam(of_backbone), "heads": adam(of_heads)}, {"backbone": "backbone", "heads": "heads"}
+        ),
+    )
+
+
+def learning_rates(
+    config: OptimConfig, num_steps: int, events: tuple[int, ...], dense: float, sparse: float
+) -> optax.Schedule:
+    """Makes the schedule of a learning rate: warm-up and decay, once, or with `rewind` from each event to the next.
+
+    Reference: Renda et al. 2020, 'Comparing Rewinding and Fine-tuning in Neural Network Pruning'.
+
+    Args:
+        config: the schedule's shape.
+        num_steps: steps of the whole run.
+        events: steps before which it prunes, rising.
+        dense: peak up to the first event.
+        sparse: peak from there on.
+    """
+
+    def of_part(num_steps: int, peak: float) -> optax.Schedule:
+        warmup = max(1, round(config.warmup_fraction * num_steps))
         rest = max(1, num_steps - warmup)
         after = optax.linear_schedule(peak, 0.0, rest) if config.decay == "linear" else optax.constant_schedule(peak)
         # The first step already moves: it takes 1/warmup of the peak, not zero.
         return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
 
-    def adam(peak: float) -> optax.GradientTransformation:
-        if config.weight_decay == 0:
-            return optax.adam(schedule(peak))
-        return optax.adamw(schedule(peak), weight_decay=config.weight_decay, mask=_is_decayed)
-
-    return optax.chain(
-        clip_by_global_norm(config.clip_norm),
-        optax.multi_transform(
-            {"backbone": adam(config.learning_rate), "heads": adam(config.head_learning_rate)},
-            {"backbone": "backbone", "heads": "heads"},
-        ),
-    )
+    if config.rewind:
+        bounds = sorted({0, *events} - {num_steps})
+        parts = [
+            of_part(end - start, sparse if events and start >= events[0] else dense)
+            for start, end in itertools.pairwise([*bounds, num_steps])
+        ]
+        return optax.join_schedules(parts, bounds[1:]) if len(parts) > 1 else parts[0]
+    whole = of_part(num_steps, 1.0)
+    if not events or dense == sparse:
+        return of_part(num_steps, dense)
+    return lambda step: whole(step) * jnp.where(step < events[0], dense, sparse)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -153,7 +153,7 @@ def test_padding_and_company_change_nothing(tiny_backbone_config: BackboneConfig
         input_ids=np.pad(batch.input_ids, ((0, 0), (0, 7))),
         attention_mask=np.pad(batch.attention_mask, ((0, 0), (0, 7))),
     )
-    alone = Batch(*(leaf[2:3] for leaf in batch))
+    alone = jax.tree.map(lambda leaf: leaf[2:3], batch)
     base, padded, single = (
         forward(config, ModelArrays(params, masks, heads), b).label_logits for b in (batch, wide, alone)
     )

@@ -13,7 +13,6 @@ from sparsecbm_jax.backbones import BackboneConfig, input_squares
 from sparsecbm_jax.config.run_config import PrunerConfig, SparsityConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.trees import leaf_at, with_leaf
-from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import MISSING
 from sparsecbm_jax.model.losses import subnetwork_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
@@ -283,7 +282,7 @@ def test_schedules() -> None:
 def test_padding_rows_are_not_examples(tiny_backbone_config: BackboneConfig) -> None:
     config, params, masks, heads = build(tiny_backbone_config)
     batch = random_batch()
-    batch = Batch(*(np.asarray(leaf) for leaf in batch))._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
+    batch = jax.tree.map(np.asarray, batch)._replace(example_weight=np.asarray([1, 1, 0, 0], np.float32))
     activations = forward(config, ModelArrays(params, masks, heads), batch).activations
     subnetwork = Subnetwork(config, params, masks_lib.concept(masks, 0), heads, 0)
     rows = SubnetworkGradients(subnetwork, [(batch, activations)], per_example=True)

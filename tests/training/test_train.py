@@ -98,6 +98,34 @@ def test_a_saved_model_is_pruned_further(finished: TrainResult, tmp_path: Path) 
     chex.assert_trees_all_equal(pruned.params, finished.model.params)
 
 
+def test_a_sparse_model_learns_from_its_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"distillation": {"weight": 0.5}, "optim": {"rewind": True, "sparse_learning_rate": 2e-3}}
+    whole = train(tiny_run(**asked), tmp_path / "whole")
+    records = [json.loads(line) for line in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    assert ["teacher_distance" in record for record in steps] == [record["epoch"] >= 1 for record in steps]
+    # Stopped after the first event, it goes on with what its dense model said.
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingLoop, "_end_epoch", stop_after_epoch(1))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_run(**asked), tmp_path / "parts")
+    parts = train(tiny_run(**asked), tmp_path / "parts")
+    chex.assert_trees_all_equal(parts.model.params, whole.model.params)
+    assert parts.metrics["test"] == whole.metrics["test"]
+
+
+def stop_after_epoch(last: int) -> Any:
+    """Returns an end of an epoch that is followed, after epoch `last`, by Ctrl+C."""
+    whole = TrainingLoop._end_epoch
+
+    def end_epoch(self: TrainingLoop, epoch: int) -> None:
+        whole(self, epoch)
+        if epoch == last:
+            raise KeyboardInterrupt
+
+    return end_epoch
+
+
 def test_loading_gives_the_same_predictions_to_the_bit(finished: TrainResult) -> None:
     loaded = saved_model.load(finished.workdir / "model")
     chex.assert_trees_all_equal(predict(loaded, [TEXT]), predict(finished.model, [TEXT]))

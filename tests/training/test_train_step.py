@@ -17,7 +17,6 @@ from sparsecbm_jax.config.run_config import OptimConfig
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import path_string
-from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.losses import joint_loss, make_loss
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
@@ -162,7 +161,7 @@ def test_dropout_differs_between_steps_rows_and_concepts(noisy: BackboneConfig) 
     config, params, masks, _ = build(noisy, k=4)
     full = {path: jnp.ones_like(mask) for path, mask in masks.items()}
     one = random_batch(rows=1)
-    batch = Batch(*(np.repeat(leaf, 2, axis=0) for leaf in one))
+    batch = jax.tree.map(lambda leaf: np.repeat(leaf, 2, axis=0), one)
     weights = SubnetworkWeights(params, full)
     first = encode(config, weights, batch, dropout_rng=jax.random.key(0))
     second = encode(config, weights, batch, dropout_rng=jax.random.key(1))
@@ -185,6 +184,20 @@ def test_learning_rates_are_apart_and_warm_up() -> None:
     assert max(backbone for backbone, _ in sizes) == pytest.approx(1e-3, rel=1e-3)
     assert sizes[-1][0] < 2e-5
     assert all(head == pytest.approx(100 * backbone, rel=1e-3) for backbone, head in sizes)
+
+
+def test_rates_are_rewound_at_each_event() -> None:
+    settings = OptimConfig(warmup_fraction=0.1, rewind=True)
+    rates = train_step.learning_rates(settings, 100, (40, 60), 1.0, 3.0)
+    found = np.array([float(rates(step)) for step in range(100)])
+    parts = [found[:40], found[40:60], found[60:]]
+    assert [part.max() for part in parts] == pytest.approx([1.0, 3.0, 3.0])
+    assert [int(part.argmax()) for part in parts] == [3, 1, 3], "a tenth of each part warms up"
+    assert all(part[-1] < 0.1 * part.max() for part in parts)
+    whole = train_step.learning_rates(OptimConfig(warmup_fraction=0.1), 100, (40, 60), 1.0, 3.0)
+    once = train_step.learning_rates(OptimConfig(warmup_fraction=0.1), 100, (), 1.0, 3.0)
+    for step in (0, 9, 39, 40, 99):
+        assert float(whole(step)) == pytest.approx(float(once(step)) * (3 if step >= 40 else 1))
 
 
 def test_weight_decay_spares_biases_and_norms(tiny_backbone_config: BackboneConfig) -> None:
