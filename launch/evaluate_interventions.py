@@ -97,7 +97,7 @@ def evaluate_interventions(found: saved_runs.Saved, run: RunConfig, workdir: Pat
     split, groups = found.splits[FLAGS.split], found.dataset.splits[FLAGS.split].groups
     # Rows that name no original are each their own.
     own = groups or tuple(map(str, range(split.num_examples)))
-    subject = Subject(model.config, model.arrays, split, own)
+    subject = Subject(model.config, model.arrays, split, own, model.class_activations)
     results = Results(workdir / "results.jsonl")
     report = {name: parts[name](subject, found, run, results) for name in parts if name in FLAGS.parts}
     return {"split": FLAGS.split, "num_weights": masks_lib.num_weights(model.arrays.concept_masks), **report}
@@ -206,7 +206,7 @@ def _sequential(subject: Subject, found: saved_runs.Saved, run: RunConfig, resul
     from sparsecbm_jax.runtime.progress import progress
 
     batches = fisher_batches(found.splits["train"], run.pruner, seed=run.seed)
-    context = EditorContext(subject.config, subject.arrays, batches)
+    context = EditorContext(subject.config, subject.arrays, batches, subject.class_activations)
 
     def sequence(name: str, order: int) -> dict[str, typing.Any]:
         bar = progress(description=f"{name}, order {order}", total=FLAGS.max_edits, unit="edit")

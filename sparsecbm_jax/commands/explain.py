@@ -5,7 +5,7 @@ sparsecbm explain --model=runs/quickstart/model --file=reviews.txt --format=json
 sparsecbm explain --model=runs/quickstart/model --file=reviews.txt --format=csv --output=pathways.csv
 sparsecbm explain --model=runs/quickstart/model --file=reviews.txt --format=html --output=pathways.html
 sparsecbm explain --model=runs/quickstart/model --text="..." --method=integrated_gradients
-sparsecbm explain --model=runs/quickstart/model --text="..." --target=4
+sparsecbm explain --model=runs/quickstart/model --text="..." --target=4 --foil=3
 sparsecbm explain --model=runs/quickstart/model --text="..." --target=food=Positive --target=label=2
 sparsecbm explain --model=runs/quickstart/model --subnetworks --output=subnetworks.json
 sparsecbm explain --schema
@@ -55,6 +55,8 @@ flags.DEFINE_multi_string("target", [], "What to explain: a label, or concept=cl
 flags.DEFINE_string("method", "gradient_norm", "Score of words: gradient_norm, gradient_x_input, integrated_gradients.")
 flags.DEFINE_string("baseline", "zero", "Words' embeddings where integrated gradients begin: zero, or pad.")
 flags.DEFINE_integer("num_steps", None, "Steps of integrated gradients, where the usual do not suffice.", lower_bound=1)
+flags.DEFINE_string("foil", None, "Label that the explained one is compared with, in place of the runner-up.")
+flags.DEFINE_enum("reference", None, ["mean", "zero"], "Where contributions are counted from; zero is the paper's.")
 flags.DEFINE_enum("format", "text", ["text", "json", "csv", "html"], "How pathways are written; see above.")
 flags.DEFINE_bool("schema", False, "Print the JSON Schema of --format=json, and nothing else.")
 flags.DEFINE_bool("subnetworks", False, "Print what each concept's subnetwork keeps, as JSON, and nothing else.")
@@ -136,8 +138,8 @@ def _write_page(total: int) -> None:
     from sparsecbm_jax.report import predictor_weights, write_page
 
     model = _load(total)
-    pathways = explain(model, list(_texts()), _target(FLAGS.target), batch_size=FLAGS.batch_size, **_attribution())
-    num_shown = write_page(FLAGS.output, pathways, predictor=predictor_weights(model))
+    pathways = explain(model, list(_texts()), **_asked())
+    num_shown = write_page(FLAGS.output, pathways, predictor=predictor_weights(model, FLAGS.reference))
     part = "" if num_shown == total else f"the first {num_shown} of "
     print(f"{part}{total} explained: {FLAGS.output}")
 
@@ -149,7 +151,7 @@ def _explained(total: int) -> Iterator[str]:
     from sparsecbm_jax.runtime.progress import progress
 
     model = _load(total)
-    pathways = explain_stream(model, _texts(), _target(FLAGS.target), batch_size=FLAGS.batch_size, **_attribution())
+    pathways = explain_stream(model, _texts(), **_asked())
     if FLAGS.output or not sys.stdout.isatty():
         pathways = progress(pathways, description="explaining", total=total, unit="text")
     for n, pathway in enumerate(pathways):
@@ -169,9 +171,12 @@ def _load(total: int) -> SparseCBM:
     return model if total >= _UNROLL_FROM_TEXTS else model.for_few_texts()
 
 
-def _attribution() -> dict[str, typing.Any]:
-    asked = {} if FLAGS.num_steps is None else {"num_steps": FLAGS.num_steps}
-    return {"method": FLAGS.method, "baseline": FLAGS.baseline, **asked}
+def _asked() -> dict[str, typing.Any]:
+    """Returns the arguments of `explain` that the flags give."""
+    asked = {name: FLAGS[name].value for name in ("method", "baseline", "batch_size", "foil", "reference")}
+    if FLAGS.num_steps is not None:
+        asked["num_steps"] = FLAGS.num_steps
+    return {"target": _target(FLAGS.target), **asked}
 
 
 def _texts() -> Iterator[str]:

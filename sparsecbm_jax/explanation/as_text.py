@@ -16,10 +16,14 @@ CSV_COLUMNS = (
     "label",
     "label_probability",
     "explained_label",
+    "foil",
+    "expected_label",
     "concept",
     "predicted_class",
     "probability",
     "contribution",
+    "contrast",
+    "effect",
     "explained_class",
     "method",
 )
@@ -54,8 +58,9 @@ def csv_rows(pathway: DecisionPathway, number: int, top: int = 5) -> str:
     for lane in pathway.concepts:
         words = [cell for word, score in top_words(pathway, lane, top) for cell in (word.text, score)]
         row = [number, pathway.text, pathway.target, pathway.label, pathway.label_probabilities[pathway.label]]
-        row += [pathway.explained_label, lane.name, lane.predicted_class, lane.probabilities[lane.predicted_class]]
-        row += [lane.contribution, lane.explained_class, pathway.method, *words]
+        row += [pathway.explained_label, pathway.foil, pathway.expected_label]
+        row += [lane.name, lane.predicted_class, lane.probabilities[lane.predicted_class]]
+        row += [lane.contribution, lane.contrast, lane.effect, lane.explained_class, pathway.method, *words]
         rows.append(row + [""] * (len(CSV_COLUMNS) + 2 * top - len(row)))
     return _csv(rows)
 
@@ -86,7 +91,8 @@ def render_text(pathway: DecisionPathway, top: int = 5) -> str:
         f"label: {pathway.label} {share[pathway.label]:.1%}"
         + (f"; explained: {label} {share[label]:.1%}" if label != pathway.label else ""),
         f"explained: {printable(pathway.target, 120)}; words by {method_words(pathway)}",
-        f"  logit {pathway.label_logits[label]:+.3f} of {label!r} = bias {pathway.bias[label]:+.3f} + the concepts:",
+        f"  logit {pathway.label_logits[label]:+.3f} of {label!r} = base {pathway.base[label]:+.3f} + the concepts"
+        f"{', against the average text and label' if pathway.reference == 'mean' else ', counted from zero'}:",
     ]
     name_width = max(len(lane.name) for lane in pathway.concepts)
     class_width = max(len(lane.predicted_class) for lane in pathway.concepts)
@@ -103,4 +109,16 @@ def render_text(pathway: DecisionPathway, top: int = 5) -> str:
         words = "  ".join(f"{printable(word.text, 24)} {score:{number}}" for word, score in ranked)
         about = "" if lane.explained_class == lane.predicted_class else f"for {lane.explained_class}: "
         lines.append(f"  {'':{name_width}}  {about}{words}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_comparisons(pathway)])
+
+
+def _comparisons(pathway: DecisionPathway) -> list[str]:
+    """Says why the explained label and not the foil, and which concepts move the expected label."""
+    lines = []
+    if pathway.foil != pathway.explained_label:
+        contrasts = (f"{lane.name} {lane.contrast:+.3f}" for lane in pathway.concepts)
+        lines.append(f"  why {pathway.explained_label!r} and not {pathway.foil!r}: {', '.join(contrasts)}")
+    if pathway.expected_label is not None:
+        effects = (f"{lane.name} {lane.effect:+.2f}" for lane in pathway.concepts)
+        lines.append(f"  expected label {pathway.expected_label:.2f}, moved by {', '.join(effects)}")
+    return lines

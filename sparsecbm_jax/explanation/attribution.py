@@ -85,14 +85,12 @@ class TokenScores(NamedTuple):
         output: The predictions.
         classes: Class of each concept that was differentiated.
         token_scores: Score of every token; 0 for tokens of no word.
-        contributions: φ_k · a_k towards every label.
         baseline_logits: u_k of that class at the baseline; None where the method has no baseline.
     """
 
     output: CBMOutput
     classes: Int[Array, "B K"]
     token_scores: Float[Array, "B K T"]
-    contributions: Float[Array, "B K Y"]
     baseline_logits: Float[Array, "B K"] | None
 
 
@@ -145,8 +143,7 @@ def score_tokens(
         else:
             scores = jnp.sqrt(jnp.sum(jnp.square(grads), axis=-1))
     scores = jnp.where(is_word[:, None], jnp.moveaxis(scores, 0, 1), 0)
-    contributions = jnp.einsum("bkc,kcy->bky", output.activations, arrays.heads["predictor"]["kernel"])
-    return TokenScores(output, explained, scores, contributions, baseline_logits)
+    return TokenScores(output, explained, scores, baseline_logits)
 
 
 def _explained(output: CBMOutput, classes: Int[Array, "*B K"]) -> Int[Array, "B K"]:

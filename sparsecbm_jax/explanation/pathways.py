@@ -21,6 +21,14 @@ from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.data.words import Reading, Word, read_words
 from sparsecbm_jax.explanation.attribution import Attribution, Baseline, Method, TokenScores, score_tokens
+from sparsecbm_jax.explanation.contributions import (
+    Reference,
+    expected_label,
+    label_effects,
+    label_parts,
+    label_values,
+    reference_of,
+)
 from sparsecbm_jax.explanation.subnetworks import Subnetwork, summarise_subnetworks
 from sparsecbm_jax.model.predictions import check_texts, text_batches
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
@@ -44,8 +52,10 @@ class ConceptPathway:
         explained_class: Class that `word_scores` are for.
         probabilities: Softmax of u over the classes.
         activations: a of each class, the input of the label predictor; see `model.heads.activate`.
-        contribution: φ_k · a_k towards the explained label.
-        contributions: The same towards every label.
+        contribution: What the concept adds to the logit of the explained label; see `explanation.contributions`.
+        contributions: The same for every label.
+        contrast: By how much more it adds to the explained label than to the foil.
+        effect: By how much it moves the expected label; null where labels are not numbers.
         word_scores: Score of each word of the pathway for u of the explained class through this concept's subnetwork,
             by the pathway's method; 0 for unread words.
         explained_logit: u of the explained class.
@@ -61,6 +71,8 @@ class ConceptPathway:
     activations: dict[str, float]
     contribution: float
     contributions: dict[str, float]
+    contrast: float
+    effect: float | None
     word_scores: tuple[float, ...]
     explained_logit: float
     baseline_logit: float | None
@@ -69,7 +81,7 @@ class ConceptPathway:
 
 @dataclasses.dataclass(frozen=True)
 class DecisionPathway:
-    """The path of one text to its label. For every label j, bias[j] + Σ_k contributions_k[j] = label_logits[j].
+    """The path of one text to its label. For every label j, base[j] + Σ_k contributions_k[j] = label_logits[j].
 
     Attributes:
         text: The text as given.
@@ -83,7 +95,11 @@ class DecisionPathway:
         concepts: One lane per concept.
         label: Label of highest probability.
         explained_label: Label that `contribution` is for.
-        label_probabilities, label_logits, bias: Values by label.
+        foil: Label that the explained one is compared with.
+        expected_label: Mean of the label, where labels are numbers; otherwise null.
+        reference: Where contributions are counted from: 'mean', a concept's activations on average, with logits against
+            the mean of the labels; or 'zero', the paper's.
+        label_probabilities, label_logits, base: Values by label.
     """
 
     text: str
@@ -97,9 +113,12 @@ class DecisionPathway:
     concepts: tuple[ConceptPathway, ...]
     label: str
     explained_label: str
+    foil: str
+    expected_label: float | None
+    reference: Reference
     label_probabilities: dict[str, float]
     label_logits: dict[str, float]
-    bias: dict[str, float]
+    base: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the pathway as nested dicts and lists, ready for JSON."""
@@ -115,11 +134,16 @@ class DecisionPathway:
 
 
 class Target(NamedTuple):
-    """The target of an explanation: indices of the label and of each concept's class, −1 for the predicted one."""
+    """The target of an explanation: indices of the label and of each concept's class, −1 for the predicted one.
+
+    `foil` is the index of the label that it is compared with, −1 for the most probable other one.
+    """
 
     name: str
     label: int
     classes: Int[np.ndarray, " K"]
+    foil: int
+    reference: Reference
 
 
 def explain(
@@ -131,6 +155,8 @@ def explain(
     baseline: Baseline = "zero",
     num_steps: int = Attribution.num_steps,
     batch_size: int = 16,
+    foil: str | None = None,
+    reference: Reference | None = None,
 ) -> list[DecisionPathway]:
     """Explains every text, in the order given.
 
@@ -148,22 +174,27 @@ def explain(
             padding token's.
         num_steps: Number of points of that path, at least 1; each costs a forward and a backward pass.
         batch_size: Texts in a pass, at least 1; the result does not depend on it beyond rounding.
+        foil: Label that the explained one is compared with: why the one and not the other. None: the most probable of
+            the others.
+        reference: Where contributions are counted from: 'mean', or 'zero', as in the paper. None: 'mean' where the
+            model knows its mean activations.
 
     Returns:
         One pathway per text.
 
     Raises:
-        ValueError: A text is empty or holds nothing that the tokeniser reads, `target` names no label, concept or
-            class, there is no such method or baseline, the model has no concepts, or its output is not finite.
+        ValueError: A text is empty or holds nothing that the tokeniser reads, `target` or `foil` names no label,
+            concept or class, the foil is the explained label, the model has no mean activations to count from, there
+            is no such method or baseline, the model has no concepts, or its output is not finite.
 
     Reference: Tan et al. 2024, token scores ‖G_k(t_d)‖; contributions from Eq. 3.
     Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
     """
     check_texts(texts)
-    pathways = explain_stream(
-        model, texts, target, method=method, baseline=baseline, num_steps=num_steps, batch_size=batch_size
+    attribution = {"method": method, "baseline": baseline, "num_steps": num_steps}
+    return list(
+        explain_stream(model, texts, target, **attribution, batch_size=batch_size, foil=foil, reference=reference)  # type: ignore[arg-type]
     )
-    return list(pathways)
 
 
 def explain_stream(
@@ -175,6 +206,8 @@ def explain_stream(
     baseline: Baseline = "zero",
     num_steps: int = Attribution.num_steps,
     batch_size: int = 16,
+    foil: str | None = None,
+    reference: Reference | None = None,
 ) -> Iterator[DecisionPathway]:
     """Explains any number of texts, in order, in the memory of a few batches.
 
@@ -188,6 +221,8 @@ def explain_stream(
         baseline: As for `explain`.
         num_steps: As for `explain`.
         batch_size: As for `explain`.
+        foil: As for `explain`.
+        reference: As for `explain`.
 
     Yields:
         One pathway per text.
@@ -202,7 +237,7 @@ def explain_stream(
         check_texts(texts)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    asked = _resolve_target(model.schema, target)
+    asked = _resolve_target(model, target, foil, reference)
     return _explain_windows(model, iter(texts), asked, Attribution(method, baseline, num_steps), batch_size)
 
 
@@ -240,12 +275,23 @@ def pathway_schema() -> dict[str, Any]:
     return schema_of(DecisionPathway)
 
 
-def _resolve_target(schema: Schema, target: str | Mapping[str, str]) -> Target:
+def _resolve_target(
+    model: SparseCBM, target: str | Mapping[str, str], foil: str | None, reference: Reference | None
+) -> Target:
+    schema = model.schema
+    other = -1 if foil is None else name_index("label", foil, schema.labels)
+    asked = _named_target(schema, target)._replace(foil=other, reference=reference_of(model, reference))
+    if other >= 0 and other == asked.label:
+        raise ValueError(f"the foil {foil!r} is the label that is explained; expected another")
+    return asked
+
+
+def _named_target(schema: Schema, target: str | Mapping[str, str]) -> Target:
     classes = np.full(schema.num_concepts, -1, np.int32)
     if target == PREDICTED:
-        return Target(PREDICTED, -1, classes)
+        return Target(PREDICTED, -1, classes, -1, "mean")
     if isinstance(target, str):
-        return Target(target, name_index("label", target, schema.labels), classes)
+        return Target(target, name_index("label", target, schema.labels), classes, -1, "mean")
     label = -1
     for key, name in target.items():
         if key == LABEL and LABEL not in schema.concepts:
@@ -253,7 +299,8 @@ def _resolve_target(schema: Schema, target: str | Mapping[str, str]) -> Target:
         else:
             concept = name_index("concept", key, schema.concepts)
             classes[concept] = name_index("class", name, schema.classes)
-    return Target(", ".join(f"{key}={name}" for key, name in target.items()) or PREDICTED, label, classes)
+    name = ", ".join(f"{key}={name}" for key, name in target.items()) or PREDICTED
+    return Target(name, label, classes, -1, "mean")
 
 
 def _pathway(
@@ -278,6 +325,10 @@ def _pathway(
     concept_probabilities = _softmax(np.asarray(output.concept_logits))
     label_probabilities = _softmax(np.asarray(output.label_logits))
     explained = target.label if target.label >= 0 else int(label_probabilities.argmax())
+    foil = _foil(target.foil, explained, label_probabilities)
+    parts = label_parts(model, np.asarray(output.activations), target.reference)
+    values_of = label_values(schema.labels)
+    effects = None if values_of is None else label_effects(parts, values_of)
     is_integrated = attribution.is_integrated
     concepts = tuple(
         ConceptPathway(
@@ -286,8 +337,10 @@ def _pathway(
             explained_class=schema.classes[int(values.classes[k])],
             probabilities=by_name(schema.classes, concept_probabilities[k]),
             activations=by_name(schema.classes, output.activations[k]),
-            contribution=float(values.contributions[k, explained]),
-            contributions=by_name(schema.labels, values.contributions[k]),
+            contribution=float(parts.contributions[k, explained]),
+            contributions=by_name(schema.labels, parts.contributions[k]),
+            contrast=float(parts.contributions[k, explained] - parts.contributions[k, foil]),
+            effect=None if effects is None else float(effects[k]),
             word_scores=_word_scores(np.asarray(values.token_scores[k]), reading, attribution.is_signed),
             explained_logit=float(output.concept_logits[k, values.classes[k]]),
             baseline_logit=float(values.baseline_logits[k]) if values.baseline_logits is not None else None,
@@ -307,10 +360,21 @@ def _pathway(
         concepts=concepts,
         label=schema.labels[int(label_probabilities.argmax())],
         explained_label=schema.labels[explained],
+        foil=schema.labels[foil],
+        expected_label=None if values_of is None else float(expected_label(parts.logits, values_of)),
+        reference=target.reference,
         label_probabilities=by_name(schema.labels, label_probabilities),
-        label_logits=by_name(schema.labels, output.label_logits),
-        bias=by_name(schema.labels, np.asarray(model.heads["predictor"]["bias"])),
+        label_logits=by_name(schema.labels, parts.logits),
+        base=by_name(schema.labels, parts.base),
     )
+
+
+def _foil(asked: int, explained: int, probabilities: Float[np.ndarray, " Y"]) -> int:
+    """Returns the label to compare with: the one that is asked for, or the most probable one that is not explained."""
+    if asked >= 0 and asked != explained:
+        return asked
+    others = [label for label in np.argsort(-probabilities, kind="stable").tolist() if label != explained]
+    return others[0] if others else explained
 
 
 def _word_tokens(batch: Batch, readings: Sequence[Reading]) -> Bool[np.ndarray, "B T"]:

@@ -37,6 +37,7 @@ from sparsecbm_jax.data.tokenizers import load_tokenizer
 from sparsecbm_jax.model import card
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.mean_activations import read_mean_activations
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.json_files import read_json_object
@@ -241,6 +242,10 @@ def load(directory: str | Path, *, mesh: Mesh | None = None) -> SparseCBM:
     metadata = {**content["metadata"], "max_length": content["max_length"]}
     if (directory / METRICS_FILE).is_file():
         metadata["metrics"] = _read_json(directory / METRICS_FILE)
+    try:
+        read_mean_activations(metadata, config.num_concepts, config.num_classes)
+    except ValueError as error:
+        raise ArtifactError(f"{directory / CONFIG_FILE}: {error}") from error
     tokenizer = load_tokenizer(directory)
     return SparseCBM(config, loaded["params"], masks, loaded["heads"], schema, tokenizer, strategy, metadata)
 

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Float
+
 from sparsecbm_jax.backbones import maskable_paths
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core.masks import AnyMasks, Masks
@@ -11,6 +14,7 @@ from sparsecbm_jax.core.trees import Params
 from sparsecbm_jax.data.batches import BUCKETS
 from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.model.config import CBMConfig, Heads
+from sparsecbm_jax.model.mean_activations import MeanActivations, read_mean_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +61,8 @@ class SparseCBM:
         tokenizer: a fast tokeniser with a pad token.
         strategy: how it was trained: 'standard', 'independent', 'sequential', 'joint' or 'sparse'.
         metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text), 'buckets' (widths
-            that texts are padded to; for each, programs are compiled) and 'metrics' (kept in `metrics.json`). Shown on
+            that texts are padded to; for each, programs are compiled), 'mean_activations' and 'class_activations' (see
+            `model.mean_activations`) and 'metrics' (kept in `metrics.json`). Shown on
             the card: 'seed', 'dataset', 'backbone' (names), 'functions' (names of a loss or criterion of one's own).
     """
 
@@ -89,6 +94,27 @@ class SparseCBM:
     def buckets(self) -> tuple[int, ...]:
         """Returns the widths that texts are padded to, rising; see `data.batches.bucket_length`."""
         return tuple(self.metadata.get("buckets") or BUCKETS)
+
+    @property
+    def mean_activations(self) -> MeanActivations | None:
+        """Returns the means of the concepts' activations; None of models that do not know them.
+
+        Raises:
+            ValueError: if the metadata are not of the model's shape.
+        """
+        return read_mean_activations(self.metadata, self.config.num_concepts, self.config.num_classes)
+
+    @property
+    def class_activations(self) -> Float[np.ndarray, "K C C"]:
+        """Returns the activations that concept k is given where it is set to class c, at [k, c].
+
+        Those that it has on average where the model reads it as c; of models that do not know them, one for c and zero
+        for the other classes.
+        """
+        if (known := self.mean_activations) is not None:
+            return known.by_class
+        num_classes = self.config.num_classes
+        return np.broadcast_to(np.eye(num_classes), (self.config.num_concepts, num_classes, num_classes))
 
     def for_few_texts(self) -> "SparseCBM":
         """Returns the same model with its layers looped over, for single texts and a few passes.

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from sparsecbm_jax.correction.edit_view import EditChange
 from sparsecbm_jax.correction.report import CorrectionReport
+from sparsecbm_jax.explanation.contributions import Reference, reference_of, set_contributions
 from sparsecbm_jax.explanation.pathways import DecisionPathway
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
@@ -41,12 +40,17 @@ class Comparison(NamedTuple):
     change: EditChange | None = None
 
 
-def predictor_weights(model: SparseCBM) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns the label predictor's φ by concept, class and label: all that the page needs to set a concept."""
-    schema, kernel = model.schema, np.asarray(model.heads["predictor"]["kernel"])
+def predictor_weights(model: SparseCBM, reference: Reference | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns what a concept contributes where it is set to a class, by concept, class and label.
+
+    Args:
+        model: The model.
+        reference: Where contributions are counted from, as in the pathways that are shown; see `explain`.
+    """
+    schema, parts = model.schema, set_contributions(model, reference_of(model, reference))
     return {
         concept: {
-            name: dict(zip(schema.labels, kernel[k, c].tolist(), strict=True)) for c, name in enumerate(schema.classes)
+            name: dict(zip(schema.labels, parts[k, c].tolist(), strict=True)) for c, name in enumerate(schema.classes)
         }
         for k, concept in enumerate(schema.concepts)
     }
@@ -61,7 +65,7 @@ def render_page(
 ) -> str:
     """Renders one HTML file that shows pathways, and corrections before and after, one at a time.
 
-    Setting concept k to class c makes a_k one-hot: its contribution a_k φ_k becomes φ_{k,c}, and the label
+    Setting concept k to class c gives it the activations that it has on average where it is read as c; the label
     y = φ_0 + Σ_k a_k φ_k follows without the language model.
 
     Args:

@@ -20,6 +20,7 @@ from sparsecbm_jax.core import sharding
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import activate
+from sparsecbm_jax.model.mean_activations import MeanActivations, mean_activations
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.training.calibration import MIN_LABELS, calibrated, log_loss, temperature
@@ -172,6 +173,12 @@ def outputs_of(context: RunContext, state: TrainState, split: str) -> Outputs:
     group_of = np.array([number[groups[row]] for row in rows[order].tolist()])
     logits, label_logits, concepts, labels = (leaf[order] for leaf in found)
     return Outputs(logits, label_logits, concepts, labels, group_of)
+
+
+def mean_activations_of(context: RunContext, state: TrainState) -> MeanActivations:
+    """Averages a state's activations over the training split."""
+    logits = outputs_of(context, state, "train").concept_logits
+    return mean_activations(_activations(context.prepared.config, logits), logits.argmax(axis=-1))
 
 
 def _fitted_on(

@@ -89,7 +89,9 @@ def test_each_correction_keeps_those_before_it() -> None:
 
 def test_people_get_the_edits_that_the_suite_measures() -> None:
     original = model()
-    named = EDITORS["continual"].make(EditorContext(original.config, original.arrays, anchors()), 0)
+    named = EDITORS["continual"].make(
+        EditorContext(original.config, original.arrays, anchors(), original.class_activations), 0
+    )
     editor, corrected, arrays = continual_editor(), original, original.arrays
     kept: list[CorrectionRequest] = []
     asked: list[ConceptCorrection] = []

@@ -45,7 +45,7 @@ def pathways(model: SparseCBM) -> list[DecisionPathway]:
 def test_contributions_and_bias_add_up_to_the_logit(model: SparseCBM, pathways: list[DecisionPathway]) -> None:
     for pathway in pathways:
         for label, logit in pathway.label_logits.items():
-            total = pathway.bias[label] + sum(lane.contributions[label] for lane in pathway.concepts)
+            total = pathway.base[label] + sum(lane.contributions[label] for lane in pathway.concepts)
             assert total == pytest.approx(logit, abs=SUM_TOLERANCE)
         for lane in pathway.concepts:
             assert lane.contribution == lane.contributions[pathway.explained_label]
@@ -175,14 +175,24 @@ def test_render_text() -> None:
     assert lines[0] == f'"{TEXTS[2]}"'
     assert lines[1].startswith(f"label: {pathway.label} ")
     assert lines[2] == "explained: food=Positive; words by gradient_norm (no sign)"
-    assert f"bias {pathway.bias[pathway.label]:+.3f}" in lines[3]
+    assert f"base {pathway.base[pathway.label]:+.3f}" in lines[3]
     food = pathway.concepts[0]
     assert f"{food.predicted_class}" in lines[4] and f"{food.contribution:+.3f}" in lines[4]
     assert f"{food.subnetwork.density:.1%} of weights" in lines[4]
     assert lines[5].strip().startswith("for Positive: ")
     top = max(zip(food.word_scores, pathway.words, strict=True), key=lambda pair: pair[0])
     assert f"for Positive: {top[1].text} {top[0]:.3g}" in lines[5]
-    assert len(lines) == 4 + 2 * 3
+    assert lines[10] == f"  why {pathway.explained_label!r} and not {pathway.foil!r}: " + ", ".join(
+        f"{lane.name} {lane.contrast:+.3f}" for lane in pathway.concepts
+    )
+    assert len(lines) == 4 + 2 * 3 + 1
+    stars = dataclasses.replace(
+        pathway,
+        expected_label=3.25,
+        concepts=tuple(dataclasses.replace(lane, effect=-0.5) for lane in pathway.concepts),
+    )
+    last = render_text(stars).split("\n")[-1]
+    assert last == "  expected label 3.25, moved by food -0.50, ambiance -0.50, service -0.50"
 
 
 def signed(pathway: DecisionPathway) -> DecisionPathway:

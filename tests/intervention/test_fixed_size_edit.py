@@ -263,14 +263,14 @@ def test_wrong_masks_and_options_are_refused(model: SparseCBM, batch: Batch) -> 
 
 def test_oracle_activations(model: SparseCBM) -> None:
     activations = np.random.default_rng(0).random((2, 3, 3)).astype(np.float32)
-    corrected, labels = oracle_activations(model.heads, activations, SERVICE, np.array([0, 2]))
+    corrected, labels = oracle_activations(model.heads, activations, SERVICE, np.eye(3)[[0, 2]])
     np.testing.assert_array_equal(corrected[:, SERVICE], [[1, 0, 0], [0, 0, 1]])
     np.testing.assert_array_equal(corrected[:, :SERVICE], activations[:, :SERVICE])
     heads = as_float64(model.heads)
     wanted = [label_logits(heads, row) for row in np.asarray(corrected)]
     np.testing.assert_allclose(labels, wanted, atol=LOGIT_TOLERANCE)
     with pytest.raises(ValueError, match="concept is 5"):
-        oracle_activations(model.heads, activations, 5, 0)
+        oracle_activations(model.heads, activations, 5, np.eye(3)[0])
 
 
 def test_correct_by_name(model: SparseCBM) -> None:

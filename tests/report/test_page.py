@@ -135,7 +135,9 @@ def test_setting_a_concept_gives_the_label_that_python_gives(
     activations = np.array([[list(lane.activations.values()) for lane in pathway.concepts]], np.float32)
     for k, lane in enumerate(pathway.concepts):
         for c, name in enumerate(lane.probabilities):
-            (logits,) = np.asarray(oracle_activations(model.heads, activations, k, c).label_logits, np.float64)
+            values = activations[0, k] if name == lane.predicted_class else model.class_activations[k, c]
+            (logits,) = np.asarray(oracle_activations(model.heads, activations, k, values).label_logits, np.float64)
+            logits -= logits.mean()
             wanted = np.exp(logits) / np.exp(logits).sum()
             page.eval_on_selector(f".concept[data-concept='{k}'] .class[data-class='{name}']", "node => node.click()")
             np.testing.assert_allclose(numbers(page, ".share"), wanted, atol=TOLERANCE)
@@ -286,10 +288,9 @@ def test_a_correction_states_what_changed(open_page: Any, comparison: report.Com
         if label:
             page.locator(".pathway").first.locator(".share", has_text=label).click()
         sums = page.locator(".outcome .hint").all_text_contents()
-        assert (
-            sums
-            == [f"Bias and contributions sum to the logit of label {label or comparison.after.explained_label}."] * 2
-        )
+        name = label or comparison.after.explained_label
+        wanted = f"Base and contributions sum to the logit of label {name}, against the average text and label."
+        assert sums == [wanted] * 2
     page = open_page([], [comparison._replace(change=None)])
     assert "Where the mask" not in page.text_content("main") and page.problems == []
 

@@ -11,6 +11,7 @@ from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.data.tokenizers import train_wordpiece
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import init_heads
+from sparsecbm_jax.model.mean_activations import MeanActivations
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
 TEXTS = (
@@ -57,4 +58,5 @@ def tiny_model(
             path: jax.numpy.asarray(rng.random((config.num_concepts, *leaf_at(params, path).shape)) < density)
             for path in maskable_paths(backbone)
         }
-    return SparseCBM(config, params, masks, heads, SCHEMA, tokenizer, strategy)
+    means = MeanActivations(0.1 * rng.normal(size=(3, 3)), 0.1 * rng.normal(size=(3, 3, 3)))
+    return SparseCBM(config, params, masks, heads, SCHEMA, tokenizer, strategy, means.to_metadata())

@@ -1,11 +1,13 @@
 """Baselines of mask edits: random edits, gradient steps, wrong labels, activations set by hand."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
@@ -95,18 +97,28 @@ def no_correction(
     return arrays, edit_of(config, arrays, arrays, correction)
 
 
-def oracle(config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection) -> tuple[ModelArrays, MaskEdit]:
-    """Sets the concept's activation by hand, which counts as repaired, and leaves the model as it is.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Oracle:
+    """Sets the concept's activations by hand, which counts as repaired, and leaves the model as it is.
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
+
+    Attributes:
+        class_activations: What a concept that is set to a class is given; see `SparseCBM.class_activations`.
     """
-    edit = edit_of(config, arrays, arrays, correction)
-    logits = edit.concept_logits_before
-    asked = jax.nn.one_hot(edit.target, logits.shape[-1], dtype=logits.dtype)
-    label = oracle_activations(arrays.heads, activate(config, logits), correction.concept, edit.target).label_logits
-    return arrays, edit._replace(
-        concept_logits_after=logits.at[:, correction.concept].set(asked), label_logits_after=label
-    )
+
+    class_activations: Float[np.ndarray, "K C C"]
+
+    def __call__(
+        self, config: CBMConfig, arrays: ModelArrays, correction: ConceptCorrection
+    ) -> tuple[ModelArrays, MaskEdit]:
+        """Returns the model as it is, and the edit, whose label follows from the activations."""
+        edit = edit_of(config, arrays, arrays, correction)
+        logits, k = edit.concept_logits_before, correction.concept
+        asked = jax.nn.one_hot(edit.target, logits.shape[-1], dtype=logits.dtype)
+        values = jnp.asarray(self.class_activations, logits.dtype)[k, edit.target]
+        label = oracle_activations(arrays.heads, activate(config, logits), k, values).label_logits
+        return arrays, edit._replace(concept_logits_after=logits.at[:, k].set(asked), label_logits_after=label)
 
 
 def _kernels(arrays: ModelArrays, concept: int | Int[Array, ""]) -> dict[str, Float[Array, "1 ..."]]:
@@ -190,9 +202,9 @@ def oracle_activations(
     heads: Params,
     activations: Float[Array, "B K C"],
     concept: int | Int[Array, ""],
-    target: int | Int[Array, ""] | Int[Array, " B"],
+    values: Float[Any, " C"] | Float[Any, "B C"],
 ) -> OracleOutput:
-    """Sets â_k to the one-hot vector of class `target` and predicts the label from it, without changing the model.
+    """Sets â_k to given values and predicts the label from them, without changing the model.
 
     The model therefore repeats its mistake on the next text; `intervene` is compared with this.
 
@@ -200,12 +212,10 @@ def oracle_activations(
         heads: Heads of the model.
         activations: Activations of the batch.
         concept: Index k of the concept.
-        target: Class of the concept, for all rows or for each.
+        values: Activations of the concept, for all rows or for each.
 
     Reference: Koh et al. 2020, 'Concept Bottleneck Models', test-time intervention.
     """
     check_index("concept", concept, 0, activations.shape[1])
-    check_index("target", target, 0, activations.shape[2])
-    hard = jax.nn.one_hot(jnp.asarray(target), activations.shape[2], dtype=activations.dtype)
-    corrected = jnp.asarray(activations).at[:, concept].set(hard)
+    corrected = jnp.asarray(activations).at[:, concept].set(jnp.asarray(values, activations.dtype))
     return OracleOutput(corrected, predict_label(heads, corrected))

@@ -6,11 +6,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Float
+
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.evaluation.editing.baselines import (
+    Oracle,
     fine_tune,
     no_correction,
-    oracle,
     projector_sgd,
     random_share,
     wrong_label,
@@ -30,11 +33,13 @@ class EditorContext:
     Attributes:
         config, arrays: The model before any correction.
         batches: Training texts with their gold concepts.
+        class_activations: What a concept that is set to a class is given; see `SparseCBM.class_activations`.
     """
 
     config: CBMConfig
     arrays: ModelArrays
     batches: Sequence[Batch]
+    class_activations: Float[np.ndarray, "K C C"]
 
     @functools.cached_property
     def costs(self) -> dict[int, EditCosts]:
@@ -105,7 +110,7 @@ EDITORS: Mapping[str, NamedEditor] = {
     "random": NamedEditor("random, 1 %", lambda context, seed: random_share(0.01, seed)),
     "projector": NamedEditor("SGD on the projector", lambda context, seed: projector_sgd(0.05)),
     "fine_tune": NamedEditor("SGD on the backbone", lambda context, seed: fine_tune(1e-3)),
-    "oracle": NamedEditor("oracle activation", lambda context, seed: oracle),
+    "oracle": NamedEditor("oracle activation", lambda context, seed: Oracle(context.class_activations)),
     "wrong_label": NamedEditor("minimal, wrong label", lambda context, seed: wrong_label(minimal())),
 }
 

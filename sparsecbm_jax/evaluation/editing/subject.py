@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsecbm_jax.data.batches import Tokenized, batch_of
 from sparsecbm_jax.intervention.editors import Editor, is_repaired
@@ -47,12 +47,14 @@ class Subject:
         config, arrays: The model before any correction.
         split: Rows with gold concepts.
         groups: Name of the original text of each row.
+        class_activations: What a concept that is set to a class is given; see `SparseCBM.class_activations`.
     """
 
     config: CBMConfig
     arrays: ModelArrays
     split: Tokenized
     groups: Sequence[str]
+    class_activations: Float[np.ndarray, "K C C"]
 
     @functools.cached_property
     def predictions(self) -> SplitPredictions:

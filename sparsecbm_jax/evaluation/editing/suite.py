@@ -100,7 +100,8 @@ def oracle(subject: Subject, rows: Sequence[int]) -> dict[str, Any]:
         output = forward(subject.arrays, batch_of(split, [row]))
         activations, label = output.activations, output.label_logits
         for k in subject.wrong_of(row):
-            activations, label = oracle_activations(heads, activations, k, int(split.concepts[row, k]))
+            values = subject.class_activations[k, int(split.concepts[row, k])]
+            activations, label = oracle_activations(heads, activations, k, values)
         is_right[row] = bool(np.argmax(np.asarray(label)[0]) == split.labels[row])
     return {"task": _task(subject, is_right)}
 

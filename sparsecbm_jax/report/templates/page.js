@@ -49,7 +49,7 @@ const drawing = (() => {
     if (!chosen.size) {
       return { contributions, logits: pathway.label_logits, probabilities: pathway.label_probabilities, label: pathway.label };
     }
-    const logits = { ...pathway.bias };
+    const logits = { ...pathway.base };
     for (const part of contributions) for (const label of Object.keys(logits)) logits[label] += part[label];
     const probabilities = softmax(logits);
     return { contributions, logits, probabilities, label: best(probabilities) };
@@ -215,7 +215,8 @@ const drawing = (() => {
         if (!data.predictor) return make("div", { class: kind, "data-class": name }, content);
         return make("button", { type: "button", class: kind, "data-class": name, "aria-pressed": "false",
           onclick: () => {
-            if (chosen.get(lane.name) === name) chosen.delete(lane.name);
+            // The class that is read already is how things are.
+            if (isPredicted || chosen.get(lane.name) === name) chosen.delete(lane.name);
             else {
               chosen.set(lane.name, name);
               onset?.(lane.name, name);
@@ -233,7 +234,7 @@ const drawing = (() => {
       const note = make("span", { class: "note" });
       return { bar, number, note, item: make("li", { class: "fall", ...attributes }, make("span", { class: "name" }, name), make("span", { class: "axis" }, bar), number, note) };
     };
-    const falls = [fallRow("bias"), ...lanes.map((lane, k) => fallRow(lane.name, follows(k))), fallRow("logit", { class: "fall total" })];
+    const falls = [fallRow("base"), ...lanes.map((lane, k) => fallRow(lane.name, follows(k))), fallRow("logit", { class: "fall total" })];
     const sumHint = make("p", { class: "hint" });
 
     const svg = document.createElementNS(SVG, "svg");
@@ -301,16 +302,16 @@ const drawing = (() => {
         if (row.nodeName === "BUTTON") row.setAttribute("aria-pressed", String(isSet));
       }));
       reset.disabled = !chosen.size;
-      sumHint.textContent = `Bias and contributions sum to the logit of label ${shownLabel}.`;
+      sumHint.textContent = `Base and contributions sum to the logit of label ${shownLabel}${pathway.reference === "mean" ? ", against the average text and label" : ""}.`;
       updateWaterfall(contributions.map((part) => part[shownLabel]), logits[shownLabel]);
       follow();
     }
 
     function updateWaterfall(contributions, logit) {
-      const steps = [pathway.bias[shownLabel], ...contributions];
+      const steps = [pathway.base[shownLabel], ...contributions];
       const sums = (terms) => terms.reduce((ends, term) => [...ends, ends.at(-1) + term], [0]);
       const ends = sums(steps);
-      const scale = beside ? [...ends, ...sums([beside.bias[shownLabel], ...beside.concepts.map((lane) => lane.contributions[shownLabel])])] : ends;
+      const scale = beside ? [...ends, ...sums([beside.base[shownLabel], ...beside.concepts.map((lane) => lane.contributions[shownLabel])])] : ends;
       const low = Math.min(...scale), width = Math.max(...scale) - low || 1;
       falls.forEach(({ item, bar, number, note }, i) => {
         const isTotal = i === steps.length;
@@ -391,9 +392,13 @@ const drawing = (() => {
           ...classes.map((name) => lane.activations[name].toFixed(3))])),
       table(`Logits that the words are scored for, by ${methodWords(pathway)}`, ["Concept", "Explained", "Its logit", ...(hasBaseline ? [`Logit at ${pathway.baseline}`, "Sum of words"] : [])],
         lanes.map((lane) => [lane.name, lane.explained_class, ...[lane.explained_logit, ...(hasBaseline ? [lane.baseline_logit, lane.word_scores.reduce((sum, score) => sum + score, 0)] : [])].map(signed)])),
-      table("Parts of each label’s logit", ["Label", "Bias", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
-        labels.map((label) => [label, signed(pathway.bias[label]), ...lanes.map((lane) => signed(lane.contributions[label])),
+      table(`Parts of each label’s logit${pathway.reference === "mean" ? ", against the average text and label" : ""}`,
+        ["Label", "Base", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
+        labels.map((label) => [label, signed(pathway.base[label]), ...lanes.map((lane) => signed(lane.contributions[label])),
           signed(pathway.label_logits[label]), percent(pathway.label_probabilities[label])])),
+      table(`Why label ${pathway.explained_label}${pathway.foil === pathway.explained_label ? "" : ` and not ${pathway.foil}`}`, ["", ...lanes.map((lane) => lane.name)],
+        [["Adds more to it by", ...lanes.map((lane) => signed(lane.contrast))],
+          ...(pathway.expected_label === null ? [] : [[`Moves the expected label, ${pathway.expected_label.toFixed(2)}, by`, ...lanes.map((lane) => signed(lane.effect))]])]),
       table("Score of each word", ["Word", ...lanes.map((lane) => `${lane.name} = ${lane.explained_class}`)],
         pathway.words.map((word, i) => [word.text, ...lanes.map((lane, k) => {
           const score = lane.word_scores[i];

@@ -38,7 +38,7 @@ def split(model: SparseCBM) -> Tokenized:
 
 
 def subject_of(model: SparseCBM, split: Tokenized, groups: Sequence[str] = GROUPS) -> Subject:
-    return Subject(model.config, model.arrays, split, groups)
+    return Subject(model.config, model.arrays, split, groups, model.class_activations)
 
 
 def test_predictions_are_those_of_the_model_in_the_order_asked(model: SparseCBM, split: Tokenized) -> None:

@@ -30,6 +30,7 @@ from tests.support.tiny_model import TEXTS, tiny_model
 
 pytestmark = pytest.mark.long
 
+CLASS_ACTIVATIONS = np.random.default_rng(3).normal(size=(3, 3, 3))
 GROUPS = ("a", "a", "b", "b", "c", "c", "d", "d")
 
 
@@ -47,7 +48,7 @@ def subject(model: SparseCBM) -> Subject:
     concepts[0, 0] = labels[1] = -1
     split = tokenize(Examples(texts, concepts, labels, GROUPS, np.arange(8)), model.tokenizer, 40)
     split.concepts[7] = predict_split(model.config, model.arrays, split, [7]).concepts[0]
-    return Subject(model.config, model.arrays, split, GROUPS)
+    return Subject(model.config, model.arrays, split, GROUPS, CLASS_ACTIVATIONS)
 
 
 def forward(subject: Subject, arrays: ModelArrays, row: int) -> CBMOutput:
@@ -74,7 +75,7 @@ def test_rows_are_drawn_by_their_wrong_cells(subject: Subject) -> None:
     assert len(subject.draw_held_out([0], 3, seed=0)) == 3
     perfect = subject.split._replace(concepts=subject.predictions.concepts)
     with pytest.raises(ValueError, match="there is nothing to correct"):
-        Subject(subject.config, subject.arrays, perfect, GROUPS).draw(0, seed=0)
+        Subject(subject.config, subject.arrays, perfect, GROUPS, CLASS_ACTIVATIONS).draw(0, seed=0)
 
 
 def test_without_an_edit_the_figure_is_the_models_own(subject: Subject) -> None:
@@ -131,7 +132,7 @@ def test_the_oracle_sets_activations(subject: Subject) -> None:
     for row in np.flatnonzero(split.labels >= 0):
         activations = np.asarray(forward(subject, subject.arrays, row).activations).copy()
         for k in subject.wrong_of(row):
-            activations[0, k] = np.eye(3)[split.concepts[row, k]]
+            activations[0, k] = CLASS_ACTIVATIONS[k, split.concepts[row, k]]
         logits = np.einsum("kc,kcy->y", activations[0], heads["predictor"]["kernel"]) + heads["predictor"]["bias"]
         right.append(logits.argmax() == split.labels[row])
     assert oracle(subject, subject.draw(0, seed=0))["task"] == pytest.approx(np.mean(right))
@@ -162,7 +163,7 @@ def test_a_summary_counts_those_that_were_repaired() -> None:
 def test_an_editor_is_what_it_is_called(subject: Subject, name: str) -> None:
     row, k = 1, 1
     batch = batch_of(subject.split, [row])
-    context = EditorContext(subject.config, subject.arrays, [batch])
+    context = EditorContext(subject.config, subject.arrays, [batch], CLASS_ACTIVATIONS)
     predicted = int(subject.predictions.concepts[row, k])
     correction = ConceptCorrection(batch, k, (predicted + 1) % 3)
     outcome = measure(EDITORS[name].make(context, 0), subject.config, subject.arrays, correction)
@@ -192,7 +193,7 @@ def test_a_variant_has_the_settings_of_its_title(subject: Subject, name: str, mo
 
     monkeypatch.setattr(editors, "continual_edit", edit)
     batch, costs = batch_of(subject.split, [1]), EditCosts({})
-    context = EditorContext(subject.config, subject.arrays, [batch])
+    context = EditorContext(subject.config, subject.arrays, [batch], CLASS_ACTIVATIONS)
     vars(context)["sharp_costs"] = {1: costs}
     editor = NAMED_EDITORS[name].make(context, 0)
     arrays, _ = editor(subject.config, subject.arrays, ConceptCorrection(batch, 1, 0))
