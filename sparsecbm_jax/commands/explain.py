@@ -4,7 +4,7 @@ sparsecbm explain --model=runs/quickstart/model --text="The food was great, but 
 sparsecbm explain --model=runs/quickstart/model --file=reviews.txt --format=json --output=pathways.jsonl
 sparsecbm explain --model=runs/quickstart/model --file=reviews.txt --format=csv --output=pathways.csv
 sparsecbm explain --model=runs/quickstart/model --file=reviews.txt --format=html --output=pathways.html
-sparsecbm explain --model=runs/quickstart/model --text="..." --method=integrated_gradients
+sparsecbm explain --model=runs/quickstart/model --text="..." --method=gradient_norm
 sparsecbm explain --model=runs/quickstart/model --text="..." --target=4 --foil=3
 sparsecbm explain --model=runs/quickstart/model --text="..." --target=food=Positive --target=label=2
 sparsecbm explain --model=runs/quickstart/model --subnetworks --output=subnetworks.json
@@ -19,7 +19,8 @@ four formats:
   html  one page that shows the pathways (extra `report`), written to --output when all are done; it opens from disk and
         asks nothing of any network. A page has at most 2 MB: texts that do not fit are left out, and it says so.
 
---target is a label's name, or concept=class and label=name pairs; by default the predicted ones. Takes seconds on a CPU
+--target is a label's name, or concept=class and label=name pairs; by default the predicted ones. A concept that is read
+as unknown shows no words, unless it is named: --target=noise=predicted. Takes seconds on a CPU
 once compiled.
 """
 
@@ -52,7 +53,9 @@ flags.adopt_module_key_flags(command_line)
 flags.DEFINE_multi_string("text", [], "A text to explain")
 flags.DEFINE_string("file", None, "File with one text a line, in UTF-8; empty lines are skipped.")
 flags.DEFINE_multi_string("target", [], "What to explain: a label, or concept=class or label=name")
-flags.DEFINE_string("method", "gradient_norm", "Score of words: gradient_norm, gradient_x_input, integrated_gradients.")
+flags.DEFINE_string(
+    "method", "integrated_gradients", "Score of words: integrated_gradients, gradient_x_input, gradient_norm."
+)
 flags.DEFINE_string("baseline", "zero", "Words' embeddings where integrated gradients begin: zero, or pad.")
 flags.DEFINE_integer("num_steps", None, "Steps of integrated gradients, where the usual do not suffice.", lower_bound=1)
 flags.DEFINE_string("foil", None, "Label that the explained one is compared with, in place of the runner-up.")

@@ -172,6 +172,10 @@ class PredictorConfig:
     """Whether concepts are calibrated on the validation split at the end, and φ is fitted there to the optimum, where
     cross-validation prefers that to the φ of training. Strategy 'independent' fits φ on gold concepts in any case."""
 
+    accepted_risk: float = setting(0.2, Check("a number in [0, 1]", lambda v: 0 <= v <= 1))
+    """Share of incorrect predictions, on the validation split, that is accepted among those that are not marked as
+    unsure: of each concept, and of the label. 1 marks none."""
+
     def __post_init__(self) -> None:
         settle(self)
 

@@ -21,6 +21,7 @@ CSV_COLUMNS = (
     "concept",
     "predicted_class",
     "probability",
+    "is_unsure",
     "contribution",
     "contrast",
     "effect",
@@ -32,11 +33,15 @@ CSV_COLUMNS = (
 def top_words(pathway: DecisionPathway, lane: ConceptPathway, top: int) -> list[tuple[Word, float]]:
     """Returns the words of highest absolute score for a concept, with their scores, without words that were not read.
 
+    A concept that is read as unknown, and was not asked for, has none.
+
     Args:
         pathway: The pathway of the text.
         lane: The concept's lane in it.
         top: Most words to return.
     """
+    if not lane.shows_words:
+        return []
     scored = zip(pathway.words, lane.word_scores, strict=True)
     return sorted(((word, score) for word, score in scored if word.is_read), key=lambda pair: -abs(pair[1]))[:top]
 
@@ -60,6 +65,7 @@ def csv_rows(pathway: DecisionPathway, number: int, top: int = 5) -> str:
         row = [number, pathway.text, pathway.target, pathway.label, pathway.label_probabilities[pathway.label]]
         row += [pathway.explained_label, pathway.foil, pathway.expected_label]
         row += [lane.name, lane.predicted_class, lane.probabilities[lane.predicted_class]]
+        row += [lane.is_unsure]
         row += [lane.contribution, lane.contrast, lane.effect, lane.explained_class, pathway.method, *words]
         rows.append(row + [""] * (len(CSV_COLUMNS) + 2 * top - len(row)))
     return _csv(rows)
@@ -88,7 +94,7 @@ def render_text(pathway: DecisionPathway, top: int = 5) -> str:
     share = pathway.label_probabilities
     lines = [
         f'"{printable(pathway.text, 240)}"' + (" (longer than the model reads)" if pathway.is_truncated else ""),
-        f"label: {pathway.label} {share[pathway.label]:.1%}"
+        f"label: {pathway.label} {share[pathway.label]:.1%}{' (not sure)' if pathway.is_unsure else ''}"
         + (f"; explained: {label} {share[label]:.1%}" if label != pathway.label else ""),
         f"explained: {printable(pathway.target, 120)}; words by {method_words(pathway)}",
         f"  logit {pathway.label_logits[label]:+.3f} of {label!r} = base {pathway.base[label]:+.3f} + the concepts"
@@ -103,13 +109,21 @@ def render_text(pathway: DecisionPathway, top: int = 5) -> str:
         lines.append(
             f"  {lane.name:{name_width}}  {lane.predicted_class:{class_width}} "
             f"{lane.probabilities[lane.predicted_class]:6.1%}  {lane.contribution:+.3f} {bar:{BAR_WIDTH}}  {density}"
+            f"{_doubts(lane)}"
         )
         number = "+.3g" if pathway.is_signed else ".3g"
         ranked = top_words(pathway, lane, top)
         words = "  ".join(f"{printable(word.text, 24)} {score:{number}}" for word, score in ranked)
         about = "" if lane.explained_class == lane.predicted_class else f"for {lane.explained_class}: "
+        words = words if lane.shows_words else "no words, since it is read as unknown"
         lines.append(f"  {'':{name_width}}  {about}{words}")
     return "\n".join([*lines, *_comparisons(pathway)])
+
+
+def _doubts(lane: ConceptPathway) -> str:
+    """Says how far a concept can be relied on."""
+    doubts = ["not sure"] * lane.is_unsure + ["read no better than by guessing"] * lane.is_guess
+    return f" ({', '.join(doubts)})" if doubts else ""
 
 
 def _comparisons(pathway: DecisionPathway) -> list[str]:

@@ -17,7 +17,7 @@ Reference: Tan et al. 2024, ‖G_k(t_d)‖; Shrikumar et al. 2016, 'Not Just a B
 import dataclasses
 import functools
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,14 @@ class AttributionError(ValueError):
     """A method, baseline or number of steps that does not exist."""
 
 
+class AttributionSettings(TypedDict, total=False):
+    """The arguments of `Attribution`."""
+
+    method: Method
+    baseline: Baseline
+    num_steps: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Attribution:
     """A method of scoring tokens; static and hashable.
@@ -54,9 +62,9 @@ class Attribution:
         AttributionError: There is no such method or baseline, or no step.
     """
 
-    method: Method = "gradient_norm"
+    method: Method = "integrated_gradients"
     baseline: Baseline = "zero"
-    num_steps: int = 48
+    num_steps: int = 8
 
     def __post_init__(self) -> None:
         for kind, name, known in (("method", self.method, METHODS), ("baseline", self.baseline, BASELINES)):

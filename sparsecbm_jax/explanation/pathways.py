@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -20,7 +20,14 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.data.batches import Batch
 from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.data.words import Reading, Word, read_words
-from sparsecbm_jax.explanation.attribution import Attribution, Baseline, Method, TokenScores, score_tokens
+from sparsecbm_jax.explanation.attribution import (
+    Attribution,
+    AttributionSettings,
+    Baseline,
+    Method,
+    TokenScores,
+    score_tokens,
+)
 from sparsecbm_jax.explanation.contributions import (
     Reference,
     expected_label,
@@ -61,6 +68,10 @@ class ConceptPathway:
         explained_logit: u of the explained class.
         baseline_logit: The same at the baseline of integrated gradients, whose word scores add up to the difference;
             null for other methods.
+        shows_words: False for a concept that is read as unknown and was not asked for: the text says nothing of it, and
+            so no word carries it.
+        is_unsure: True where the class's probability is below the concept's threshold; see `model.reliability`.
+        is_guess: True for a concept that the model reads no better than by naming the most frequent class.
         subnetwork: Weights that the concept's mask keeps; null for a dense model.
     """
 
@@ -76,6 +87,9 @@ class ConceptPathway:
     word_scores: tuple[float, ...]
     explained_logit: float
     baseline_logit: float | None
+    shows_words: bool
+    is_unsure: bool
+    is_guess: bool
     subnetwork: Subnetwork | None
 
 
@@ -94,6 +108,7 @@ class DecisionPathway:
         is_truncated: True where the text is longer than the model reads.
         concepts: One lane per concept.
         label: Label of highest probability.
+        is_unsure: True where the label's probability is below the label's threshold.
         explained_label: Label that `contribution` is for.
         foil: Label that the explained one is compared with.
         expected_label: Mean of the label, where labels are numbers; otherwise null.
@@ -112,6 +127,7 @@ class DecisionPathway:
     is_truncated: bool
     concepts: tuple[ConceptPathway, ...]
     label: str
+    is_unsure: bool
     explained_label: str
     foil: str
     expected_label: float | None
@@ -136,14 +152,16 @@ class DecisionPathway:
 class Target(NamedTuple):
     """The target of an explanation: indices of the label and of each concept's class, −1 for the predicted one.
 
-    `foil` is the index of the label that it is compared with, −1 for the most probable other one.
+    `foil` is the index of the label that it is compared with, −1 for the most probable other one; `is_named` is True
+    for concepts that are asked for by name.
     """
 
     name: str
     label: int
     classes: Int[np.ndarray, " K"]
-    foil: int
-    reference: Reference
+    is_named: Bool[np.ndarray, " K"]
+    foil: int = -1
+    reference: Reference = "mean"
 
 
 def explain(
@@ -151,12 +169,10 @@ def explain(
     texts: Sequence[str],
     target: str | Mapping[str, str] = PREDICTED,
     *,
-    method: Method = "gradient_norm",
-    baseline: Baseline = "zero",
-    num_steps: int = Attribution.num_steps,
-    batch_size: int = 16,
     foil: str | None = None,
     reference: Reference | None = None,
+    batch_size: int = 16,
+    **attribution: Unpack[AttributionSettings],
 ) -> list[DecisionPathway]:
     """Explains every text, in the order given.
 
@@ -168,16 +184,18 @@ def explain(
         model: A model with concepts, sparse or dense.
         texts: The texts; none may be empty.
         target: 'predicted' explains the predicted label and, per concept, the predicted class. A label's name explains
-            that label. A mapping {concept: class} explains those classes, and {'label': name} in it that label.
-        method: 'gradient_norm' (no sign, the paper's), 'gradient_x_input' or 'integrated_gradients' (signed).
-        baseline: Embeddings of the words at the start of the path of integrated gradients: 'zero', or 'pad', the
-            padding token's.
-        num_steps: Number of points of that path, at least 1; each costs a forward and a backward pass.
-        batch_size: Texts in a pass, at least 1; the result does not depend on it beyond rounding.
+            that label. A mapping {concept: class} explains those classes, or with 'predicted' in place of a class the
+            predicted one, and {'label': name} in it that label. A concept that is read as unknown shows words only
+            if it is named.
         foil: Label that the explained one is compared with: why the one and not the other. None: the most probable of
             the others.
         reference: Where contributions are counted from: 'mean', or 'zero', as in the paper. None: 'mean' where the
             model knows its mean activations.
+        batch_size: Texts in a pass, at least 1; the result does not depend on it beyond rounding.
+        **attribution: How words are scored. method: 'integrated_gradients' or 'gradient_x_input' (signed), or
+            'gradient_norm' (no sign, the paper's). baseline: embeddings of the words at the start of the path of
+            integrated gradients, 'zero', or 'pad', the padding token's. num_steps: number of points of that path, at
+            least 1; each costs a forward and a backward pass.
 
     Returns:
         One pathway per text.
@@ -191,9 +209,8 @@ def explain(
     Deviation: words instead of sub-words; the L2 norm over a word's sub-words is the norm of its whole gradient.
     """
     check_texts(texts)
-    attribution = {"method": method, "baseline": baseline, "num_steps": num_steps}
     return list(
-        explain_stream(model, texts, target, **attribution, batch_size=batch_size, foil=foil, reference=reference)  # type: ignore[arg-type]
+        explain_stream(model, texts, target, foil=foil, reference=reference, batch_size=batch_size, **attribution)
     )
 
 
@@ -202,12 +219,10 @@ def explain_stream(
     texts: Iterable[str],
     target: str | Mapping[str, str] = PREDICTED,
     *,
-    method: Method = "gradient_norm",
-    baseline: Baseline = "zero",
-    num_steps: int = Attribution.num_steps,
-    batch_size: int = 16,
     foil: str | None = None,
     reference: Reference | None = None,
+    batch_size: int = 16,
+    **attribution: Unpack[AttributionSettings],
 ) -> Iterator[DecisionPathway]:
     """Explains any number of texts, in order, in the memory of a few batches.
 
@@ -217,12 +232,10 @@ def explain_stream(
         model: As for `explain`.
         texts: The texts, read as they are needed.
         target: As for `explain`.
-        method: As for `explain`.
-        baseline: As for `explain`.
-        num_steps: As for `explain`.
-        batch_size: As for `explain`.
         foil: As for `explain`.
         reference: As for `explain`.
+        batch_size: As for `explain`.
+        **attribution: As for `explain`.
 
     Yields:
         One pathway per text.
@@ -238,7 +251,7 @@ def explain_stream(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     asked = _resolve_target(model, target, foil, reference)
-    return _explain_windows(model, iter(texts), asked, Attribution(method, baseline, num_steps), batch_size)
+    return _explain_windows(model, iter(texts), asked, Attribution(**attribution), batch_size)
 
 
 def _explain_windows(
@@ -287,20 +300,22 @@ def _resolve_target(
 
 
 def _named_target(schema: Schema, target: str | Mapping[str, str]) -> Target:
-    classes = np.full(schema.num_concepts, -1, np.int32)
+    classes, is_named = np.full(schema.num_concepts, -1, np.int32), np.zeros(schema.num_concepts, bool)
     if target == PREDICTED:
-        return Target(PREDICTED, -1, classes, -1, "mean")
+        return Target(PREDICTED, -1, classes, is_named)
     if isinstance(target, str):
-        return Target(target, name_index("label", target, schema.labels), classes, -1, "mean")
+        return Target(target, name_index("label", target, schema.labels), classes, is_named)
     label = -1
     for key, name in target.items():
         if key == LABEL and LABEL not in schema.concepts:
             label = name_index("label", name, schema.labels)
         else:
             concept = name_index("concept", key, schema.concepts)
-            classes[concept] = name_index("class", name, schema.classes)
+            is_named[concept] = True
+            if name != PREDICTED:
+                classes[concept] = name_index("class", name, schema.classes)
     name = ", ".join(f"{key}={name}" for key, name in target.items()) or PREDICTED
-    return Target(name, label, classes, -1, "mean")
+    return Target(name, label, classes, is_named)
 
 
 def _pathway(
@@ -329,7 +344,7 @@ def _pathway(
     parts = label_parts(model, np.asarray(output.activations), target.reference)
     values_of = label_values(schema.labels)
     effects = None if values_of is None else label_effects(parts, values_of)
-    is_integrated = attribution.is_integrated
+    is_integrated, reliability = attribution.is_integrated, model.reliability
     concepts = tuple(
         ConceptPathway(
             name=name,
@@ -344,6 +359,9 @@ def _pathway(
             word_scores=_word_scores(np.asarray(values.token_scores[k]), reading, attribution.is_signed),
             explained_logit=float(output.concept_logits[k, values.classes[k]]),
             baseline_logit=float(values.baseline_logits[k]) if values.baseline_logits is not None else None,
+            shows_words=bool(target.is_named[k]) or int(concept_probabilities[k].argmax()) != schema.unknown_class,
+            is_unsure=bool(concept_probabilities[k].max() < reliability.concept_thresholds[k]),
+            is_guess=bool(reliability.is_guess[k]),
             subnetwork=subnetworks[k],
         )
         for k, name in enumerate(schema.concepts)
@@ -359,6 +377,7 @@ def _pathway(
         is_truncated=reading.is_truncated,
         concepts=concepts,
         label=schema.labels[int(label_probabilities.argmax())],
+        is_unsure=bool(label_probabilities.max() < reliability.label_threshold),
         explained_label=schema.labels[explained],
         foil=schema.labels[foil],
         expected_label=None if values_of is None else float(expected_label(parts.logits, values_of)),

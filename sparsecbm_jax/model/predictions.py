@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
@@ -21,12 +21,21 @@ _pack = jax.jit(masks_lib.pack)
 
 
 class Predictions(NamedTuple):
-    """The result of `predict`, in the order of the texts. K is 0 for a model without concepts."""
+    """The result of `predict`, in the order of the texts. K is 0 for a model without concepts.
+
+    Attributes:
+        concept_probabilities, label_probabilities: calibrated probabilities.
+        concepts, labels: the most probable class and label.
+        is_unsure, is_label_unsure: True where their probability is below the model's threshold; see
+            `model.reliability`.
+    """
 
     concept_probabilities: Float[np.ndarray, "N K C"]
     label_probabilities: Float[np.ndarray, "N Y"]
     concepts: Int[np.ndarray, "N K"]
     labels: Int[np.ndarray, " N"]
+    is_unsure: Bool[np.ndarray, "N K"]
+    is_label_unsure: Bool[np.ndarray, " N"]
 
 
 @jax.jit
@@ -107,11 +116,14 @@ def predict(model: SparseCBM, texts: Sequence[str], batch_size: int = 32, *, mes
             real = batch.example_weight > 0
             concept_probabilities[batch.row_ids[real]] = concept_part[real]
             label_probabilities[batch.row_ids[real]] = label_part[real]
+    reliability = model.reliability
     return Predictions(
         concept_probabilities,
         label_probabilities,
         concept_probabilities.argmax(axis=-1).astype(np.int32),
         label_probabilities.argmax(axis=-1).astype(np.int32),
+        concept_probabilities.max(axis=-1) < reliability.concept_thresholds[:num_concepts],
+        label_probabilities.max(axis=-1) < reliability.label_threshold,
     )
 
 

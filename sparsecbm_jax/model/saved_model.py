@@ -38,6 +38,7 @@ from sparsecbm_jax.model import card
 from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.mean_activations import read_mean_activations
+from sparsecbm_jax.model.reliability import read_reliability
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.json_files import read_json_object
@@ -244,6 +245,7 @@ def load(directory: str | Path, *, mesh: Mesh | None = None) -> SparseCBM:
         metadata["metrics"] = _read_json(directory / METRICS_FILE)
     try:
         read_mean_activations(metadata, config.num_concepts, config.num_classes)
+        read_reliability(metadata, config.num_concepts)
     except ValueError as error:
         raise ArtifactError(f"{directory / CONFIG_FILE}: {error}") from error
     tokenizer = load_tokenizer(directory)

@@ -15,6 +15,7 @@ from sparsecbm_jax.data.batches import BUCKETS
 from sparsecbm_jax.data.schema import Schema
 from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.mean_activations import MeanActivations, read_mean_activations
+from sparsecbm_jax.model.reliability import Reliability, read_reliability
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +63,9 @@ class SparseCBM:
         strategy: how it was trained: 'standard', 'independent', 'sequential', 'joint' or 'sparse'.
         metadata: JSON values kept with the model. Read here: 'max_length' (most tokens of a text), 'buckets' (widths
             that texts are padded to; for each, programs are compiled), 'mean_activations' and 'class_activations' (see
-            `model.mean_activations`) and 'metrics' (kept in `metrics.json`). Shown on
-            the card: 'seed', 'dataset', 'backbone' (names), 'functions' (names of a loss or criterion of one's own).
+            `model.mean_activations`), 'reliability' (see `model.reliability`) and 'metrics' (kept in `metrics.json`).
+            Shown on the card: 'seed', 'dataset', 'backbone' (names), 'functions' (names of a loss or criterion of one's
+            own).
     """
 
     config: CBMConfig
@@ -103,6 +105,15 @@ class SparseCBM:
             ValueError: if the metadata are not of the model's shape.
         """
         return read_mean_activations(self.metadata, self.config.num_concepts, self.config.num_classes)
+
+    @property
+    def reliability(self) -> Reliability:
+        """Returns where the model's predictions are unsure.
+
+        Raises:
+            ValueError: if the metadata are not of the model's shape.
+        """
+        return read_reliability(self.metadata, self.config.num_concepts)
 
     @property
     def class_activations(self) -> Float[np.ndarray, "K C C"]:

@@ -11,7 +11,7 @@ from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.runtime.preemption import StopSignal
-from sparsecbm_jax.training.label_predictor import describe_finish, finish_heads, mean_activations_of
+from sparsecbm_jax.training.label_predictor import describe_finish, finish_heads, mean_activations_of, reliability_of
 from sparsecbm_jax.training.metrics_log import print_once
 from sparsecbm_jax.training.setup import RunContext, placed_batches
 from sparsecbm_jax.training.train_step import TrainState
@@ -85,6 +85,7 @@ def final_model(
     }
     if STRATEGIES[run.strategy].has_bottleneck:
         metadata |= mean_activations_of(context, state).to_metadata()
+        metadata |= reliability_of(context, state).to_metadata()
     if context.functions:
         metadata["functions"] = context.functions
     model = SparseCBM(config, state.params, masks, state.heads, schema, prepared.tokenizer, run.strategy, metadata)

@@ -21,6 +21,7 @@ from sparsecbm_jax.model.config import CBMConfig, Heads
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.heads import activate
 from sparsecbm_jax.model.mean_activations import MeanActivations, mean_activations
+from sparsecbm_jax.model.reliability import Reliability, measure_reliability
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.training.calibration import MIN_LABELS, calibrated, log_loss, temperature
@@ -179,6 +180,18 @@ def mean_activations_of(context: RunContext, state: TrainState) -> MeanActivatio
     """Averages a state's activations over the training split."""
     logits = outputs_of(context, state, "train").concept_logits
     return mean_activations(_activations(context.prepared.config, logits), logits.argmax(axis=-1))
+
+
+def reliability_of(context: RunContext, state: TrainState) -> Reliability:
+    """Measures on the validation split where a state's predictions are unsure."""
+    outputs, risk = outputs_of(context, state, "validation"), context.settings.predictor.accepted_risk
+    concepts, label = (_softmax(logits) for logits in (outputs.concept_logits, outputs.label_logits))
+    return measure_reliability(concepts, outputs.concepts, label, outputs.labels, risk)
+
+
+def _softmax(logits: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
+    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def _fitted_on(

@@ -76,8 +76,8 @@ def test_scores_are_those_of_an_independent_model(strategy: str, method: str) ->
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_integrated_gradients_are_complete(model: SparseCBM, baseline: str) -> None:
-    for pathway in explain(model, TEXTS, method=IG, baseline=baseline):
-        assert (pathway.baseline, pathway.num_steps, pathway.is_signed) == (baseline, Attribution.num_steps, True)
+    for pathway in explain(model, TEXTS, method=IG, baseline=baseline, num_steps=48):
+        assert (pathway.baseline, pathway.num_steps, pathway.is_signed) == (baseline, 48, True)
         assert problem(pathway.to_dict(), pathway_schema(), pathway_schema()) is None
         for lane in pathway.concepts:
             difference = lane.explained_logit - lane.baseline_logit

@@ -30,6 +30,8 @@ SUM_TOLERANCE = 1e-5
 BATCH_TOLERANCE = 1e-5
 # float32 gradients against complex-step derivatives in float64.
 GRADIENT_TOLERANCE = 1e-4
+# All concepts by name, so that those that are read as unknown have words, too.
+NAMED = dict.fromkeys(("food", "ambiance", "service"), "predicted")
 
 
 @pytest.fixture(scope="module", params=["sparse", "joint"])
@@ -67,14 +69,14 @@ def test_a_pathway_says_what_the_model_predicts(model: SparseCBM, pathways: list
                 list(lane.probabilities.values()), predicted.concept_probabilities[n, k], atol=SUM_TOLERANCE
             )
             assert len(lane.word_scores) == len(pathway.words)
-            assert all(score > 0 for score in lane.word_scores)
+            assert lane.shows_words == (lane.predicted_class != "unknown")
 
 
 @pytest.mark.parametrize("asked", ["predicted", "Positive"])
 def test_word_scores_are_those_of_an_independent_model(model: SparseCBM, asked: str) -> None:
     target = "predicted" if asked == "predicted" else dict.fromkeys(model.schema.concepts, asked)
     text = TEXTS[2]
-    (pathway,) = explain(model, [text], target)
+    (pathway,) = explain(model, [text], target, method="gradient_norm")
     params, heads = as_float64(dict(model.params)), as_float64(dict(model.heads))
     token_ids = model.tokenizer(text)["input_ids"]
     words = params["embed"]["word"]["embedding"][token_ids]
@@ -170,7 +172,7 @@ def test_hostile_texts_are_explained_and_shown_escaped() -> None:
 
 
 def test_render_text() -> None:
-    pathway = explain(tiny_model(num_layers=1), TEXTS[2:3], {"food": "Positive"})[0]
+    pathway = explain(tiny_model(num_layers=1), TEXTS[2:3], {"food": "Positive"}, method="gradient_norm")[0]
     lines = render_text(pathway, top=2).split("\n")
     assert lines[0] == f'"{TEXTS[2]}"'
     assert lines[1].startswith(f"label: {pathway.label} ")
@@ -205,18 +207,20 @@ def signed(pathway: DecisionPathway) -> DecisionPathway:
     return dataclasses.replace(pathway, concepts=concepts, **path)
 
 
-def test_signs_are_shown_and_do_not_change_the_order(pathways: list[DecisionPathway]) -> None:
-    lines = render_text(signed(pathways[2]), top=99).split("\n")
+def test_signs_are_shown_and_do_not_change_the_order() -> None:
+    (unsigned,) = explain(tiny_model(num_layers=1), TEXTS[2:3], NAMED, method="gradient_norm")
+    lines = render_text(signed(unsigned), top=99).split("\n")
     assert lines[2].endswith("words by integrated_gradients (signed, from zero in 8 steps)")
-    plain = [shown.split() for shown in render_text(pathways[2], top=99).split("\n")[5].strip().split("  ")]
+    plain = [shown.split() for shown in render_text(unsigned, top=99).split("\n")[5].strip().split("  ")]
     for (word, score), shown in zip(plain, lines[5].strip().split("  "), strict=True):
         assert shown in (f"{word} +{score}", f"{word} -{score}")
     assert "-" in lines[5]
 
 
-def test_csv(pathways: list[DecisionPathway]) -> None:
+def test_csv() -> None:
     text = 'great,\n"=1+1"'
-    pathway = dataclasses.replace(signed(pathways[3]), text=text)
+    (pathway,) = explain(tiny_model(num_layers=1), TEXTS[3:4], NAMED)
+    pathway = dataclasses.replace(signed(pathway), text=text)
     assert [word.text for word in pathway.words] == ["great"]
     rows = list(csv.DictReader(io.StringIO(csv_header(2) + csv_rows(pathway, 7, 2))))
     assert list(rows[0]) == [*CSV_COLUMNS, "word_1", "score_1", "word_2", "score_2"]
@@ -283,7 +287,8 @@ def test_launch_explain(saved: Path, tmp_path: Path) -> None:
 
 
 def test_launch_explain_as_a_table(saved: Path, tmp_path: Path) -> None:
-    asked = ("--format=csv", "--method=gradient_x_input", "--top=1")
+    named = [f"--target={concept}=predicted" for concept in NAMED]
+    asked = ("--format=csv", "--method=gradient_x_input", "--top=1", *named)
     done = run_main("explain.py", f"--model={saved}", f"--text={TEXTS[3]}", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))

@@ -166,7 +166,7 @@ def test_the_keyboard_alone_reaches_every_control(
     page.locator(".concept[data-concept='1'] .pin").focus()
     assert page.locator(".active").count() == 3  # subnetwork, concept, contribution
     assert page.locator(".links .on").count() > 2
-    assert "Shaded: how strongly ambiance" in page.text_content(".shading span:not(.absent)")
+    assert "purple words speak for ambiance" in page.text_content(".shading span:not(.absent)")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert "With ambiance = Negative the label is" in page.text_content(".status")
@@ -258,9 +258,10 @@ def test_signed_scores_show_their_sign_and_their_method(open_page: Any) -> None:
     assert page.problems == []
 
 
-def test_a_dense_model_and_no_predictor(open_page: Any, pathways: list[DecisionPathway]) -> None:
-    first, *rest = pathways[1].concepts
-    page = open_page([dataclasses.replace(pathways[1], concepts=(dataclasses.replace(first, subnetwork=None), *rest))])
+def test_a_dense_model_and_no_predictor(open_page: Any) -> None:
+    (pathway,) = explain(tiny_model(num_layers=1), TEXTS[1:2], method="gradient_norm")
+    first, *rest = pathway.concepts
+    page = open_page([dataclasses.replace(pathway, concepts=(dataclasses.replace(first, subnetwork=None), *rest))])
     assert "words by gradient_norm (no sign)" in page.text_content(".explained")
     assert page.locator(".word.against").count() == 0
     assert page.text_content(".subnetwork .small") == "all weights (dense)"

@@ -142,7 +142,7 @@ const drawing = (() => {
     // All are in one place and one of them is visible, so that nothing moves under a passing pointer.
     const isSigned = pathway.is_signed;
     const shadings = [`Underlined: the ${TRACKED_WORDS} words that each concept answers to most${isSigned ? ", dashed where against its class" : ""}.`,
-      ...lanes.map((lane) => isSigned ? `Shaded: purple words speak for ${lane.name} = ${lane.explained_class}, orange ones against it.`
+      ...lanes.map((lane) => !lane.shows_words ? `${lane.name} is read as ${lane.predicted_class}: no word is shown for it.` : isSigned ? `Shaded: purple words speak for ${lane.name} = ${lane.explained_class}, orange ones against it.`
         : `Shaded: how strongly ${lane.name} = ${lane.explained_class} answers to each word.`)].map((text) => make("span", {}, text));
     const shading = make("p", { class: "hint shading", id: `${id}-shading` }, shadings);
     const read = make("span", {});
@@ -206,6 +206,8 @@ const drawing = (() => {
     const concepts = lanes.map((lane, k) => {
       const pin = make("button", { type: "button", class: "pin", "aria-pressed": "false", "aria-label": `Follow ${lane.name}`,
         onclick: () => { pinned = pinned === k ? null : k; passing = null; follow(); } }, lane.name);
+      const doubts = [...(lane.is_unsure ? ["not sure"] : []), ...(lane.is_guess ? ["read no better than by guessing"] : [])];
+      const doubt = doubts.length ? make("span", { class: "doubt" }, doubts.join(", ")) : null;
       const was = before(k) && before(k).predicted_class !== lane.predicted_class
         ? make("span", { class: "changed" }, `changed: was ${before(k).predicted_class}`) : null;
       const classes = Object.entries(lane.probabilities).map(([name, share]) => {
@@ -224,7 +226,7 @@ const drawing = (() => {
             update();
           } }, unseen(`Set ${lane.name} to `), content, isPredicted ? unseen(" as the model predicts it") : null);
       });
-      return { pin, classes, item: make("li", { class: "card concept", ...follows(k) }, make("p", { class: "title" }, pin, was), make("div", { class: "classes" }, classes)) };
+      return { pin, classes, item: make("li", { class: "card concept", ...follows(k) }, make("p", { class: "title" }, pin, was, doubt), make("div", { class: "classes" }, classes)) };
     });
 
     const reset = make("button", { type: "button", class: "reset", onclick: () => { chosen.clear(); update(); } }, "Reset");
@@ -271,8 +273,8 @@ const drawing = (() => {
       for (const node of view.querySelectorAll("[data-concept]")) node.classList.toggle("active", Number(node.dataset.concept) === k);
       concepts.forEach(({ pin }, i) => pin.setAttribute("aria-pressed", String(pinned === i)));
       words.forEach((word, i) => {
-        const score = k === null ? 0 : lanes[k].word_scores[i];
-        word.style.setProperty("--strength", k === null ? "0%" : shade(score, strongest[k], isSigned));
+        const score = k === null || !lanes[k].shows_words ? 0 : lanes[k].word_scores[i];
+        word.style.setProperty("--strength", score === 0 ? "0%" : shade(score, strongest[k], isSigned));
         word.classList.toggle("against", score < 0);
       });
       shadings.forEach((text, i) => text.classList.toggle("absent", i !== (k === null ? 0 : k + 1)));
@@ -285,6 +287,7 @@ const drawing = (() => {
       const { probabilities, logits, contributions, label } = decision;
       verdict.replaceChildren(make("span", { class: "eyebrow" }, chosen.size ? "Label, what if" : "Label"),
         make("strong", { class: "decided" }, label), exact(probabilities[label], percent(probabilities[label])));
+      if (pathway.is_unsure && !chosen.size) verdict.append(make("span", { class: "doubt" }, "not sure"));
       if (reference && !chosen.size && reference.label !== label) verdict.append(make("span", { class: "changed" }, `changed: was ${reference.label}`));
       explained.textContent = `Explained: label ${shownLabel}` + (shownLabel !== pathway.explained_label ? "" : pathway.target === "predicted" ? " (the predicted one)" : ` (requested: ${pathway.target})`)
         + `; words by ${methodWords(pathway)}`;
@@ -352,7 +355,7 @@ const drawing = (() => {
       lanes.forEach((lane, j) => {
         const style = (width, kind) => ({ class: `${kind} colour-${j % NUM_COLOURS}${j === k ? " on" : ""}`, "stroke-width": width.toFixed(2) });
         const mask = place(subnetworks[j]), concept = place(concepts[j].item), fall = place(falls[j + 1].item);
-        const ranked = lane.word_scores.map((score, i) => [Math.abs(score) / strongest[j], i]).filter(([score]) => score > 0).sort((a, b) => b[0] - a[0]);
+        const ranked = (lane.shows_words ? lane.word_scores : []).map((score, i) => [Math.abs(score) / strongest[j], i]).filter(([score]) => score > 0).sort((a, b) => b[0] - a[0]);
         for (const [score, i] of ranked.slice(0, j === k ? FOLLOWED_WORDS : TRACKED_WORDS)) {
           const rects = words[i].getClientRects();
           const word = at(rects[rects.length - 1]);
