@@ -187,8 +187,8 @@ def explain(
             that label. A mapping {concept: class} explains those classes, or with 'predicted' in place of a class the
             predicted one, and {'label': name} in it that label. A concept that is read as unknown shows words only
             if it is named.
-        foil: Label that the explained one is compared with: why the one and not the other. None: the most probable of
-            the others.
+        foil: Label that the explained one is compared with: why the one and not the other. None, or for a text
+            whose explained label it is: the most probable of the others.
         reference: Where contributions are counted from: 'mean', or 'zero', as in the paper. None: 'mean' where the
             model knows its mean activations.
         batch_size: Texts in a pass, at least 1; the result does not depend on it beyond rounding.

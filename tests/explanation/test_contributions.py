@@ -37,7 +37,7 @@ def with_activation(model: SparseCBM, form: str) -> SparseCBM:
 
 
 @pytest.mark.parametrize("form", ["log_odds", "centred", "sigmoid"])
-@pytest.mark.parametrize("strategy", ["sparse", "joint"])
+@pytest.mark.parametrize("strategy", ["sparse", "joint", "sequential", "independent"])
 def test_base_and_contributions_are_the_centred_logit(form: str, strategy: str) -> None:
     model = with_activation(tiny_model(num_layers=1, strategy=strategy), form)
     predicted = predict(model, TEXTS)

@@ -302,6 +302,8 @@ def test_masks_file_without_shapes_or_beside_a_dense_model_is_refused(copy):
         (lambda c: c.update(sparsity=[]), "sparsity is .., expected dict or null"),
         (lambda c: c["sparsity"].pop("fingerprint"), "sparsity lacks the masks' fingerprint"),
         (lambda c: c.update(max_length="abc"), "max_length is 'abc', expected int"),
+        (lambda c: c["metadata"].update(mean_activations=[[0.0] * 3] * 2), "mean_activations is not 3 x 3 finite"),
+        (lambda c: c["metadata"].update(class_activations=[[[0.0] * 3] * 3] * 3), "mean_activations is not 3 x 3"),
         (lambda c: c["model"]["backbone"].update(num_layers="2"), "model does not describe one"),
     ],
 )

@@ -317,3 +317,9 @@ def test_a_notebook_shows_a_pathway(browser: Any, pathways: list[DecisionPathway
     page.set_content(shown)
     assert page.frame_locator("iframe").locator(".review").text_content() == HOSTILE[0]
     page.close()
+
+
+@pytest.mark.parametrize(("reference", "wanted"), [("mean", "the average text and label."), ("zero", "from zero.")])
+def test_the_page_says_where_contributions_are_counted_from(open_page: Any, reference: Any, wanted: str) -> None:
+    page = open_page(explain(tiny_model(num_layers=1), TEXTS[:1], reference=reference))
+    assert page.text_content(".outcome .hint").endswith(wanted)

@@ -18,6 +18,7 @@ from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import leaf_at
 from sparsecbm_jax.data.batches import fisher_batches
+from sparsecbm_jax.explanation.pathways import explain
 from sparsecbm_jax.model import saved_model
 from sparsecbm_jax.model.config import CBMOutput
 from sparsecbm_jax.model.losses import LossFn, concept_loss, joint_loss
@@ -263,6 +264,12 @@ def test_dense_strategies(strategy: str, tmp_path: Path) -> None:
     assert finished["label_temperature"] > 0 if strategy != "independent" else finished["penalty"] > 0
     loaded = saved_model.load(tmp_path / "model")
     chex.assert_trees_all_equal(predict(loaded, [TEXT]), predict(result.model, [TEXT]))
+    assert ("mean_activations" in loaded.metadata) == (strategy != "standard")
+    if loaded.mean_activations is not None:
+        texts = prepare(tiny_run(strategy)).dataset.splits["train"].texts
+        activations = [list(lane.activations.values()) for one in explain(loaded, texts) for lane in one.concepts]
+        found = np.reshape(activations, (len(texts), *loaded.mean_activations.mean.shape)).mean(axis=0)
+        np.testing.assert_allclose(loaded.mean_activations.mean, found, atol=1e-4)
 
 
 def nan_after(step: int) -> LossFn:

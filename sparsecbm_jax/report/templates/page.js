@@ -42,6 +42,8 @@ const drawing = (() => {
     return `${pathway.method} (${pathway.is_signed ? "signed" : "no sign"}${from})`;
   }
 
+  const countedFrom = (pathway) => (pathway.reference === "mean" ? ", against the average text and label" : ", counted from zero");
+
   /** What the label is made of where `chosen` maps concepts to the classes that a person set. */
   function decide(pathway, chosen) {
     const contributions = pathway.concepts.map((lane) =>
@@ -305,7 +307,7 @@ const drawing = (() => {
         if (row.nodeName === "BUTTON") row.setAttribute("aria-pressed", String(isSet));
       }));
       reset.disabled = !chosen.size;
-      sumHint.textContent = `Base and contributions sum to the logit of label ${shownLabel}${pathway.reference === "mean" ? ", against the average text and label" : ""}.`;
+      sumHint.textContent = `Base and contributions sum to the logit of label ${shownLabel}${countedFrom(pathway)}.`;
       updateWaterfall(contributions.map((part) => part[shownLabel]), logits[shownLabel]);
       follow();
     }
@@ -395,7 +397,7 @@ const drawing = (() => {
           ...classes.map((name) => lane.activations[name].toFixed(3))])),
       table(`Logits that the words are scored for, by ${methodWords(pathway)}`, ["Concept", "Explained", "Its logit", ...(hasBaseline ? [`Logit at ${pathway.baseline}`, "Sum of words"] : [])],
         lanes.map((lane) => [lane.name, lane.explained_class, ...[lane.explained_logit, ...(hasBaseline ? [lane.baseline_logit, lane.word_scores.reduce((sum, score) => sum + score, 0)] : [])].map(signed)])),
-      table(`Parts of each label’s logit${pathway.reference === "mean" ? ", against the average text and label" : ""}`,
+      table(`Parts of each label’s logit${countedFrom(pathway)}`,
         ["Label", "Base", ...lanes.map((lane) => lane.name), "Logit", "Probability"],
         labels.map((label) => [label, signed(pathway.base[label]), ...lanes.map((lane) => signed(lane.contributions[label])),
           signed(pathway.label_logits[label]), percent(pathway.label_probabilities[label])])),
