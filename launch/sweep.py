@@ -7,8 +7,9 @@ python launch/sweep.py ... --epochs=2        # trains each on under its masks
 Every dense model is pruned once for each criterion and sparsity; scores are computed once for all sparsities. With
 --epochs, pruning is the first step of a training run from the dense model, whose settings (learning rates, batch size)
 are the config's. Results go to results.jsonl, a line each: given again, the command goes on where it was stopped. A
-workdir is for one config. In the end it writes tables of means and of differences paired by model (sweep.md) and, if
-matplotlib is installed (extra `report`), a plot (sweep.png, .svg and .pdf) of means over the models with their range.
+workdir is for one config and one split (test, or --split=validation to choose by). In the end it writes tables of means
+and of differences paired by model (sweep.md) and, if matplotlib is installed (extra `report`), a plot (sweep.png, .svg
+and .pdf) of means over the models with their range.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ flags.adopt_module_key_flags(command_line)
 flags.DEFINE_list("models", [], "Folders of dense models of strategy 'joint', with commas.")
 flags.DEFINE_list("criteria", ["woodfisher", "magnitude"], "Values of config.pruner.criterion, with commas.")
 flags.DEFINE_list("sparsities", ["0.25", "0.5", "0.75", "0.9"], "Pruned fractions, with commas.")
+flags.DEFINE_enum("split", "test", ["test", "validation"], "Split to score: choose on validation, report on test.")
 flags.DEFINE_integer("epochs", 0, "Epochs of training under the masks.", lower_bound=0)
 flags.DEFINE_string("workdir", None, "Folder that results are written to.")
 
@@ -57,8 +59,9 @@ def main() -> None:
     from sparsecbm_jax.report.sections.sweep import Result, render, section
     from sparsecbm_jax.runtime.run_directory import check_same_run
 
-    # Apart from the settings that flags vary, all results of a folder are of one config.
-    check_same_run(workdir, to_dict(_run_of(run, "woodfisher", 0.5)), ignore=("pruner.fisher_memory",))
+    # Apart from the settings that flags vary, all results of a folder are of one config and split.
+    shared = to_dict(_run_of(run, "woodfisher", 0.5)) | ({} if FLAGS.split == "test" else {"scored_split": FLAGS.split})
+    check_same_run(workdir, shared, ignore=("pruner.fisher_memory",))
     path = workdir / "results.jsonl"
     found = [Result(**line) for line in read_results(path)]
     for folder in FLAGS.models:
@@ -99,7 +102,7 @@ def _read(folder: str, run: RunConfig) -> saved_runs.Saved:
 def _dense(folder: str, found: saved_runs.Saved, run: RunConfig) -> Result:
     from sparsecbm_jax.report.sections.sweep import Result
 
-    report = found.scores(run, "test", None)
+    report = found.scores(run, FLAGS.split, None)
     return Result(folder, "dense", 0.0, 0, *(report[name]["accuracy"] for name in _SCORES))
 
 
@@ -124,7 +127,7 @@ def _pruned(
             for sparsity in (s for of_row, s in rows if of_row == criterion):
                 run = _run_of(runs[criterion], criterion, sparsity)
                 masks = pruner.prune_model(found.model, found.splits["train"], run, make_bar=bar, store=store)
-                report = found.scores(run, "test", masks)
+                report = found.scores(run, FLAGS.split, masks)
                 yield Result(folder, criterion, sparsity, 0, *(report[name]["accuracy"] for name in _SCORES))
             store.clear()
 
@@ -147,7 +150,7 @@ def _tuned(
             run, sparsity=once, training=dataclasses.replace(run.training, num_epochs=FLAGS.epochs)
         )
         name = f"{'-'.join(Path(folder).parts).strip('-/')}-{criterion}-{sparsity:g}-{FLAGS.epochs}epochs"
-        metrics = train(run, workdir / name, start=start).metrics["test"]
+        metrics = train(run, workdir / name, start=start).metrics[FLAGS.split]
         yield Result(folder, criterion, sparsity, FLAGS.epochs, *(metrics[name]["accuracy"] for name in _SCORES))
 
 

@@ -166,13 +166,42 @@ def input_squares(
     Returns:
         {path of the kernel: sums}, in float32.
     """
+    products = input_products(config, params, input_ids, attention_mask, block_size=1)
+    return {path: leaf[..., 0, 0] for path, leaf in products.items()}
+
+
+def input_products(
+    config: BackboneConfig,
+    params: Params,
+    input_ids: Int[Array, "B T"],
+    attention_mask: Num[Array, "B T"],
+    *,
+    block_size: int,
+) -> dict[str, Float[Array, "*layers I b b"]]:
+    """Computes Σ x xᵀ over the real tokens of a batch, for every block of consecutive inputs of every maskable kernel.
+
+    Args:
+        config: The backbone's shape.
+        params: The parameters, as for `encode_dense`.
+        input_ids: Token ids.
+        attention_mask: 1 at real tokens, 0 at padding.
+        block_size: Inputs of a block; a last block that is not filled is padded with zeros.
+
+    Returns:
+        {path of the kernel: sums}, in float32.
+    """
     embed, layer, finish = _modules(config, None, 1, jnp.float32)
     weight = attention_mask.astype(jnp.float32)
 
+    def sums(x: Float[Array, "B T inputs"]) -> Float[Array, "I b b"]:
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % block_size)))
+        blocks = padded.reshape(*x.shape[:2], -1, block_size)
+        weighted = blocks * weight[..., None, None]
+        return jnp.einsum("btic,btid->icd", blocks, weighted, precision=jax.lax.Precision.HIGHEST)
+
     def run(module: nn.Module, own: Params, *args: Any) -> tuple[Array, Params]:
         out, seen = module.apply({"params": own}, *args, mutable=["inputs"])
-        squares = jax.tree.map(lambda x: jnp.einsum("bti,bt->i", x**2, weight), seen.get("inputs", {}))
-        return out, squares
+        return out, jax.tree.map(sums, seen.get("inputs", {}))
 
     h, of_embed = run(embed, params["embed"], input_ids, attention_mask)
     h, of_layers = jax.lax.scan(lambda h, own: run(layer, own, h, attention_mask), h, params["layers"])

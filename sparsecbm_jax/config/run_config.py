@@ -31,7 +31,18 @@ from sparsecbm_jax.config.validation import (
 
 STRATEGIES = ("standard", "independent", "sequential", "joint", "sparse")
 DTYPES = ("float32", "bfloat16")
-CRITERIA = ("woodfisher", "magnitude", "random", "snip", "movement", "taylor", "diagonal_fisher", "wanda", "m_fac")
+CRITERIA = (
+    "woodfisher",
+    "combinatorial",
+    "magnitude",
+    "random",
+    "snip",
+    "movement",
+    "taylor",
+    "diagonal_fisher",
+    "wanda",
+    "m_fac",
+)
 ACTIVATIONS = ("log_odds", "centred", "sigmoid")
 PATTERNS = ("1", "4", "8", "16", "block", "greedy", "2:4")
 
@@ -261,7 +272,7 @@ class PrunerConfig:
     section: typing.ClassVar[str] = "pruner"
 
     criterion: str = setting("woodfisher", one_of(*CRITERIA))
-    """The score; 'magnitude' and 'random' take no gradients."""
+    """The score; 'magnitude' and 'random' take no gradients, 'combinatorial' exchanges weights after the cut."""
     pattern: str = setting("1", one_of(*PATTERNS))
     """What is pruned together: single weights, 4, 8 or 16 consecutive inputs, whole blocks, 2 of 4; 'greedy': single
     weights, in the order of greedy OBS."""
@@ -283,6 +294,11 @@ class PrunerConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.criterion == "combinatorial" and self.pattern != "1":
+            raise ValueError(
+                "config.pruner.criterion='combinatorial' exchanges single weights; expected config.pruner.pattern='1', "
+                f"not {self.pattern!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +352,11 @@ class RunConfig:
                 f"config.training.num_epochs={epochs} expects at most {epochs - 1}, so that at least one epoch trains "
                 f"at the final sparsity; {f'start_epoch={end // 2} and end_epoch={end}' if epochs > 1 else '2 epochs'} "
                 "would do"
+            )
+        if self.pruner.criterion == "combinatorial" and self.sparsity.shared_fraction:
+            raise ValueError(
+                "config.sparsity.shared_fraction does not go with config.pruner.criterion='combinatorial', which "
+                "exchanges the weights of each concept by itself"
             )
 
 

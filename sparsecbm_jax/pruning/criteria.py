@@ -101,6 +101,19 @@ def diagonal_fisher_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Ke
     return {path: 0.5 * kernel**2 * (mean[path] + 0.1 * mean[path].mean()) for path, kernel in kernels.items()}
 
 
+def combinatorial_scores(kernels: Kernels, gradients: Iterable[Kernels]) -> Kernels:
+    """Scores by the diagonal Fisher: where criterion 'combinatorial' starts from; `pruning.swaps` has the rest.
+
+    Raises:
+        FloatingPointError: naming the kernel, if a gradient is NaN or Inf.
+    """
+    scores = diagonal_fisher_scores(kernels, gradients)
+    for path, leaf in scores.items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise FloatingPointError(f"{path}: a gradient is NaN or Inf; no score can be made of that")
+    return scores
+
+
 def wanda_scores(kernels: Kernels, gradients: Any) -> Kernels:
     """Scores by |w_ij| ‖x_i‖₂, with the inputs x of the subnetwork; no gradient is taken.
 
@@ -158,6 +171,7 @@ SCORES: dict[str, Criterion] = {
     "movement": movement_scores,
     "taylor": taylor_scores,
     "diagonal_fisher": diagonal_fisher_scores,
+    "combinatorial": combinatorial_scores,
     "wanda": wanda_scores,
     "m_fac": m_fac_scores,
 }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsecbm_jax.backbones import input_squares
+from sparsecbm_jax.backbones import input_products
 from sparsecbm_jax.core import masks as masks_lib
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.core.trees import Params, with_leaf
@@ -72,14 +72,14 @@ def subnetwork_gradient(
     return {path: jnp.where(mask[path], grad, 0) for path, grad in grads.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _input_squares(
-    config: CBMConfig, params: Params, mask: ConceptMask, batch: Batch
-) -> dict[str, Float[Array, "*layers inputs"]]:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _input_products(
+    config: CBMConfig, params: Params, mask: ConceptMask, batch: Batch, block_size: int
+) -> dict[str, Float[Array, "*layers I b b"]]:
     own = dict(params)
     for path, kernel in masks_lib.kernels_of(params, mask).items():
         own = with_leaf(own, path, kernel)
-    return input_squares(config.backbone, own, batch.input_ids, batch.attention_mask)
+    return input_products(config.backbone, own, batch.input_ids, batch.attention_mask, block_size=block_size)
 
 
 class SubnetworkGradients:
@@ -112,7 +112,7 @@ class SubnetworkGradients:
         self._batches, self._per_example, self._limit = batches, per_example, limit
         self._on_gradient = on_gradient
         self._gradient = functools.partial(subnetwork_gradient, config, params, mask, heads)
-        self._input_squares = functools.partial(_input_squares, config, params, mask)
+        self._input_products = functools.partial(_input_products, config, params, mask)
 
     def __iter__(self) -> Iterator[Kernels]:
         for gradient in itertools.islice(self._all(), self._limit):
@@ -121,12 +121,16 @@ class SubnetworkGradients:
 
     def input_norms(self) -> dict[str, Float[Array, "*layers inputs"]]:
         """Computes ‖x_i‖₂ of every input of every kernel of the subnetwork, over the real tokens of all batches."""
+        return {path: jnp.sqrt(leaf[..., 0, 0]) for path, leaf in self.input_products(1).items()}
+
+    def input_products(self, block_size: int) -> dict[str, Float[Array, "*layers I b b"]]:
+        """Computes Σ x xᵀ of every block of inputs of every kernel of the subnetwork, over all real tokens."""
         total: dict[str, Array] = {}
         for batch, _ in self._batches:
-            squares = sharding.in_turn(self._input_squares(batch))
-            total = {path: total[path] + leaf if total else leaf for path, leaf in squares.items()}
+            products = sharding.in_turn(self._input_products(batch, block_size))
+            total = {path: total[path] + leaf if total else leaf for path, leaf in products.items()}
             self._on_gradient()
-        return {path: jnp.sqrt(leaf) for path, leaf in total.items()}
+        return total
 
     def _all(self) -> Iterator[Kernels]:
         k = jnp.asarray(self.concept)

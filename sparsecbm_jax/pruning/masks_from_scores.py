@@ -7,7 +7,7 @@ Reference: Tan et al. 2024, 'Concept-Induced Sparsity Mining', which leaves open
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import chex
 import jax
@@ -23,6 +23,9 @@ from sparsecbm_jax.core.selection import count_true, exact_count, select_smalles
 from sparsecbm_jax.pruning import patterns
 from sparsecbm_jax.pruning.gradients import ConceptMask, Kernels
 from sparsecbm_jax.pruning.patterns import Unit
+
+# (concept, its scores, its mask before the cut and after it) → another mask of the same sparsity.
+Refine = Callable[[int, Kernels, ConceptMask, ConceptMask], ConceptMask]
 
 # Weights whose scores are read by the host to allot sparsities.
 _SAMPLED = 1_000_000
@@ -245,15 +248,21 @@ class MaskMaker:
     Args:
         config: of it `scope`, `regrow`, `pinned`, `allotment` and `shared_fraction` count.
         unit: what is pruned together.
+        refine: called after each concept's cut for the mask that takes its place.
 
     Raises:
-        ValueError: if weights are to be cut in common, but a pattern of N of M goes with no such cut.
+        ValueError: if weights are to be cut in common, but a pattern of N of M or exchanges go with no such cut.
     """
 
-    def __init__(self, config: SparsityConfig, unit: Unit) -> None:
+    def __init__(self, config: SparsityConfig, unit: Unit, refine: Refine | None = None) -> None:
         if config.shared_fraction and unit.pruned < unit.group:
             raise ValueError("config.sparsity.shared_fraction goes with no N:M pattern: concepts choose other weights")
-        self._config, self._unit = config, unit
+        if config.shared_fraction and refine is not None:
+            raise ValueError(
+                "config.sparsity.shared_fraction does not go with config.pruner.criterion='combinatorial', which "
+                "exchanges the weights of each concept by itself"
+            )
+        self._config, self._unit, self._refine = config, unit, refine
 
     def cut(self, masks: Masks, scores: Iterable[Kernels], sparsity: Float[np.ndarray, " K"]) -> Masks:
         """Cuts the masks of all concepts.
@@ -296,8 +305,9 @@ class MaskMaker:
         self, masks: Masks, scores: Iterable[Kernels], sparsity: Float[np.ndarray, " K"], regrow: bool
     ) -> Masks:
         for k, of_concept in enumerate(scores):
-            mask = prune_concept(
-                masks_lib.concept(masks, k),
+            before = masks_lib.concept(masks, k)
+            mask: ConceptMask = prune_concept(
+                before,
                 of_concept,
                 float(sparsity[k]),
                 scope=self._config.scope,
@@ -305,5 +315,8 @@ class MaskMaker:
                 unit=self._unit,
                 pinned=self._config.pinned,
             )
+            if self._refine is not None:
+                start = {path: jnp.ones_like(kept) for path, kept in before.items()} if regrow else before
+                mask = self._refine(k, of_concept, start, mask)
             masks = masks_lib.replace_concept(masks, k, mask)
         return masks

@@ -26,9 +26,9 @@ from sparsecbm_jax.model.config import CBMConfig
 from sparsecbm_jax.model.forward import make_forward
 from sparsecbm_jax.model.sparse_cbm import ModelArrays, SparseCBM, whole_masks
 from sparsecbm_jax.model.strategies import JOINTLY_TRAINED
-from sparsecbm_jax.pruning import fisher, patterns
+from sparsecbm_jax.pruning import fisher, patterns, swaps
 from sparsecbm_jax.pruning.criteria import Criterion, make_criterion
-from sparsecbm_jax.pruning.gradients import Kernels, Subnetwork, SubnetworkGradients
+from sparsecbm_jax.pruning.gradients import ConceptMask, Kernels, Subnetwork, SubnetworkGradients
 from sparsecbm_jax.pruning.masks_from_scores import MaskMaker
 from sparsecbm_jax.pruning.schedule import final_sparsity
 from sparsecbm_jax.pruning.score_store import ScoreStore
@@ -120,8 +120,10 @@ def prune(
     for path, mask in arrays.concept_masks.items():
         expected = (config.num_concepts, *leaf_at(arrays.params, path).shape)
         chex.assert_shape(mask, expected, custom_message=f"the masks of {path}")
-    maker = MaskMaker(options.cutting, patterns.unit_of(options.pruner.pattern, options.pruner.block_size))
     scorer = _Scorer(config, arrays, batches, options, hooks)
+    unit = patterns.unit_of(options.pruner.pattern, options.pruner.block_size)
+    swaps_weights = options.criterion is None and options.pruner.criterion == "combinatorial"
+    maker = MaskMaker(options.cutting, unit, scorer.swapped if swaps_weights else None)
     masks = arrays.concept_masks
     for cut, reached in enumerate(_sparsities(masks, sparsity, options.cutting.reestimations), start=1):
         masks = maker.cut(masks, scorer.scores_of_cut(cut, masks), reached)
@@ -149,6 +151,7 @@ class _Scorer:
     ) -> None:
         self._config, self._arrays, self._batches = config, arrays, batches
         self._options, self._hooks = options, hooks
+        self._reports: dict[int, ScoreReport] = {}
         pruner, num_cuts = options.pruner, options.cutting.reestimations
         self._unit = patterns.unit_of(pruner.pattern, pruner.block_size)
         self._per_concept = pruner.num_grads
@@ -169,7 +172,7 @@ class _Scorer:
             subnetwork = Subnetwork(config, arrays.params, self._candidates(masks, k), arrays.heads, k)
             kernels = subnetwork.kernels
             scores = None if store is None else store.get(cut, k, kernels)
-            report: ScoreReport = {"is_stored": scores is not None}
+            report = self._reports[k] = ScoreReport(is_stored=scores is not None)
             if scores is None:
                 scores = self._score(kernels, self._gradients(subnetwork, pairs()), report)
                 if store is not None:
@@ -180,6 +183,17 @@ class _Scorer:
             # A criterion may take fewer gradients than were expected, or none.
             expected = ((cut - 1) * config.num_concepts + k + 1) * self._per_concept
             self.bar.update(max(0, expected - self.bar.n))
+
+    def swapped(self, k: int, scores: Kernels, start: ConceptMask, cut: ConceptMask) -> ConceptMask:
+        """Exchanges weights that concept k's cut prunes for others; `start` is what it may keep (`swaps.swap`)."""
+        subnetwork = Subnetwork(self._config, self._arrays.params, start, self._arrays.heads, k)
+        # Inputs do not depend on labels or activations.
+        pairs = [(batch, jnp.zeros(())) for batch in self._batches]
+        inputs = SubnetworkGradients(subnetwork, pairs, on_gradient=self._hooks.on_gradient)
+        products = inputs.input_products(self._options.pruner.block_size)
+        found = swaps.swap(subnetwork.kernels, scores, products, start, cut)
+        self._reports[k] |= {"loss_of_cut": found.before, "loss_after_swaps": found.after}
+        return found.mask
 
     def _candidates(self, masks: Masks, k: int) -> dict[str, Array]:
         """Says which weights concept k may keep: what it has, or all of them where weights may come back."""

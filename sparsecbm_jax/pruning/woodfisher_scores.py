@@ -158,7 +158,7 @@ def woodfisher_scores(
             "qr_blocks": dict(scoring.num_rescored["qr"]),
             "mean_square_over_damping": scoring.ratios,
         }
-    whole = {path: _assemble(path, kernel, scoring.scores) for path, kernel in kernels.items()}
+    whole = {path: assemble(path, kernel, scoring.scores) for path, kernel in kernels.items()}
     for path, (_, is_nan) in whole.items():
         if bool(is_nan):
             raise FloatingPointError(
@@ -310,7 +310,7 @@ def updated_kernels(
             config.damping_mode,
             config.damping,
         )
-    whole = {path: _assemble(path, kernel, moved) for path, kernel in kernels.items()}
+    whole = {path: assemble(path, kernel, moved) for path, kernel in kernels.items()}
     return {path: leaf for path, (leaf, _) in whole.items()}
 
 
@@ -381,7 +381,7 @@ def _doubtful(error: Float[Array, "..."], largest: float) -> Int[np.ndarray, " F
     return np.flatnonzero(~(sharding.to_host(error).ravel() <= largest))
 
 
-def _assemble(
+def assemble(
     path: str, kernel: Float[Array, "*layers inputs outputs"], scores: Mapping[Piece, Float[Array, "I U b"]]
 ) -> tuple[Float[Array, "*layers inputs outputs"], Bool[Array, ""]]:
     """Joins the scores of a leaf's pieces in the order of layers and output units, placed as the leaf is.

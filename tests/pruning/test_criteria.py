@@ -141,6 +141,7 @@ def test_every_criterion_has_its_definition(name: str) -> None:
         "movement": -w * mean,
         "taylor": w**2 * square,
         "diagonal_fisher": 0.5 * w**2 * (square + 0.1 * square.mean()),
+        "combinatorial": 0.5 * w**2 * (square + 0.1 * square.mean()),
         "wanda": np.abs(w) * np.arange(32.0).reshape(2, 16, 1),
         "m_fac": whole_scores(w, grads),
     }
