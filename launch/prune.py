@@ -3,10 +3,10 @@
 python launch/prune.py --model=runs/cebab/model --config=configs/cebab_minilm.py --config.data.path=DIR \
     --config.sparsity.final=0.9 --config.pruner.criterion=magnitude --save=runs/pruned
 
-Of the config, `data`, `pruner`, `sparsity` (all but the schedule), `seed` and the batch sizes are read. A dense joint
-model becomes a SparseCBM; a SparseCBM is pruned further, since what was pruned stays pruned unless
---config.sparsity.regrow. With --scores=DIR the scores are kept, and the same command with another sparsity cuts its
-masks from them without another gradient. Prints the test scores before and after.
+Of the config, `data`, `pruner`, `sparsity` (all but the schedule), `predictor.accepted_risk`, `seed` and the batch sizes
+are read. A dense joint model becomes a SparseCBM; a SparseCBM is pruned further, since what was pruned stays pruned
+unless --config.sparsity.regrow. With --scores=DIR the scores are kept, and the same command with another sparsity cuts
+its masks from them without another gradient. Prints the test scores before and after.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def main() -> None:
         print(f"{name}: {100 * (1 - density):.2f} % of {masks.num_weights(pruned)} weights pruned")
     if FLAGS.save:
         pruning_config = {section: dataclasses.asdict(getattr(run, section)) for section in ("pruner", "sparsity")}
-        metadata = {**model.metadata, "pruned": {"from": FLAGS.model, "seed": run.seed, **pruning_config}}
+        metadata = {**model.metadata, **found.measured(run, pruned)}
+        metadata["pruned"] = {"from": FLAGS.model, "seed": run.seed, **pruning_config}
         as_it_was = saved_model.load(FLAGS.model)
         result = dataclasses.replace(as_it_was, params=model.params, masks=pruned, strategy="sparse", metadata=metadata)
         print(f"saved: {saved_model.save(result, FLAGS.save, metrics=metrics)}")

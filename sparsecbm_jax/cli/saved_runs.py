@@ -37,6 +37,38 @@ class Saved(typing.NamedTuple):
         model = self.model
         return scores.evaluate(model.config, model.arrays._replace(masks=masks), batches, self.dataset.schema)
 
+    def measured(self, run: RunConfig, masks: Masks) -> dict[str, typing.Any]:
+        """Returns the metadata that follow from a model's predictions, as the model with other masks has them.
+
+        They are the mean activations of the training texts, and where predictions for those of validation are unsure.
+        """
+        import jax
+        import numpy as np
+
+        from sparsecbm_jax.core.masks import pack
+        from sparsecbm_jax.data import eval_batches
+        from sparsecbm_jax.model.forward import make_forward
+        from sparsecbm_jax.model.mean_activations import mean_activations
+        from sparsecbm_jax.model.reliability import measure_reliability
+
+        forward = make_forward(self.model.config)
+        arrays = self.model.arrays._replace(masks=jax.jit(pack)(masks))
+
+        def outputs(split: str) -> list[typing.Any]:
+            parts = []
+            for batch in eval_batches(self.splits[split], batch_size=run.training.eval_batch_size):
+                output, real = forward(arrays, batch), np.asarray(batch.example_weight) > 0
+                shares = (jax.nn.softmax(output.concept_logits), jax.nn.softmax(output.label_logits))
+                leaves = (output.activations, shares[0], batch.concepts, shares[1], batch.label)
+                parts.append([np.asarray(leaf)[real] for leaf in leaves])
+            return [np.concatenate(leaves) for leaves in zip(*parts, strict=True)]
+
+        activations, concepts, *_ = outputs("train")
+        means = mean_activations(activations, concepts.argmax(axis=-1))
+        _, concepts, gold, labels, gold_labels = outputs("validation")
+        reliability = measure_reliability(concepts, gold, labels, gold_labels, run.predictor.accepted_risk)
+        return means.to_metadata() | reliability.to_metadata()
+
 
 def read(folder: str, run: RunConfig) -> Saved:
     """Reads a model and the config's data.

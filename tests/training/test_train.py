@@ -23,6 +23,7 @@ from sparsecbm_jax.model import saved_model
 from sparsecbm_jax.model.config import CBMOutput
 from sparsecbm_jax.model.losses import LossFn, concept_loss, joint_loss
 from sparsecbm_jax.model.predictions import predict
+from sparsecbm_jax.model.sparse_cbm import SparseCBM
 from sparsecbm_jax.pruning.score_store import StoredScores
 from sparsecbm_jax.runtime import checkpoints
 from sparsecbm_jax.runtime.run_directory import RunMismatchError, read_run
@@ -37,6 +38,8 @@ from tests.support.small_sample import as_flag, small_data
 
 pytestmark = pytest.mark.long
 
+# Activations in float32, in batches of other widths.
+MEAN_TOLERANCE = 1e-4
 TEXT = "The soup was lovely but the waiter was rude."
 
 
@@ -96,6 +99,7 @@ def test_a_saved_model_is_pruned_further(finished: TrainResult, tmp_path: Path) 
     for path, before in finished.model.masks.items():
         assert not (np.asarray(pruned.masks[path]) & ~np.asarray(before)).any(), "what was pruned stays pruned"
     assert pruned.metadata["pruned"]["pruner"]["criterion"] == "magnitude"
+    check_mean_activations(pruned)
     chex.assert_trees_all_equal(pruned.params, finished.model.params)
 
 
@@ -253,6 +257,14 @@ def test_scores_of_another_event_are_discarded(tmp_path: Path) -> None:
         assert len(fresh) == 0 and fresh.get(1, 0, scores) is None
 
 
+def check_mean_activations(model: SparseCBM) -> None:
+    texts = prepare(tiny_run()).dataset.splits["train"].texts
+    activations = [list(lane.activations.values()) for one in explain(model, texts) for lane in one.concepts]
+    assert model.mean_activations is not None
+    found = np.reshape(activations, (len(texts), *model.mean_activations.mean.shape)).mean(axis=0)
+    np.testing.assert_allclose(model.mean_activations.mean, found, atol=MEAN_TOLERANCE)
+
+
 @pytest.mark.parametrize("strategy", ["standard", "independent", "sequential", "joint"])
 def test_dense_strategies(strategy: str, tmp_path: Path) -> None:
     result = train(tiny_run(strategy), tmp_path)
@@ -265,11 +277,8 @@ def test_dense_strategies(strategy: str, tmp_path: Path) -> None:
     loaded = saved_model.load(tmp_path / "model")
     chex.assert_trees_all_equal(predict(loaded, [TEXT]), predict(result.model, [TEXT]))
     assert ("mean_activations" in loaded.metadata) == (strategy != "standard")
-    if loaded.mean_activations is not None:
-        texts = prepare(tiny_run(strategy)).dataset.splits["train"].texts
-        activations = [list(lane.activations.values()) for one in explain(loaded, texts) for lane in one.concepts]
-        found = np.reshape(activations, (len(texts), *loaded.mean_activations.mean.shape)).mean(axis=0)
-        np.testing.assert_allclose(loaded.mean_activations.mean, found, atol=1e-4)
+    if strategy != "standard":
+        check_mean_activations(loaded)
 
 
 def nan_after(step: int) -> LossFn:
