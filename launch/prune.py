@@ -3,7 +3,7 @@
 python launch/prune.py --model=runs/cebab/model --config=configs/cebab_minilm.py --config.data.path=DIR \
     --config.sparsity.final=0.9 --config.pruner.criterion=magnitude --save=runs/pruned
 
-Of the config, `data`, `pruner`, `sparsity` (all but the schedule), `predictor.accepted_risk`, `seed` and the batch sizes
+Of the config, `data`, `pruner`, `sparsity` (all but the schedule), `predictor.accepted_risk`, `seed` and batch sizes
 are read. A dense joint model becomes a SparseCBM; a SparseCBM is pruned further, since what was pruned stays pruned
 unless --config.sparsity.regrow. With --scores=DIR the scores are kept, and the same command with another sparsity cuts
 its masks from them without another gradient. Prints the test scores before and after.
