@@ -31,8 +31,9 @@ from sparsecbm_jax.model.heads import init_heads
 from sparsecbm_jax.model.sparse_cbm import ModelArrays
 from sparsecbm_jax.model.strategies import STRATEGIES
 from sparsecbm_jax.pruning import fisher, patterns
-from sparsecbm_jax.pruning.gradients import subnetwork_gradient
+from sparsecbm_jax.pruning.gradients import _input_products, subnetwork_gradient
 from sparsecbm_jax.pruning.masks_from_scores import prune_lowest
+from sparsecbm_jax.pruning.swaps import _swap_piece
 from sparsecbm_jax.pruning.woodfisher import form
 from sparsecbm_jax.pruning.woodfisher_scores import score_grams, score_rows
 from sparsecbm_jax.training import train_step
@@ -280,6 +281,8 @@ def _prune_pass(shapes: Shapes) -> list[Part]:
     """Plans one pass over the gradients of one concept: the pieces of the fullest pass of `fisher.plan_passes`."""
     run, config, mesh = shapes.run, shapes.config, shapes.mesh
     pruner = run.pruner
+    if pruner.criterion == "combinatorial":
+        return _swap_pass(shapes)
     if pruner.criterion != "woodfisher":
         return []
     on_mesh = mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
@@ -355,6 +358,33 @@ def _prune_pass(shapes: Shapes) -> list[Part]:
     ]
 
 
+def _swap_pass(shapes: Shapes) -> list[Part]:
+    """Plans the scores and exchanges of one concept by criterion 'combinatorial'."""
+    config, mesh, pruner = shapes.config, shapes.mesh, shapes.run.pruner
+    on_mesh = mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    rows, size = 1 if pruner.per_example else pruner.grad_batch_size, pruner.block_size
+    batch, index = shapes.batch(rows, P()), shapes.scalar(jnp.int32)
+    activations = shapes.replicated((rows, config.num_concepts, config.num_classes))
+    arrays = config, shapes.params, shapes.mask
+    inputs, units = max((leaf.shape[-2:] for leaf in shapes.kernels.values()), key=math.prod)
+    spread = shapes.units(inputs, units)
+    kept = jax.ShapeDtypeStruct(spread.shape, bool, sharding=spread.sharding)
+    products = shapes.replicated((-(-inputs // size), size, size))
+    num_pieces = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / (inputs * units)
+    # Beside the run's arrays, the scores, or before they are made the sums of g².
+    held = held_in_training(shapes) - bytes_of((shapes.params, shapes.heads, shapes.mask)) + bytes_of(shapes.kernels)
+    return [
+        Part(
+            "gradient",
+            lambda: subnetwork_gradient.lower(*arrays, shapes.heads, batch, index, activations),
+            pruner.num_grads,
+            held,
+        ),
+        Part("inputs", lambda: _input_products.lower(*arrays, batch, size), pruner.num_grads, held),
+        Part("swap", lambda: _swap_piece.lower(spread, spread, kept, kept, products, on_mesh), num_pieces, held),
+    ]
+
+
 def model_flops(program: str, shapes: Shapes) -> float:
     """Counts the flops of a program's products over all devices, without recomputation or duplicates."""
     run, config, k = shapes.run, shapes.config, shapes.config.num_concepts
@@ -370,6 +400,9 @@ def model_flops(program: str, shapes: Shapes) -> float:
     if program == "select":
         return 0.0
     per_gradient = forward(1 if pruner.per_example else pruner.grad_batch_size)
+    if pruner.criterion == "combinatorial":
+        # Gradients, and the inputs of the kernels.
+        return pruner.num_grads * 4 * per_gradient
     num_passes = len(fisher.plan_passes(shapes.kernels, pruner))
     num_weights = sum(math.prod(leaf.shape) for leaf in shapes.kernels.values()) / num_passes
     # Gradients, their activations (computed once for all passes and concepts), and the products of a Fisher block.

@@ -85,3 +85,14 @@ def test_a_model_to_start_from_has_to_fit(dense: Path, tmp_path: Path) -> None:
     other = dataclasses.replace(model, schema=dataclasses.replace(model.schema, concepts=("a", "b")))
     with pytest.raises(ValueError, match="another backbone or schema"):
         train(from_config_dict({"backbone": {"name": "tiny"}}), tmp_path, start=other)
+
+
+def test_a_sweep_that_chooses_scores_validation(dense: Path, tmp_path: Path) -> None:
+    arguments = ("--criteria=combinatorial", "--sparsities=0.5")
+    chosen = sweep(dense, tmp_path, *arguments, "--split=validation")
+    assert chosen.returncode == 0, chosen.stderr
+    row = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
+    saved = json.loads((dense / "metrics.json").read_text())
+    assert row["concept"] == pytest.approx(saved["validation"]["concept"]["accuracy"])
+    other = sweep(dense, tmp_path, *arguments)
+    assert other.returncode == 2 and "scored_split" in other.stderr

@@ -79,6 +79,16 @@ def test_the_pruners_and_the_interventions_programs_are_traced(run: RunConfig) -
     assert not programs.parts_of("prune_pass", dense)
 
 
+def test_the_programs_of_exchanges_are_traced(run: RunConfig) -> None:
+    pruner = dataclasses.replace(run.pruner, criterion="combinatorial")
+    shapes = programs.Shapes(dataclasses.replace(run, pruner=pruner), plan.mesh_of(run, CPUS))
+    parts = programs.parts_of("prune_pass", shapes)
+    assert [part.name for part in parts] == ["gradient", "inputs", "swap"]
+    for part in parts:
+        assert "sharding" in part.lower().as_text(), part.name
+        assert part.beside > programs.bytes_of(shapes.opt_state), "Adam's moments stay meanwhile"
+
+
 def test_the_programs_fit_and_are_counted(found: dict[str, dict[str, Any]]) -> None:
     for name, program in found.items():
         assert program["fits"] and program["peak_bytes_per_chip"] > 0, name
