@@ -36,8 +36,9 @@ step 4 "Explaining a prediction"
 step 5 "Correcting a concept that a held-out review gets wrong"
 "$VENV_PYTHON" launch/intervene.py --model="$RUN/model" --find --editor=minimal | tee "$RUN/intervention.txt"
 
-step 6 "A report of the run"
+step 6 "A report of the run, and whether it met its goals"
 "$VENV_PYTHON" launch/report.py --workdir="$RUN"
+"$VENV_PYTHON" launch/quickstart_goals.py --workdir="$RUN"
 
 cat <<END
 

@@ -54,8 +54,9 @@ class DataConfig:
     section: typing.ClassVar[str] = "data"
 
     preset: str = setting("sample", NON_EMPTY)
-    """Known data set: 'sample' (embedded, synthetic), 'cebab', 'cebab_augmented', 'imdb_c_manual', 'imdb_c_generated',
-    or 'columns' (files of your own, read by the columns named below)."""
+    """Known data set: 'sample' and 'synthetic' (embedded, 600 and 2,800 reviews by a grammar), 'cebab',
+    'cebab_augmented', 'imdb_c_manual', 'imdb_c_generated', or 'columns' (files of your own, read by the columns named
+    below)."""
     path: str | None = None
     """Local directory or file (JSON, CSV, JSONL, Parquet). None: the preset's hub name, or the embedded texts."""
     name: str | None = None

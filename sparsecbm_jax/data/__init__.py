@@ -4,7 +4,7 @@ from sparsecbm_jax.data.batches import BUCKETS, Batch, Tokenized, eval_batches, 
 from sparsecbm_jax.data.presets import PRESETS
 from sparsecbm_jax.data.schema import DataError, Dataset, Examples, Schema
 from sparsecbm_jax.data.sources import check_trainable, load_dataset, read_dataset
-from sparsecbm_jax.data.synthetic.reviews import sample_reviews
+from sparsecbm_jax.data.synthetic.reviews import sample_reviews, synthetic_reviews
 from sparsecbm_jax.data.tokenizers import load_tokenizer, train_wordpiece
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "num_batches",
     "read_dataset",
     "sample_reviews",
+    "synthetic_reviews",
     "tokenize",
     "train_batches",
     "train_wordpiece",

@@ -12,6 +12,8 @@ from sparsecbm_jax.data.schema import SPLITS, DataError, Schema
 
 COLUMNS = "columns"
 SAMPLE = "sample"
+SYNTHETIC = "synthetic"
+EMBEDDED = (SAMPLE, SYNTHETIC)
 
 
 class Preset(NamedTuple):
@@ -57,6 +59,7 @@ def _imdb_files(kind: str) -> dict[str, str]:
 
 PRESETS: Mapping[str, Preset] = {
     SAMPLE: Preset(_CEBAB, files={}),
+    SYNTHETIC: Preset(_CEBAB, files={}),
     "cebab": Preset(
         _CEBAB,
         files={"train": "train_exclusive.json", "validation": "dev.json", "test": "test.json"},

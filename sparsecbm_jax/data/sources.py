@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from sparsecbm_jax.config.names import did_you_mean
 from sparsecbm_jax.config.run_config import DataConfig
-from sparsecbm_jax.data.presets import COLUMNS, SAMPLE, configured_schema, find_preset
+from sparsecbm_jax.data.presets import COLUMNS, EMBEDDED, SAMPLE, SYNTHETIC, configured_schema, find_preset
 from sparsecbm_jax.data.schema import (
     MISSING,
     SPLITS,
@@ -26,7 +26,7 @@ from sparsecbm_jax.data.schema import (
     Schema,
     cell_text,
 )
-from sparsecbm_jax.data.synthetic.reviews import sample_reviews
+from sparsecbm_jax.data.synthetic.reviews import sample_reviews, synthetic_reviews
 from sparsecbm_jax.data.table_files import Row, find_files, read_rows
 
 MAX_INFERRED = 100
@@ -126,19 +126,22 @@ def check_trainable(dataset: Dataset) -> None:
 def _dataset_name(config: DataConfig) -> str:
     if config.preset == SAMPLE:
         return "sample (synthetic)"
+    if config.preset == SYNTHETIC:
+        return "synthetic reviews"
     return config.preset if config.preset != COLUMNS else str(config.path or config.name)
 
 
 def _read_tables(config: DataConfig) -> dict[str, Table]:
     preset = find_preset(config)
     chosen = {s: name for s in SPLITS if (name := getattr(config, f"{s}_split"))}
-    if config.preset == SAMPLE:
+    if config.preset in EMBEDDED:
         if config.path or config.name or chosen:
             raise DataError(
-                f"config.data.preset = {SAMPLE!r} is embedded and reads nothing else, but a path, a hub name or a "
-                f"split is set; choose the preset that describes it, or {COLUMNS!r} and name its columns"
+                f"config.data.preset = {config.preset!r} is embedded and reads nothing else, but a path, a hub name or "
+                f"a split is set; choose the preset that describes it, or {COLUMNS!r} and name its columns"
             )
-        return {split: Table(f"sample/{split}", rows) for split, rows in sample_reviews().items()}
+        reviews = sample_reviews() if config.preset == SAMPLE else synthetic_reviews()
+        return {split: Table(f"{config.preset}/{split}", rows) for split, rows in reviews.items()}
     if config.path:
         files = find_files(Path(config.path), preset.files if preset else {}, chosen)
         return {split: Table(str(file), read_rows(file)) for split, file in files.items()}

@@ -14,13 +14,22 @@ from sparsecbm_jax.config.run_config import DataConfig
 from sparsecbm_jax.data.presets import PRESETS
 from sparsecbm_jax.data.sources import load_dataset
 from sparsecbm_jax.data.statistics import shared_values
-from sparsecbm_jax.data.synthetic.lexicon import ASPECTS
-from sparsecbm_jax.data.synthetic.reviews import NO_MAJORITY, SIZES, sample_reviews
+from sparsecbm_jax.data.synthetic.lexicon import ASPECTS, PLAIN_ADJECTIVES
+from sparsecbm_jax.data.synthetic.reviews import (
+    LARGE_SIZES,
+    MAX_WORDS,
+    MIN_PLAIN_WORDS,
+    NO_MAJORITY,
+    SIZES,
+    sample_reviews,
+    synthetic_reviews,
+)
 
 Rows = list[dict[str, str]]
 
-# The quickstart's figures are of these very reviews.
+# Figures of the documentation are of these very reviews: the first of the tutorials, the second of the quickstart.
 FINGERPRINT = "e71cdaf836416503"
+LARGE_FINGERPRINT = "7622455ad1a02c3f"
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +121,31 @@ def test_majority_baseline_leaves_room(concept: int) -> None:
     assert dataset.name == "sample (synthetic)"
     counts = np.bincount(dataset.splits["test"].concepts[:, concept], minlength=3)
     assert counts.min() > 0.15 * counts.sum() and counts.max() < 0.6 * counts.sum()
+
+
+def test_the_large_set_is_the_same_everywhere() -> None:
+    large = synthetic_reviews()
+    assert hashlib.sha256(json.dumps(large).encode()).hexdigest()[:16] == LARGE_FINGERPRINT
+    assert {split: len(rows) for split, rows in large.items()} == LARGE_SIZES
+    for column in ("original_id", "description", "id"):
+        shared = shared_values({split: [row[column] for row in rows] for split, rows in large.items()})
+        assert all(pair["values"] == 0 for pair in shared.values()), column
+    texts = [row["description"] for rows in large.values() for row in rows]
+    lengths = np.array([len(text.split()) for text in texts])
+    assert len(set(texts)) == len(texts) and lengths.min() >= MIN_PLAIN_WORDS and lengths.max() <= MAX_WORDS
+    assert 0.25 < (lengths <= 12).mean() < 0.6, "short texts beside long ones"
+    labels = Counter(row["review_majority"] for row in large["test"])
+    assert max(labels.values()) < 0.4 * LARGE_SIZES["test"]
+
+
+def test_plain_texts_say_what_their_cells_say() -> None:
+    rows = [row for row in synthetic_reviews()["test"] if len(row["description"].split()) <= 5]
+    assert len(rows) > 30
+    for row in rows:
+        cells = {aspect: row[f"{aspect}_aspect_majority"] for aspect in ASPECTS}
+        said = [aspect for aspect, cell in cells.items() if cell in ("Negative", "Positive")]
+        assert said, row["description"]
+        if len(said) == 1 and " not " not in row["description"]:
+            words, state = row["description"].lower().rstrip("."), int(cells[said[0]] == "Positive")
+            own = (*ASPECTS[said[0]].adjectives[state], *ASPECTS[said[0]].strong[state])
+            assert any(word in words for word in (*own, *PLAIN_ADJECTIVES[said[0]][state])), words

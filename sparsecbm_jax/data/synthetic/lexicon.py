@@ -61,6 +61,29 @@ EMPHATIC = _items(
     | nothing prepared me for how {adj} {s} {was} | not for one moment did {s} stop being {adj}"""
 )
 
+# Short statements, as people type them; `{bare}` is a subject without its article.
+PLAIN = _items(
+    """{s} {was} {very} {adj} | {s} {was} {very} {adj} | {s} {was} {strong} | {s} {was} not {anti}
+    | {s} {was} {adj} and {adj} | {adj} {bare} | I loved how {adj} {s} {was}"""
+)
+PLAIN_VERY = _items("||very|really|so|just")
+PLAIN_CONTRAST = _items("{a}, but {b} | {a} but {b} | {a}, though {b}")
+PLAIN_AGREEMENT = _items("{a} and {b} | {a}, and {b} | {a}, {b}")
+# Subjects of short statements, beside the others.
+PLAIN_SUBJECTS: Mapping[str, tuple[str, ...]] = {
+    "food": _items("the food | the food | the pizza | my dinner | our dishes* | the meal | the dish | the lunch"),
+    "ambiance": _items("the decor | the atmosphere | the place | the interior | the room | the ambience"),
+    "service": _items("our waiter+ | the waiter+ | our waitress+ | the staff+ | the service | our server+ | the host+"),
+    "noise": _items("the music | the place | it | the room | the restaurant | the music | everything around us"),
+}
+PLAIN_ADJECTIVES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "food": (_items("cold|horrible|gross|undercooked|flavourless"), _items("amazing|yummy|perfect|delicious|good")),
+    "ambiance": (_items("ugly|dirty|dark|boring|unpleasant"), _items("pretty|nice|beautiful|lovely|pleasant")),
+    "service": (_items("slow|rude|too slow|unhelpful|lazy"), _items("nice|fast|friendly|great|sweet")),
+    "noise": (_items("loud|too loud|noisy|too noisy|so loud"), _items("quiet|calm|nice and quiet|peaceful|not loud")),
+}
+
+
 ASPECTS: Mapping[str, Aspect] = {
     "food": Aspect(
         subjects=_items(

@@ -22,6 +22,10 @@ from sparsecbm_jax.data.synthetic.lexicon import (
     FILLERS,
     NEGATED,
     NUMBERS,
+    PLAIN,
+    PLAIN_AGREEMENT,
+    PLAIN_CONTRAST,
+    PLAIN_VERY,
     STRAIGHT,
     TURNED,
     VERY,
@@ -31,7 +35,14 @@ T = TypeVar("T")
 
 ASPECTS = tuple(lexicon.ASPECTS)
 SIZES = {"train": 320, "validation": 120, "test": 160}
+LARGE_SIZES = {"train": 1600, "validation": 600, "test": 600}
 MIN_WORDS, MAX_WORDS = 5, 50
+# Of the large set: the share of groups whose texts are short and plain, and the chances of one, two or three aspects.
+PLAIN_SHARE = 0.5
+PLAIN_ASPECTS = (0.4, 0.4, 0.2)
+MIN_PLAIN_WORDS = 2
+# Keys of the large set begin with it, so that it shares no draw with the small one.
+_LARGE = 1_000_003
 CLASSES = ("Negative", "Positive", "unknown")
 NO_MAJORITY = "no majority"
 
@@ -85,27 +96,48 @@ def sample_reviews(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     Args:
         seed: Seed of the grammar, at least 0; the same seed gives the same reviews everywhere.
     """
+    return _splits(SIZES, seed, plain_share=0.0)
+
+
+def synthetic_reviews(seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """Returns more SYNTHETIC reviews, 1,600 train, 600 validation and 600 test.
+
+    Half of their groups are short and plain, as people type them. The others are as those of `sample_reviews`, with
+    which they share no draw.
+
+    Args:
+        seed: Seed of the grammar, at least 0; the same seed gives the same reviews everywhere.
+    """
+    return _splits(LARGE_SIZES, _LARGE + seed, PLAIN_SHARE)
+
+
+def _splits(sizes: Mapping[str, int], seed: int, plain_share: float) -> dict[str, list[dict[str, str]]]:
     splits: dict[str, list[dict[str, str]]] = {}
     seen: set[str] = set()
     group = 0
-    for split, size in SIZES.items():
+    for split, size in sizes.items():
         rows: list[dict[str, str]] = []
         while len(rows) < size:
-            siblings = _group(seed, group, is_train=split == "train")[: size - len(rows)]
+            is_plain = plain_share > 0 and _Draw(seed, group, 6).uniform() < plain_share
+            siblings = _group(seed, group, is_train=split == "train", is_plain=is_plain)[: size - len(rows)]
             group += 1
             texts = [row["description"] for row in siblings]
+            least = MIN_PLAIN_WORDS if is_plain else MIN_WORDS
             is_new = len(set(texts)) == len(texts) and seen.isdisjoint(texts)
-            if is_new and all(MIN_WORDS <= len(text.split()) <= MAX_WORDS for text in texts):
+            if is_new and all(least <= len(text.split()) <= MAX_WORDS for text in texts):
                 seen.update(texts)
                 rows += siblings
         splits[split] = rows
     return splits
 
 
-def _group(seed: int, group: int, is_train: bool) -> list[dict[str, str]]:
+def _group(seed: int, group: int, *, is_train: bool, is_plain: bool) -> list[dict[str, str]]:
     draw = _Draw(seed, group)
     plan = {aspect: draw.weighted(CHANCES[aspect]) for aspect in ASPECTS}
     order = draw.shuffled(ASPECTS)
+    if is_plain:
+        mentioned = order[: 1 + draw.weighted(PLAIN_ASPECTS)]
+        plan = {aspect: draw.pick((NEGATIVE, POSITIVE)) if aspect in mentioned else ABSENT for aspect in ASPECTS}
     edits: list[_Edit | None] = [None]
     for aspect in draw.shuffled(ASPECTS)[: draw.weighted(NUM_EDITS)]:
         goals = [state for state in (NEGATIVE, POSITIVE, ABSENT) if state != plan[aspect]]
@@ -120,7 +152,7 @@ def _group(seed: int, group: int, is_train: bool) -> list[dict[str, str]]:
             "is_original": str(edit is None),
             "edit_goal": "" if edit is None else CLASSES[min(edit.state, NEUTRAL)],
             "edit_type": "" if edit is None else edit.aspect,
-            "description": _text((seed, group), order, states),
+            "description": (_plain_text if is_plain else _text)((seed, group), order, states),
         }
         rows.append(identity | _labels((seed, group), number, states, is_train))
     return rows
@@ -171,6 +203,53 @@ def _text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int])
     if draw.uniform() < 0.15:
         sentences.append(draw.pick(FILLERS))
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+def _plain_text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int]) -> str:
+    clauses = []
+    for aspect in order:
+        index, state = ASPECTS.index(aspect), states[aspect]
+        if state in (NEGATIVE, POSITIVE):
+            clauses.append((index, state, _plain_clause(_Draw(*key, 7, index, state), aspect, state)))
+    sentences = []
+    while clauses:
+        (first, first_state, a), *rest = clauses
+        if rest:
+            second, second_state, b = rest[0]
+            draw = _Draw(*key, 8, first, second)
+            if draw.uniform() < 0.6:
+                forms = PLAIN_AGREEMENT if first_state == second_state else PLAIN_CONTRAST
+                a, rest = draw.pick(forms).format(a=a, b=b), rest[1:]
+        sentences.append(a)
+        clauses = rest
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+def _plain_clause(draw: _Draw, aspect: str, state: int) -> str:
+    words, own = lexicon.ASPECTS[aspect], lexicon.PLAIN_ADJECTIVES[aspect]
+    # The short statements' own words come as often as all the others together.
+    subject = draw.pick(draw.pick((words.subjects, lexicon.PLAIN_SUBJECTS[aspect])))
+    adjectives = [draw.pick((draw.pick(words.adjectives[state]), draw.pick(own[state]))) for _ in range(2)]
+    form = draw.pick(PLAIN)
+    bare = re.sub(r"^(the|our|my) ", "", subject.rstrip("*+"))
+    slots = {
+        "s": subject.rstrip("*+"),
+        "bare": bare,
+        "was": "were" if subject.endswith("*") else "was",
+        "anti": draw.pick(words.adjectives[1 - state]),
+        "strong": draw.pick(words.strong[state]),
+        "very": draw.pick(PLAIN_VERY),
+    }
+    has_degree = re.match(r"(too|so|not|nice) ", adjectives[0])
+    is_noun = not subject.startswith(("the ", "our ", "my "))
+    is_own_sentence = form.startswith("I loved")
+    if (is_own_sentence and (state == NEGATIVE or has_degree)) or ("{bare}" in form and (is_noun or has_degree)):
+        form = "{s} {was} {adj}"
+    if has_degree or adjectives[0] == adjectives[1]:
+        form = form.replace("{very} ", "").replace("{adj} and {adj}", "{adj}")
+    for adjective in adjectives[: form.count("{adj}")]:
+        form = form.replace("{adj}", adjective, 1)
+    return " ".join(form.format(**slots).split())
 
 
 def _can_join(clause: str, state: int) -> bool:
