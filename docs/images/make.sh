@@ -5,10 +5,10 @@
 #
 # Those that are there show a MiniLM that was trained on CEBaB and then pruned to half without further training:
 #
-#   python launch/train.py --config=configs/cebab_minilm.py:joint --config.data.path=DATA --workdir=runs/pictures \
-#     --config.training.num_epochs=3 --config.optim.learning_rate=2e-4
+#   python launch/train.py --config=configs/cebab_minilm.py:joint --config.data.path=DATA --workdir=runs/pictures
 #   python launch/prune.py --model=runs/pictures/model --config=configs/cebab_minilm.py --config.data.path=DATA \
-#     --config.sparsity.final=0.5 --config.pruner.num_grads=16 --save=runs/pictures/pruned
+#     --config.sparsity.final=0.5 --config.pruner.num_grads=16 --config.pruner.criterion=diagonal_fisher \
+#     --save=runs/pictures/pruned
 #
 # Writes pathway.png, correction.png, live_page.png and report.png to docs/images. They show reviews that were written for
 # them, and the scores of the run. Takes a few minutes on two CPU cores. Installs what it needs into .venv, and, as root
