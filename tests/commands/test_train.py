@@ -66,7 +66,7 @@ def test_overrides_count_more_than_flags_and_these_more_than_a_config_file() -> 
     assert (found["backbone.name"], found["training.batch_size"]) == ("facebook/opt-1.3b", 1)
     assert (found["data.text_column"], found["data.concepts"]) == ("body", ["a", "b"])
     filed = asked("--config=configs/quickstart.py:tiny", *TABLE)
-    assert (filed["data.preset"], filed["training.num_epochs"], filed["backbone.name"]) == ("columns", 8, "tiny")
+    assert (filed["data.preset"], filed["sparsity.start_epoch"], filed["backbone.name"]) == ("columns", 14, "tiny")
 
 
 def test_a_config_file_alone_is_taken_as_it_is() -> None:

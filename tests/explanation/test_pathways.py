@@ -326,7 +326,7 @@ def test_launch_benchmark_explanation(saved: Path, tmp_path: Path) -> None:
     done = run_main("benchmarks/explanation.py", f"--model={saved}", data, *asked, f"--output={output}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for part in (
-        "3 texts of sample",
+        "3 texts of synthetic",
         "round 1/1: forward",
         "explanation / forward: ",
         "MB after 3 texts",

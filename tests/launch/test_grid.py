@@ -15,6 +15,7 @@ SETTINGS = (
     "--config.training.eval_batch_size=16",
     "--config.optim.learning_rate=1e-3",
     "--config.optim.head_learning_rate=1e-2",
+    "--config.sparsity.start_epoch=1",
     "--config.sparsity.end_epoch=7",
     *(as_flag(f"data.{key}", value) for key, value in small_data().items()),
 )
