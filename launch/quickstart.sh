@@ -38,7 +38,7 @@ step 5 "Correcting a concept that a held-out review gets wrong"
 
 step 6 "A report of the run, and whether it met its goals"
 "$VENV_PYTHON" launch/report.py --workdir="$RUN"
-"$VENV_PYTHON" launch/quickstart_goals.py --workdir="$RUN"
+"$VENV_PYTHON" launch/quickstart_goals.py --run="$RUN"
 
 cat <<END
 

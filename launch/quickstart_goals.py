@@ -1,6 +1,6 @@
 """Says which goals the quickstart's model has met, and which it has missed: its scores, and its explanation of a text.
 
-    python launch/quickstart_goals.py --workdir=runs/quickstart
+    python launch/quickstart_goals.py --run=runs/quickstart
 
 A first run should convince; one that falls short should say so itself. It takes about half a minute on two CPU cores.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparsecbm_jax.explanation import DecisionPathway
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the finished run.")
+flags.DEFINE_string("run", "runs/quickstart", "Folder of the finished run.")
 
 TEXT = "The food was delicious, but our waiter was slow."
 LEAST = {"concept": 0.85, "task": 0.60}
@@ -35,7 +35,7 @@ def main() -> None:
     from sparsecbm_jax import explain, load
     from sparsecbm_jax.evaluation.run_summary import read_metrics
 
-    workdir = Path(FLAGS.workdir)
+    workdir = Path(FLAGS.run)
     (pathway,) = explain(load(workdir / "model").for_few_texts(), [TEXT])
     goals = [*score_goals(read_metrics(workdir)["test"]), *reading_goals(pathway)]
     for is_met, words in goals:

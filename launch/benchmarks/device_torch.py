@@ -154,7 +154,7 @@ class TorchStep:
         pooled = [torch.einsum("btd,bt->bd", h, seen) / seen.sum(1, keepdim=True) for h in finished]
         u = torch.einsum("bkd,kdc->bkc", torch.stack(pooled, 1), self.heads["projector/kernel"])
         u = u + self.heads["projector/bias"]
-        y = torch.einsum("bkc,kcy->by", torch.sigmoid(u - u.mean(dim=-1, keepdim=True)), self.heads["predictor/kernel"])
+        y = torch.einsum("bkc,kcy->by", (u - u.mean(dim=-1, keepdim=True)) / 10, self.heads["predictor/kernel"])
         task = F.cross_entropy(y + self.heads["predictor/bias"], label, ignore_index=-1)
         return task + self.config.gamma * F.cross_entropy(u.flatten(0, 1), concepts.flatten(), ignore_index=-1)
 

@@ -64,14 +64,15 @@ def read_run(workdir: str | Path) -> dict[str, Any] | None:
     return dict(completed(read_json_object(path, "the configuration of a run", error=RunMismatchError)))
 
 
-def _with_newer_settings(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a run's settings with those that came after it, whose defaults are what it did without them."""
-    if not isinstance(saved.get("training"), Mapping):
-        return saved
-    return {
-        name: {**default, **saved.get(name, {})} if isinstance(default, Mapping) else saved.get(name, default)
-        for name, default in {**saved, **to_dict(RunConfig())}.items()
-    }
+def _with_newer_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a run's settings with those of `current` that came after it, at what it did without them: the default."""
+    defaults, completed_run = to_dict(RunConfig()), dict(saved)
+    for name in current.keys() & defaults.keys():
+        default, was = defaults[name], saved.get(name, {})
+        if isinstance(default, Mapping) and isinstance(was, Mapping) and isinstance(current[name], Mapping):
+            newer = current[name].keys() & default.keys() - was.keys()
+            completed_run[name] = {**was, **{key: default[key] for key in newer}}
+    return completed_run
 
 
 def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:
@@ -92,7 +93,7 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any], *, ignore: It
         if jax.process_index() == 0:
             write_json(Path(workdir) / RUN_FILE, config)
         return
-    if differences := run_differences(_with_newer_settings(saved), config, ignore):
+    if differences := run_differences(_with_newer_settings(saved, config), config, ignore):
         raise RunMismatchError(
             f"{workdir} is a workdir holding a different run; expected another workdir, or that run's settings:\n  "
             + "\n  ".join(differences)

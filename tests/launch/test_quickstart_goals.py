@@ -79,7 +79,7 @@ def test_a_run_that_falls_short_says_so(tmp_path: Path) -> None:
     schema = dataclasses.replace(model.schema, labels=("1", "2", "3")[: model.schema.num_labels])
     saved_model.save(dataclasses.replace(model, schema=schema), tmp_path / "model")
     (tmp_path / "metrics.json").write_text(json.dumps({"test": scores(0.4, 0.9)}))
-    done = run_main("quickstart_goals.py", f"--workdir={tmp_path}")
+    done = run_main("quickstart_goals.py", f"--run={tmp_path}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("MISSED: 40.0% of the concepts") and lines[1].startswith("met:    90.0% of the labels")

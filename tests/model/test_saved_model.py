@@ -343,7 +343,7 @@ def test_predictions_keep_the_order_and_do_not_depend_on_company(model):
 
 def test_no_texts_give_no_predictions(model):
     empty = predict(model, [])
-    assert [leaf.shape for leaf in empty] == [(0, 3, 3), (0, 2), (0, 3), (0,)]
+    assert [leaf.shape for leaf in empty] == [(0, 3, 3), (0, 2), (0, 3), (0,), (0, 3), (0,)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sparsecbm_jax.config.run_config import RunConfig, to_dict
 from sparsecbm_jax.runtime.checkpoints import Checkpointer, CheckpointError
 from sparsecbm_jax.runtime.json_files import write_atomically
 from sparsecbm_jax.runtime.run_directory import RunMismatchError, check_same_run, read_run
@@ -258,3 +259,15 @@ for _ in range(400):
     checkpoints._checksums(leaves)
 """
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=120)
+
+
+def test_a_run_goes_on_that_began_before_a_setting_came(tmp_path: Path) -> None:
+    now = to_dict(RunConfig())
+    before = {name: part for name, part in now.items() if name != "distillation"}
+    before["optim"] = {key: value for key, value in now["optim"].items() if key != "rewind"}
+    check_same_run(tmp_path, before)
+    check_same_run(tmp_path, now)
+    with pytest.raises(RunMismatchError, match=r"optim\.rewind: saved false, current true"):
+        check_same_run(tmp_path, {**now, "optim": {**now["optim"], "rewind": True}})
+    with pytest.raises(RunMismatchError, match=r"distillation\.weight: saved 0\.0, current 0\.5"):
+        check_same_run(tmp_path, {**now, "distillation": {**now["distillation"], "weight": 0.5}})
