@@ -118,7 +118,9 @@ def memory(model: SparseCBM, texts: Sequence[str]) -> dict[str, float]:
     with memory.giving_back():
         _explain(model, _every_width(model, texts))
         most = noted["0"] = _resident_mb()
-        for n, _ in enumerate(explain_stream(model, iter(texts), batch_size=FLAGS.batch_size), 1):
+        for n, _ in enumerate(
+            explain_stream(model, iter(texts), batch_size=FLAGS.batch_size, method="gradient_norm"), 1
+        ):
             most = max(most, _resident_mb())
             if n in MARKS or n == len(texts):
                 noted[str(n)] = most
@@ -176,7 +178,7 @@ def _every_width(model: SparseCBM, texts: Sequence[str]) -> list[str]:
 def _explain(model: SparseCBM, texts: Sequence[str]) -> None:
     from sparsecbm_jax.explanation.pathways import explain_stream
 
-    for _ in explain_stream(model, iter(texts), batch_size=FLAGS.batch_size):
+    for _ in explain_stream(model, iter(texts), batch_size=FLAGS.batch_size, method="gradient_norm"):
         pass
 
 

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
 from sparsecbm_jax.model.sparse_cbm import SparseCBM
 
@@ -95,8 +96,7 @@ def label_values(labels: Sequence[str]) -> Float[np.ndarray, " Y"] | None:
 
 def expected_label(logits: Float[np.ndarray, "*B Y"], values: Float[np.ndarray, " Y"]) -> Float[np.ndarray, "*B"]:
     """Computes Σ_j p_j v_j, the mean of an ordered label."""
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return (raised * values).sum(axis=-1) / raised.sum(axis=-1)
+    return special.softmax(logits, axis=-1) @ values
 
 
 def label_effects(parts: LabelParts, values: Float[np.ndarray, " Y"]) -> Float[np.ndarray, " K"]:

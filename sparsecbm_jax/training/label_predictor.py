@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import optimize
+from scipy import optimize, special
 
 from sparsecbm_jax.core import sharding
 from sparsecbm_jax.model.config import CBMConfig, Heads
@@ -185,13 +185,8 @@ def mean_activations_of(context: RunContext, state: TrainState) -> MeanActivatio
 def reliability_of(context: RunContext, state: TrainState) -> Reliability:
     """Measures on the validation split where a state's predictions are unsure."""
     outputs, risk = outputs_of(context, state, "validation"), context.settings.predictor.accepted_risk
-    concepts, label = (_softmax(logits) for logits in (outputs.concept_logits, outputs.label_logits))
+    concepts, label = (special.softmax(logits, axis=-1) for logits in (outputs.concept_logits, outputs.label_logits))
     return measure_reliability(concepts, outputs.concepts, label, outputs.labels, risk)
-
-
-def _softmax(logits: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def _fitted_on(

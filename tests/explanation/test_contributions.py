@@ -96,7 +96,7 @@ def test_old_models_count_from_zero() -> None:
     with pytest.raises(ValueError, match="does not know its mean activations; expected the reference 'zero'"):
         explain(model, TEXTS[:1], reference="mean")
     with pytest.raises(ValueError, match="reference is 'median'; expected 'mean' or 'zero'"):
-        explain(model, TEXTS[:1], reference="median")  # type: ignore[arg-type]
+        explain(model, TEXTS[:1], reference="median")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_label_is_compared_with_another() -> None:

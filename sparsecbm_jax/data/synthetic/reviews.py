@@ -9,7 +9,7 @@ aspect. The reviews show that the code works; they measure nothing about real re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -78,6 +78,10 @@ class _Draw:
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         return [items[i] for i in np.argsort([self.uniform() for _ in items], kind="stable")]
+
+
+# The index of an aspect, its state, and what is said of it.
+_Clause = tuple[int, int, str]
 
 
 class _Edit(NamedTuple):
@@ -186,17 +190,13 @@ def _text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int])
         clauses += [(index, state, _clause(draw, aspect, state)) for _ in range(num_clauses)]
     if not clauses:
         return ""
-    sentences = []
-    while clauses:
-        (first, first_state, a), *rest = clauses
-        if rest and _can_join(a, first_state) and _can_join(rest[0][2], rest[0][1]):
-            second, second_state, b = rest[0]
-            draw = _Draw(*key, 4, first, second)
-            if draw.uniform() < 0.6:
-                forms = AGREEMENT if first_state == second_state else CONTRAST
-                a, rest = draw.pick(forms).format(a=a, b=b), rest[1:]
-        sentences.append(a)
-        clauses = rest
+
+    def join(one: _Clause, next_one: _Clause) -> str | None:
+        if not all(_can_join(clause, state) for _, state, clause in (one, next_one)):
+            return None
+        return _joined(_Draw(*key, 4, one[0], next_one[0]), one, next_one, (AGREEMENT, CONTRAST))
+
+    sentences = _sentences(clauses, join)
     draw = _Draw(*key, 5)
     if draw.uniform() < 0.4:
         sentences.insert(0, draw.pick(FILLERS))
@@ -205,23 +205,35 @@ def _text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int])
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
+def _sentences(clauses: list[_Clause], join: Callable[[_Clause, _Clause], str | None]) -> list[str]:
+    """Makes sentences of clauses, of two in a row where `join` joins them."""
+    sentences = []
+    while clauses:
+        one, *rest = clauses
+        joined = join(one, rest[0]) if rest else None
+        sentences.append(one[2] if joined is None else joined)
+        clauses = rest if joined is None else rest[1:]
+    return sentences
+
+
+def _joined(draw: _Draw, one: _Clause, next_one: _Clause, forms: tuple[Sequence[str], Sequence[str]]) -> str | None:
+    """Joins six in ten pairs of clauses, by the forms of agreement where both have one state, or of contrast."""
+    if draw.uniform() >= 0.6:
+        return None
+    return draw.pick(forms[one[1] != next_one[1]]).format(a=one[2], b=next_one[2])
+
+
 def _plain_text(key: tuple[int, int], order: Sequence[str], states: Mapping[str, int]) -> str:
     clauses = []
     for aspect in order:
         index, state = ASPECTS.index(aspect), states[aspect]
         if state in (NEGATIVE, POSITIVE):
             clauses.append((index, state, _plain_clause(_Draw(*key, 7, index, state), aspect, state)))
-    sentences = []
-    while clauses:
-        (first, first_state, a), *rest = clauses
-        if rest:
-            second, second_state, b = rest[0]
-            draw = _Draw(*key, 8, first, second)
-            if draw.uniform() < 0.6:
-                forms = PLAIN_AGREEMENT if first_state == second_state else PLAIN_CONTRAST
-                a, rest = draw.pick(forms).format(a=a, b=b), rest[1:]
-        sentences.append(a)
-        clauses = rest
+
+    def join(one: _Clause, next_one: _Clause) -> str | None:
+        return _joined(_Draw(*key, 8, one[0], next_one[0]), one, next_one, (PLAIN_AGREEMENT, PLAIN_CONTRAST))
+
+    sentences = _sentences(clauses, join)
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
